@@ -1,0 +1,1 @@
+//! What every component shares: settings, logs, health, shutdown, dialling and serving.

@@ -1,0 +1,1 @@
+//! Topologies in namespaces: the demo, its traffic, its events and its report.

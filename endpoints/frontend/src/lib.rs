@@ -1,0 +1,1 @@
+//! Attracts VIP traffic: drives BIRD and reports external connectivity.

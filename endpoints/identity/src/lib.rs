@@ -1,0 +1,1 @@
+//! Development issuer of SPIFFE identities: the Workload API without SPIRE.

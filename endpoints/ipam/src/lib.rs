@@ -1,0 +1,1 @@
+//! Address allocation for the conduits of a trench.

@@ -1,0 +1,1 @@
+//! The packet decision: parse, classify, hash, row, target; for eBPF and for the host.

@@ -1,0 +1,1 @@
+//! The load-balancing engine: table and classifier compiler, eBPF program and loader, reference model.

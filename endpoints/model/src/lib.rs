@@ -1,0 +1,1 @@
+//! Trench, attractor, gateway, VIP, conduit, stream, flow and target as parsed, validated values.

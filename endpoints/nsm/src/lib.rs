@@ -1,0 +1,1 @@
+//! The embedded Network Service Mesh of one node: registry, manager and kernel forwarder in one process.

@@ -1,0 +1,1 @@
+//! Network service platform: configuration watches and target registry of a trench.

@@ -1,0 +1,1 @@
+//! Stateless load balancer of a conduit.

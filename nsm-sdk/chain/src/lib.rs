@@ -1,0 +1,1 @@
+//! Network Service Mesh chain of responsibility: one call, one element, one chain.

@@ -1,0 +1,1 @@
+//! Linux kernel side of network services: namespaces, links, addresses, routes, rules, neighbours.

@@ -1,0 +1,1 @@
+//! Stock chains of a node: manager and kernel forwarder.

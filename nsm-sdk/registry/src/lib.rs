@@ -1,0 +1,1 @@
+//! Registries of network services and endpoints: elements, stock chains and clients.
