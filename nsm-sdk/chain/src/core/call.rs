@@ -1,0 +1,80 @@
+//! One operation on its way through a chain.
+
+use crate::core::Context;
+use meridio_proto::nsm::{connection::Connection, networkservice::NetworkServiceRequest};
+
+/// A message together with everything that travels beside it.
+#[derive(Clone, Debug)]
+pub struct Call<M> {
+    /// What is asked for. Elements change it on its way down.
+    pub message: M,
+    /// Deadline, peer, metadata and the like.
+    pub ctx: Context,
+}
+
+/// A request for a connection, the first one or a refresh.
+pub type RequestCall = Call<NetworkServiceRequest>;
+/// The end of a connection.
+pub type CloseCall = Call<Connection>;
+
+impl<M> Call<M> {
+    /// Puts a message and its context together.
+    pub fn new(message: M, ctx: Context) -> Self {
+        Self { message, ctx }
+    }
+}
+
+impl Call<NetworkServiceRequest> {
+    /// The connection asked for; an absent one is as good as an empty one.
+    pub fn connection(&self) -> std::borrow::Cow<'_, Connection> {
+        match &self.message.connection {
+            Some(connection) => std::borrow::Cow::Borrowed(connection),
+            None => std::borrow::Cow::Owned(Connection::default()),
+        }
+    }
+
+    /// The connection asked for, made if absent.
+    pub fn connection_mut(&mut self) -> &mut Connection {
+        self.message.connection.get_or_insert_default()
+    }
+
+    /// The id of the connection in this process; empty before `updatepath` ran.
+    pub fn id(&self) -> &str {
+        self.message.connection.as_ref().map_or("", |connection| &connection.id)
+    }
+}
+
+impl Call<Connection> {
+    /// The id of the connection in this process.
+    pub fn id(&self) -> &str {
+        &self.message.id
+    }
+}
+
+/// Either operation: the request type of the `tower` services that chains are made of.
+#[derive(Clone, Debug)]
+pub enum Operation {
+    /// Establish or refresh.
+    Request(RequestCall),
+    /// End.
+    Close(CloseCall),
+}
+
+impl Operation {
+    /// The context of either operation.
+    pub fn ctx(&self) -> &Context {
+        match self {
+            Self::Request(call) => &call.ctx,
+            Self::Close(call) => &call.ctx,
+        }
+    }
+}
+
+/// What an [`Operation`] ends in.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// A request's connection.
+    Connection(Connection),
+    /// A close is done.
+    Closed,
+}

@@ -1,0 +1,25 @@
+//! What every element is made of.
+
+mod call;
+mod chain;
+pub mod clock;
+mod context;
+mod element;
+mod error;
+mod fd;
+mod metadata;
+mod peer;
+mod task;
+
+pub use call::{Call, CloseCall, Operation, Outcome, RequestCall};
+pub use chain::Chain;
+pub use context::{Candidates, ClientToken, Context, Extensions, Postponed};
+pub use element::{Element, ElementLayer, Next, unwind};
+pub use error::Error;
+pub use fd::{FdChannel, FdTransceiver};
+pub use metadata::{Key, Metadata, Side};
+pub use peer::Peer;
+pub use task::Task;
+
+#[cfg(test)]
+pub(crate) mod testing;

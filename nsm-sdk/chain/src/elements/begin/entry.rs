@@ -1,0 +1,229 @@
+//! One connection: its line, its state, and the operations on it.
+
+use super::{
+    merge::merge,
+    queue::{Queue, Turn},
+};
+use crate::{
+    CloseCall, Connection, Context, Error, EventOptions, Fired, NetworkServiceRequest, Next, RequestCall, Side, State,
+    elements::begin::EventFactory,
+};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+pub(super) type Entries = Mutex<HashMap<String, Arc<Entry>>>;
+/// Changes a request so that it looks for another endpoint.
+pub type Reselect = dyn Fn(&mut NetworkServiceRequest) + Send + Sync;
+
+pub(super) const NAME: &str = "begin";
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Phase {
+    #[default]
+    New,
+    Established,
+    Closed,
+}
+
+#[derive(Default)]
+struct Record {
+    phase: Phase,
+    /// Counts successful requests: who saw an older one acts on stale news.
+    generation: u64,
+    /// The last successful request, with the connection it resulted in.
+    request: NetworkServiceRequest,
+    /// What the caller of the last request by hand was given.
+    returned: Option<Connection>,
+    /// Values for events: the context of the last successful request, without its deadline.
+    values: Context,
+    /// Time the first request was given; every event gets as much.
+    time: Option<Option<Duration>>,
+}
+
+pub(super) struct Entry {
+    pub(super) id: String,
+    pub(super) side: Side,
+    pub(super) queue: Queue,
+    next: Next,
+    reselect: Arc<Reselect>,
+    entries: Weak<Entries>,
+    record: Mutex<Record>,
+    pub(super) closed: CancellationToken,
+}
+
+impl Entry {
+    pub(super) fn new(id: &str, side: Side, next: Next, reselect: Arc<Reselect>, entries: Weak<Entries>) -> Arc<Self> {
+        Arc::new(Self {
+            id: id.to_owned(),
+            side,
+            queue: Queue::default(),
+            next,
+            reselect,
+            entries,
+            record: Mutex::default(),
+            closed: CancellationToken::new(),
+        })
+    }
+
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn generation(&self) -> u64 {
+        self.record().generation
+    }
+
+    pub(super) fn connection(&self) -> Option<Connection> {
+        let record = self.record();
+        (record.phase == Phase::Established).then(|| record.request.connection.clone()).flatten()
+    }
+
+    /// Whether this entry still is the one for its id.
+    pub(super) fn is_current(self: &Arc<Self>) -> bool {
+        let Some(entries) = self.entries.upgrade() else { return false };
+        let entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.get(&self.id).is_some_and(|entry| Arc::ptr_eq(entry, self))
+    }
+
+    fn is_superseded(self: &Arc<Self>) -> bool {
+        let Some(entries) = self.entries.upgrade() else { return false };
+        let entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.get(&self.id).is_some_and(|entry| !Arc::ptr_eq(entry, self))
+    }
+
+    fn forget(self: &Arc<Self>) {
+        self.record().phase = Phase::Closed;
+        self.closed.cancel();
+        if let Some(entries) = self.entries.upgrade() {
+            let mut entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
+            if entries.get(&self.id).is_some_and(|entry| Arc::ptr_eq(entry, self)) {
+                entries.remove(&self.id);
+            }
+        }
+    }
+
+    /// A context for something the chain itself starts.
+    fn event_context(self: &Arc<Self>) -> Context {
+        let record = self.record();
+        let deadline = record.time.flatten().map(|time| Instant::now() + time);
+        Context { deadline, factory: Some(EventFactory(self.clone())), ..record.values.clone() }
+    }
+
+    /// A request by the caller. `time` is what it was given on arrival.
+    pub(super) async fn request(
+        self: &Arc<Self>,
+        _turn: &Turn,
+        mut call: RequestCall,
+        time: Option<Duration>,
+    ) -> Result<Connection, Error> {
+        let (phase, stored) = {
+            let record = self.record();
+            (record.phase, record.request.connection.clone())
+        };
+        if phase == Phase::Established && self.side == Side::Client {
+            let returned = self.record().returned.clone();
+            let merged = merge(returned.as_ref(), std::mem::take(call.connection_mut()), stored.as_ref());
+            *call.connection_mut() = merged;
+        } else if phase == Phase::Established && call.connection().state() == State::ReselectRequested {
+            // The old branch has to go before a new one is looked for.
+            let connection = stored.unwrap_or_default();
+            if let Err(error) = self.next.close(CloseCall::new(connection, self.event_context())).await {
+                tracing::info!(id = %self.id, %error, "closing the old branch before reselecting");
+            }
+            self.record().phase = Phase::New;
+        }
+        if call.ctx.time_left().is_some_and(|left| left.is_zero()) {
+            self.forget_unless_established();
+            return Err(Error::deadline(NAME, &self.id, "an earlier operation on this connection"));
+        }
+        self.record().time.get_or_insert(time);
+        let values = Context { deadline: None, ..call.ctx.clone() };
+        call.ctx.factory = Some(EventFactory(self.clone()));
+        let request = call.message.clone();
+        match self.next.request(call).await {
+            Ok(connection) => {
+                let connection = self.established(request, connection, Some(values));
+                self.record().returned = Some(connection.clone());
+                Ok(connection)
+            }
+            Err(error) => {
+                self.forget_unless_established();
+                Err(error)
+            }
+        }
+    }
+
+    fn established(
+        &self,
+        mut request: NetworkServiceRequest,
+        mut connection: Connection,
+        values: Option<Context>,
+    ) -> Connection {
+        connection.set_state(State::Up);
+        request.connection = Some(connection.clone());
+        let mut record = self.record();
+        record.phase = Phase::Established;
+        record.generation += 1;
+        record.request = request;
+        if let Some(values) = values {
+            record.values = values;
+        }
+        connection
+    }
+
+    fn forget_unless_established(self: &Arc<Self>) {
+        if self.record().phase != Phase::Established {
+            self.forget();
+        }
+    }
+
+    /// A close by the caller: with what the chain last returned, whatever the caller believes.
+    pub(super) async fn close(self: &Arc<Self>, _turn: &Turn, mut ctx: Context) -> Result<(), Error> {
+        let Some(connection) = self.connection() else { return Ok(()) };
+        ctx.factory = Some(EventFactory(self.clone()));
+        let result = self.next.close(CloseCall::new(connection, ctx)).await;
+        self.forget();
+        result
+    }
+
+    /// Replays the last request.
+    pub(super) async fn request_event(self: &Arc<Self>, _turn: &Turn, options: &EventOptions) -> Result<Fired, Error> {
+        let (mut request, generation) = {
+            let record = self.record();
+            if record.phase != Phase::Established {
+                return Ok(Fired::Skipped);
+            }
+            (record.request.clone(), record.generation)
+        };
+        if options.is_stale(generation) {
+            return Ok(Fired::Skipped);
+        }
+        if options.reselect {
+            let connection = request.connection.clone().unwrap_or_default();
+            if let Err(error) = self.next.close(CloseCall::new(connection, self.event_context())).await {
+                tracing::debug!(id = %self.id, %error, "closing the old branch before reselecting");
+            }
+            (self.reselect)(&mut request);
+        }
+        let connection = self.next.request(RequestCall::new(request.clone(), self.event_context())).await?;
+        let connection = self.established(request, connection, None);
+        Ok(Fired::Connection(Box::new(connection)))
+    }
+
+    /// Closes with the last connection.
+    pub(super) async fn close_event(self: &Arc<Self>, _turn: &Turn, options: &EventOptions) -> Result<Fired, Error> {
+        // A failed close is tried again on a forgotten entry, unless the id has come back to life since.
+        if options.is_stale(self.generation()) || self.is_superseded() {
+            return Ok(Fired::Skipped);
+        }
+        let connection = self.record().request.connection.clone().unwrap_or_default();
+        let result = self.next.close(CloseCall::new(connection, self.event_context())).await;
+        self.forget();
+        result.map(|()| Fired::Closed)
+    }
+}
