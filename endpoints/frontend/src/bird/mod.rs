@@ -1,0 +1,7 @@
+//! BIRD: its configuration, its control socket, its process.
+
+pub mod control;
+pub mod process;
+pub mod render;
+pub mod reply;
+pub mod status;
