@@ -1,1 +1,22 @@
 //! What every component shares: settings, logs, health, shutdown, dialling and serving.
+//!
+//! A component is `Settings` (clap, validated at once) and `run(settings, stop)`. The binary calls
+//! [`logging::init`] and [`shutdown::token`] once; everything else is called by the component itself.
+
+mod backoff;
+mod duration;
+mod error;
+pub mod health;
+pub mod logging;
+pub mod names;
+pub mod shutdown;
+#[cfg(feature = "storage")]
+pub mod storage;
+pub mod sysctl;
+mod watch;
+
+pub use backoff::Backoff;
+pub use duration::GoDuration;
+pub use error::Error;
+pub use health::{Health, Probe};
+pub use watch::{WatchEvent, watch_events, watch_loop};
