@@ -13,6 +13,7 @@ pub mod core;
 pub mod elements;
 pub mod path;
 pub mod remote;
+pub mod token;
 
 pub use crate::core::{
     Call, Candidates, Chain, ClientToken, CloseCall, Context, Element, ElementLayer, Error, FdChannel, FdTransceiver,

@@ -3,4 +3,7 @@
 pub mod begin;
 pub mod metadata;
 pub mod null;
+pub mod timeout;
+pub mod trimpath;
 pub mod updatepath;
+pub mod updatetoken;
