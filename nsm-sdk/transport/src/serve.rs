@@ -1,0 +1,118 @@
+//! Incoming connections.
+
+use crate::{Error, Listener, Stream, Transport, stream::Socket, transport::chain};
+use rustls::ServerConfig;
+use std::{io, sync::Arc, time::Duration};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_rustls::{TlsAcceptor, TlsStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{service::Routes, transport::Server};
+
+/// Handshakes at the same time; further connections wait in the kernel's queue.
+const HANDSHAKES: usize = 64;
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// What calls in progress get when the server stops. Streams never end by themselves, so they are cut after it.
+const GRACE: Duration = Duration::from_millis(300);
+/// Pause after an accept that failed for lack of file descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Pings to clients, which may have died without a word. Clients of all stacks answer them.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+
+impl Transport {
+    /// Serves until `stop`; then calls in progress get a moment, streams are cut, and every connection is closed when it returns.
+    ///
+    /// Each request's extensions carry a [`crate::ConnInfo`].
+    ///
+    /// # Errors
+    /// The HTTP/2 server fails. A connection that fails its handshake is dropped and is no error.
+    pub async fn serve(&self, listeners: Vec<Listener>, routes: Routes, stop: CancellationToken) -> Result<(), Error> {
+        let (cut, (ready, incoming)) = (CancellationToken::new(), mpsc::channel(HANDSHAKES));
+        let acceptor = Acceptor { tls: self.server_config(), ready, stop: stop.clone(), cut: cut.clone() };
+        let mut accepting = JoinSet::new();
+        for listener in listeners {
+            accepting.spawn(acceptor.clone().accept_loop(listener));
+        }
+        drop(acceptor);
+        let cutter = {
+            let (stop, cut) = (stop.clone(), cut.clone());
+            tokio::spawn(async move {
+                stop.cancelled().await;
+                sleep(GRACE).await;
+                cut.cancel();
+            })
+        };
+        let result = Server::builder()
+            .http2_keepalive_interval(Some(PING_INTERVAL))
+            .http2_keepalive_timeout(Some(PING_TIMEOUT))
+            .add_routes(routes)
+            .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop.cancelled_owned())
+            .await
+            .map_err(|cause| Error::Serve(chain(&cause)));
+        cutter.abort();
+        cut.cancel();
+        accepting.shutdown().await;
+        result
+    }
+}
+
+#[derive(Clone)]
+struct Acceptor {
+    tls: Option<Arc<ServerConfig>>,
+    ready: mpsc::Sender<io::Result<Stream>>,
+    stop: CancellationToken,
+    cut: CancellationToken,
+}
+
+impl Acceptor {
+    /// Accepts for ever. Handshakes run beside it: a client that is slow or silent holds up nobody.
+    async fn accept_loop(self, listener: Listener) {
+        let (slots, mut handshakes) = (Arc::new(Semaphore::new(HANDSHAKES)), JoinSet::new());
+        loop {
+            while handshakes.try_join_next().is_some() {}
+            let accepted = tokio::select! {
+                () = self.stop.cancelled() => return,
+                accepted = async {
+                    let slot = slots.clone().acquire_owned().await.ok();
+                    listener.accept().await.map(|socket| (slot, socket))
+                } => accepted,
+            };
+            match accepted {
+                Ok((slot, socket)) => {
+                    let acceptor = self.clone();
+                    handshakes.spawn(async move {
+                        acceptor.finish(socket).await;
+                        drop(slot);
+                    });
+                }
+                Err(cause) => {
+                    tracing::debug!(address = %listener.address(), %cause, "connection not accepted");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn finish(self, socket: Socket) {
+        match self.handshake(socket).await {
+            Ok(stream) => {
+                // A full queue or a stopped server: either way the connection's fate is decided there.
+                let _ = self.ready.send(Ok(stream.cut_by(self.cut.cancelled_owned()))).await;
+            }
+            Err(cause) => tracing::debug!(%cause, "handshake failed"),
+        }
+    }
+
+    async fn handshake(&self, socket: Socket) -> io::Result<Stream> {
+        let Some(config) = &self.tls else { return Ok(Stream::plain(socket)) };
+        let session = timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config.clone()).accept(socket))
+            .await
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "handshake took too long"))??;
+        Stream::tls(TlsStream::Server(session))
+    }
+}

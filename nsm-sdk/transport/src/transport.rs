@@ -1,0 +1,225 @@
+//! Outgoing connections.
+
+use crate::{Address, Error, FdStream, FdTransceiver, PerRpcToken, Stream, stream::Socket};
+use hyper_util::rt::TokioIo;
+use nsm_identity::{Peer, X509Source};
+use rustls::{ClientConfig, ServerConfig, pki_types::ServerName};
+use std::{
+    io,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::{
+    net::{TcpStream, UnixStream},
+    time::timeout,
+};
+use tokio_rustls::{TlsConnector, TlsStream};
+use tonic::{
+    service::interceptor::InterceptedService,
+    transport::{Channel, Endpoint},
+};
+
+/// Connecting and TLS handshake of a lazy channel together. A dead host must not hold up calls for longer.
+const CHANNEL_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// HTTP/2 pings. Without them a client goes on using a TCP connection that has silently died; with them a grpc-go server that was not
+/// configured for it answers `too_many_pings`: use them towards Meridio's own services only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeepAlive {
+    /// Time between pings.
+    pub interval: Duration,
+    /// How long an answer may take.
+    pub timeout: Duration,
+}
+
+impl Default for KeepAlive {
+    fn default() -> Self {
+        Self { interval: Duration::from_secs(30), timeout: Duration::from_secs(10) }
+    }
+}
+
+/// How this process connects and serves. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Transport {
+    tls: Option<Tls>,
+    keep_alive: Option<KeepAlive>,
+    max_token_lifetime: Duration,
+}
+
+#[derive(Clone, Debug)]
+struct Tls {
+    source: X509Source,
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+}
+
+/// One established connection. It does not reconnect: when it ends, calls on the channel fail.
+#[derive(Clone, Debug)]
+pub struct Link {
+    /// For clients that need no token.
+    pub channel: Channel,
+    /// Who answered; `None` without TLS.
+    pub peer: Option<Peer>,
+    /// Descriptors of this connection; `None` on TCP.
+    pub fds: Option<FdTransceiver>,
+    credentials: Option<PerRpcToken>,
+}
+
+impl Link {
+    /// What adds this link's token to each call; `None` without TLS.
+    pub fn credentials(&self) -> Option<PerRpcToken> {
+        self.credentials.clone()
+    }
+
+    /// The channel with a fresh token in each call (none without TLS).
+    pub fn with_token(&self) -> InterceptedService<Channel, OptionalToken> {
+        InterceptedService::new(self.channel.clone(), OptionalToken(self.credentials.clone()))
+    }
+}
+
+/// A [`PerRpcToken`], or nothing on connections without TLS.
+#[derive(Clone, Debug)]
+pub struct OptionalToken(Option<PerRpcToken>);
+
+impl tonic::service::Interceptor for OptionalToken {
+    fn call(&mut self, request: tonic::Request<()>) -> Result<tonic::Request<()>, tonic::Status> {
+        match &mut self.0 {
+            Some(token) => token.call(request),
+            None => Ok(request),
+        }
+    }
+}
+
+impl Transport {
+    /// Mutual TLS with the identities of `source`, on unix sockets too.
+    pub fn new(source: X509Source) -> Result<Self, Error> {
+        let (client, server) = (source.client_config()?, source.server_config()?);
+        let tls = Some(Tls { source, client, server });
+        Ok(Self { tls, keep_alive: None, max_token_lifetime: DEFAULT_TOKEN_LIFETIME })
+    }
+
+    /// No TLS: for sockets that are protected by where they are, and for tests.
+    pub fn insecure() -> Self {
+        Self { tls: None, keep_alive: None, max_token_lifetime: DEFAULT_TOKEN_LIFETIME }
+    }
+
+    /// The same with HTTP/2 pings on outgoing connections. Off by default.
+    #[must_use]
+    pub fn with_keep_alive(mut self, keep_alive: Option<KeepAlive>) -> Self {
+        self.keep_alive = keep_alive;
+        self
+    }
+
+    /// The same with another life of per-RPC tokens. 10 minutes by default.
+    #[must_use]
+    pub fn with_max_token_lifetime(mut self, lifetime: Duration) -> Self {
+        self.max_token_lifetime = lifetime;
+        self
+    }
+
+    /// The identity; `None` without TLS.
+    pub fn source(&self) -> Option<&X509Source> {
+        self.tls.as_ref().map(|tls| &tls.source)
+    }
+
+    pub(crate) fn server_config(&self) -> Option<Arc<ServerConfig>> {
+        self.tls.as_ref().map(|tls| tls.server.clone())
+    }
+
+    /// Connects once, TLS handshake included, and returns who answered.
+    ///
+    /// # Errors
+    /// Nobody answers within `limit`, or one side refuses the other.
+    pub async fn dial(&self, address: &Address, limit: Duration) -> Result<Link, Error> {
+        let fail = |cause: String| Error::Connect { address: address.to_string(), cause };
+        let connecting = async {
+            let stream = self.connect(address).await.map_err(|cause| fail(cause.to_string()))?;
+            let info = stream.info().clone();
+            let slot = Arc::new(Mutex::new(Some(stream)));
+            let channel = self
+                .endpoint()
+                .connect_with_connector(tower::service_fn(move |_| {
+                    let stream = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+                    let gone = || io::Error::new(io::ErrorKind::NotConnected, "the connection has ended");
+                    std::future::ready(stream.map(TokioIo::new).ok_or_else(gone))
+                }))
+                .await
+                .map_err(|cause| fail(chain(&cause)))?;
+            Ok::<_, Error>((info, channel))
+        };
+        let (info, channel) =
+            timeout(limit, connecting).await.map_err(|_| fail(format!("no connection within {limit:?}")))??;
+        let credentials = self
+            .tls
+            .as_ref()
+            .zip(info.peer.clone())
+            .map(|(tls, peer)| PerRpcToken::new(tls.source.clone(), peer, self.max_token_lifetime));
+        Ok(Link { channel, peer: info.peer, fds: info.fds, credentials })
+    }
+
+    /// A channel that connects at the first call, and again after each loss.
+    pub fn channel(&self, address: &Address) -> Channel {
+        let (transport, address) = (self.clone(), address.clone());
+        self.endpoint().connect_with_connector_lazy(tower::service_fn(move |_| {
+            let (transport, address) = (transport.clone(), address.clone());
+            async move {
+                let stream = timeout(CHANNEL_CONNECT_TIMEOUT, transport.connect(&address))
+                    .await
+                    .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer from {address}")))?
+                    .map_err(|cause| io::Error::new(cause.kind(), format!("cannot connect to {address}: {cause}")))?;
+                Ok::<_, io::Error>(TokioIo::new(stream))
+            }
+        }))
+    }
+
+    /// The authority has to be one that every HTTP/2 stack accepts: a socket's path would not be. It is what Go sends.
+    fn endpoint(&self) -> Endpoint {
+        let endpoint = Endpoint::from_static("http://localhost");
+        match self.keep_alive {
+            None => endpoint,
+            Some(keep_alive) => endpoint
+                .http2_keep_alive_interval(keep_alive.interval)
+                .keep_alive_timeout(keep_alive.timeout)
+                .keep_alive_while_idle(true),
+        }
+    }
+
+    async fn connect(&self, address: &Address) -> io::Result<Stream> {
+        let socket = match address {
+            Address::Unix(path) => Socket::Unix(FdStream::new(UnixStream::connect(path).await?)),
+            Address::Tcp(host) => {
+                let host = if host.starts_with(':') { format!("localhost{host}") } else { host.clone() };
+                let socket = TcpStream::connect(host).await?;
+                socket.set_nodelay(true)?;
+                Socket::Tcp(socket)
+            }
+        };
+        let Some(tls) = &self.tls else { return Ok(Stream::plain(socket)) };
+        let session = TlsConnector::from(tls.client.clone()).connect(server_name(address), socket).await?;
+        Stream::tls(TlsStream::Client(session))
+    }
+}
+
+const DEFAULT_TOKEN_LIFETIME: Duration = Duration::from_secs(600);
+
+/// Only a hint to the server; nobody checks it.
+fn server_name(address: &Address) -> ServerName<'static> {
+    let localhost = || ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
+    match address {
+        Address::Unix(_) => ServerName::try_from("localhost").unwrap_or_else(|_| localhost()),
+        Address::Tcp(host) => {
+            let name = host.rsplit_once(':').map_or("", |(name, _)| name).trim_matches(['[', ']']);
+            ServerName::try_from(name.to_owned()).unwrap_or_else(|_| localhost())
+        }
+    }
+}
+
+pub(crate) fn chain(cause: &dyn std::error::Error) -> String {
+    let mut text = cause.to_string();
+    let mut next = cause.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
+}
