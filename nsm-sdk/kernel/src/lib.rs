@@ -1,1 +1,15 @@
 //! Linux kernel side of network services: namespaces, links, addresses, routes, rules, neighbours.
+//!
+//! Everything that changes the kernel here follows one pattern: a desired state, a pure function that compares it with what was
+//! read back and gives a plan, and a thin loop that applies the plan until nothing is left to do. Applying the same desired
+//! state twice writes nothing the second time.
+
+pub mod error;
+pub mod netlink;
+pub mod netns;
+pub mod sysctl;
+pub mod wire;
+
+pub use error::Error;
+pub use netlink::{Link, Mac, NextHop, Netlink, Route, RouteKind, Rule};
+pub use netns::{Netns, NetnsId};

@@ -1,0 +1,126 @@
+//! Route netlink of one namespace: typed reads (dumps) and single changes. No policy lives here.
+
+mod address;
+mod link;
+mod neighbour;
+mod nsid;
+mod route;
+mod rule;
+
+use std::io;
+
+use futures_util::StreamExt;
+use rtnetlink::Handle;
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+
+use crate::Error;
+
+pub use address::Address;
+pub use link::{BRIDGE, Link, LinkChange, Mac, VXLAN, VethEnd, VxlanParameters, mac_from_seed};
+pub use neighbour::{Neighbour, NeighbourState};
+pub use route::{NextHop, Route, RouteKind, TABLE_MAIN};
+pub use rule::{PortRange, Rule};
+
+pub(crate) use link::parse_link;
+pub(crate) use neighbour::parse_neighbour;
+pub(crate) use route::parse_route;
+
+const DUMP_INTERRUPTED: u16 = 0x10;
+/// A dump that the kernel reports as torn by a concurrent change is repeated, but not for ever.
+const DUMP_TRIES: usize = 5;
+
+pub(crate) const CREATE: u16 = NLM_F_CREATE | NLM_F_EXCL;
+pub(crate) const REPLACE: u16 = NLM_F_CREATE | NLM_F_REPLACE;
+
+/// A route netlink socket. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Netlink {
+    handle: Handle,
+}
+
+impl Netlink {
+    /// Opens a socket in the namespace of the calling thread; its connection runs on the current runtime and ends with the last clone.
+    pub fn open() -> Result<Self, Error> {
+        let (connection, handle, _) =
+            rtnetlink::new_connection_with_strict_check().map_err(|e| Error::io("open netlink socket", e))?;
+        tokio::spawn(connection);
+        Ok(Netlink { handle })
+    }
+
+    /// The library's own handle, for requests that this crate has no method for.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Sends a change and waits for the kernel's acknowledgement.
+    pub(crate) async fn change(
+        &self,
+        what: impl FnOnce() -> String,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<(), Error> {
+        match self.exchange(message, NLM_F_REQUEST | NLM_F_ACK | flags).await {
+            Ok(_) => Ok(()),
+            Err(failure) => Err(failure.describe(what())),
+        }
+    }
+
+    /// Asks for one object.
+    pub(crate) async fn get(&self, what: &str, message: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Error> {
+        let answer = self.exchange(message, NLM_F_REQUEST | NLM_F_ACK).await;
+        answer.map(|(messages, _)| messages).map_err(|failure| failure.describe(what.to_string()))
+    }
+
+    /// Reads all objects that match `message`.
+    pub(crate) async fn dump(&self, what: &str, message: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Error> {
+        let mut found = Vec::new();
+        for _ in 0..DUMP_TRIES {
+            let answer = self.exchange(message.clone(), NLM_F_REQUEST | NLM_F_DUMP).await;
+            let (messages, torn) = answer.map_err(|failure| failure.describe(what.to_string()))?;
+            found = messages;
+            if !torn {
+                return Ok(found);
+            }
+        }
+        Ok(found)
+    }
+
+    async fn exchange(
+        &self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<(Vec<RouteNetlinkMessage>, bool), Failure> {
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = flags;
+        let mut handle = self.handle.clone();
+        let mut answers = handle.request(request).map_err(|e| Failure::Connection(e.to_string()))?;
+        let (mut found, mut torn) = (Vec::new(), false);
+        while let Some(answer) = answers.next().await {
+            torn |= answer.header.flags & DUMP_INTERRUPTED != 0;
+            match answer.payload {
+                NetlinkPayload::InnerMessage(inner) => found.push(inner),
+                NetlinkPayload::Error(error) if error.code.is_some() => return Err(Failure::Kernel(error.to_io())),
+                NetlinkPayload::Overrun(_) => torn = true,
+                _ => {}
+            }
+        }
+        Ok((found, torn))
+    }
+}
+
+enum Failure {
+    Kernel(io::Error),
+    Connection(String),
+}
+
+impl Failure {
+    fn describe(self, what: String) -> Error {
+        match self {
+            Failure::Kernel(source) => Error::Netlink { what, source },
+            Failure::Connection(cause) => Error::Connection { what, cause },
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! Wires: the link of one connection, made by a forwarder between two namespaces of one node (veth) or between a
+//! namespace and another node (VXLAN).
+//!
+//! Interfaces are found again by alias. One that carries our alias and leads to the right peer is adopted (same index,
+//! nothing lost); one that carries our alias and leads elsewhere is stale and is replaced; one that has our
+//! name and somebody else's alias is an error, never touched.
+
+use crate::error::ignore_missing;
+use crate::netlink::{Link, LinkChange, VXLAN, VethEnd, VxlanParameters, mac_from_seed};
+use crate::{Error, Netns, sysctl};
+
+const VETH: &str = "veth";
+/// Longest name of an interface in bytes (`IFNAMSIZ - 1`).
+pub const NAME_MAX: usize = 15;
+
+/// One end of a wire: where, under which name, recognised by which alias.
+#[derive(Clone, Debug)]
+pub struct End {
+    /// Namespace of the interface.
+    pub netns: Netns,
+    /// Its final name.
+    pub name: String,
+    /// Its alias, see [`client_alias`] and [`endpoint_alias`].
+    pub alias: String,
+}
+
+/// Alias of the interface on the client's side of a connection: `server-<id of the first path segment>`.
+pub fn client_alias(first_segment_id: &str) -> String {
+    format!("server-{first_segment_id}")
+}
+
+/// Alias of the interface on the endpoint's side of a connection: `client-<id of the first path segment>`.
+pub fn endpoint_alias(first_segment_id: &str) -> String {
+    format!("client-{first_segment_id}")
+}
+
+/// A wire that shall exist.
+#[derive(Clone, Debug)]
+pub enum Wire {
+    /// Both ends on this node.
+    Veth {
+        /// The client's end.
+        client: End,
+        /// The endpoint's end.
+        endpoint: End,
+    },
+    /// One end on this node, the other one on another.
+    Vxlan {
+        /// The end on this node.
+        end: End,
+        /// The node's own namespace: the underlay socket stays in it.
+        underlay: Netns,
+        /// Tunnel parameters.
+        tunnel: VxlanParameters,
+    },
+}
+
+/// A wire that exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Made {
+    /// True if it had to be made, false if it was adopted.
+    pub created: bool,
+    /// Interface index of the client's end, or of the only end on this node.
+    pub first: u32,
+    /// Interface index of the endpoint's end, of a veth.
+    pub second: Option<u32>,
+}
+
+/// What has to be done for a wire; computed from what was read.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct WirePlan {
+    /// Indexes of stale interfaces in the first end's namespace.
+    pub delete_first: Vec<u32>,
+    /// Indexes of stale interfaces in the second end's namespace.
+    pub delete_second: Vec<u32>,
+    /// The ends that can be adopted; otherwise the wire has to be made.
+    pub adopt: Option<(u32, Option<u32>)>,
+}
+
+fn check_name(end: &End) -> Result<(), Error> {
+    let name = &end.name;
+    let fit = !name.is_empty() && name.len() <= NAME_MAX && name != "." && name != "..";
+    if fit && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control()) {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("{name:?} is not an interface name (1 to {NAME_MAX} bytes, no space, '/' or ':')")))
+}
+
+/// Interfaces with our alias, unless one with our name is foreign.
+fn ours<'a>(end: &End, links: &'a [Link]) -> Result<Vec<&'a Link>, Error> {
+    if let Some(other) = links.iter().find(|l| l.name == end.name && l.alias != end.alias) {
+        let (name, alias, wanted) = (end.name.clone(), other.alias.clone(), end.alias.clone());
+        return Err(Error::Foreign { name, alias, wanted });
+    }
+    Ok(links.iter().filter(|l| l.alias == end.alias).collect())
+}
+
+/// Compares a veth wire with the interfaces of both namespaces.
+pub fn plan_veth(a: &End, b: &End, in_a: &[Link], in_b: &[Link]) -> Result<WirePlan, Error> {
+    let named = |end: &End, links: &[Link]| {
+        // No alias yet: made by us, and interrupted before the alias was set, if the whole pair looks like it.
+        let fits = |l: &&Link| l.name == end.name && l.kind == VETH && (l.alias == end.alias || l.alias.is_empty());
+        links.iter().find(fits).cloned()
+    };
+    if let (Some(la), Some(lb)) = (named(a, in_a), named(b, in_b))
+        && la.peer == Some(lb.index)
+        && lb.peer == Some(la.index)
+    {
+        return Ok(WirePlan { adopt: Some((la.index, Some(lb.index))), ..Default::default() });
+    }
+    let index = |links: Vec<&Link>| links.iter().map(|l| l.index).collect();
+    Ok(WirePlan { delete_first: index(ours(a, in_a)?), delete_second: index(ours(b, in_b)?), adopt: None })
+}
+
+/// Compares a VXLAN wire with the interfaces of the end's namespace.
+pub fn plan_vxlan(end: &End, tunnel: &VxlanParameters, links: &[Link]) -> Result<WirePlan, Error> {
+    let ours = ours(end, links)?;
+    let fits = |l: &&&Link| l.name == end.name && l.kind == VXLAN && l.vxlan.as_ref() == Some(tunnel);
+    if let Some(link) = ours.iter().find(fits) {
+        return Ok(WirePlan { adopt: Some((link.index, None)), ..Default::default() });
+    }
+    Ok(WirePlan { delete_first: ours.iter().map(|l| l.index).collect(), ..Default::default() })
+}
+
+/// Sees to it that the wire exists, by adopting, replacing or making it; both ends are up afterwards.
+pub async fn ensure(wire: &Wire) -> Result<Made, Error> {
+    match wire {
+        Wire::Veth { client, endpoint } => ensure_veth(client, endpoint).await,
+        Wire::Vxlan { end, underlay, tunnel } => ensure_vxlan(end, underlay, tunnel).await,
+    }
+}
+
+async fn ensure_veth(a: &End, b: &End) -> Result<Made, Error> {
+    check_name(a)?;
+    check_name(b)?;
+    let (na, nb) = (a.netns.netlink().await?, b.netns.netlink().await?);
+    let plan = plan_veth(a, b, &na.links().await?, &nb.links().await?)?;
+    for index in &plan.delete_first {
+        ignore_missing(na.link_delete(*index).await)?;
+    }
+    for index in &plan.delete_second {
+        ignore_missing(nb.link_delete(*index).await)?;
+    }
+    if plan.adopt.is_none() {
+        let end = |e: &End| VethEnd { netns: e.netns.clone(), name: e.name.clone(), mac: mac_from_seed(&e.alias) };
+        na.veth_create(&end(a), &end(b), None).await?;
+    }
+    let created = plan.adopt.is_none();
+    let (first, second) = (activate(a, created).await?, activate(b, created).await?);
+    Ok(Made { created, first, second: Some(second) })
+}
+
+/// Name that a VXLAN device has in the node's namespace between being made and being moved: always the same for one
+/// connection, so that one that a crash left behind is found.
+fn transit_name(alias: &str) -> String {
+    let mac = mac_from_seed(alias).0;
+    mac.iter().fold(String::from("vx"), |name, byte| format!("{name}{byte:02x}"))
+}
+
+async fn ensure_vxlan(end: &End, underlay: &Netns, tunnel: &VxlanParameters) -> Result<Made, Error> {
+    check_name(end)?;
+    let netlink = end.netns.netlink().await?;
+    let plan = plan_vxlan(end, tunnel, &netlink.links().await?)?;
+    if let Some((index, _)) = plan.adopt {
+        activate(end, false).await?;
+        return Ok(Made { created: false, first: index, second: None });
+    }
+    for index in &plan.delete_first {
+        ignore_missing(netlink.link_delete(*index).await)?;
+    }
+    let node = underlay.netlink().await?;
+    let transit = transit_name(&end.alias);
+    if let Some(left) = node.link_by_name(&transit).await? {
+        ignore_missing(node.link_delete(left.index).await)?;
+    }
+    node.vxlan_create(&transit, tunnel, mac_from_seed(&end.alias)).await?;
+    let made = node.link_by_name(&transit).await?.ok_or_else(|| Error::NoLink(transit.clone()))?;
+    let change = LinkChange {
+        alias: Some(end.alias.clone()),
+        move_to: Some((end.netns.clone(), end.name.clone())),
+        ..Default::default()
+    };
+    if let Err(e) = node.link_change(made.index, &change).await {
+        ignore_missing(node.link_delete(made.index).await)?;
+        return Err(e);
+    }
+    let first = activate(end, true).await?;
+    Ok(Made { created: true, first, second: None })
+}
+
+/// Sets alias and "up" where they are missing; returns the interface's index.
+async fn activate(end: &End, created: bool) -> Result<u32, Error> {
+    let netlink = end.netns.netlink().await?;
+    if created {
+        let name = end.name.clone();
+        end.netns.run(move || sysctl::prepare_interface_here(&name)).await?;
+    }
+    let link = netlink.link_by_name(&end.name).await?.ok_or_else(|| Error::NoLink(end.name.clone()))?;
+    if !link.up || link.alias != end.alias {
+        let change = LinkChange { up: Some(true), alias: Some(end.alias.clone()), ..Default::default() };
+        netlink.link_change(link.index, &change).await?;
+    }
+    Ok(link.index)
+}
+
+/// Deletes the interface with this alias in a namespace. True if there was one.
+pub async fn remove_by_alias(netns: &Netns, alias: &str) -> Result<bool, Error> {
+    let netlink = netns.netlink().await?;
+    let mut found = false;
+    for link in netlink.links().await?.iter().filter(|l| l.alias == alias) {
+        found = true;
+        ignore_missing(netlink.link_delete(link.index).await)?;
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+#[path = "wire_tests.rs"]
+mod tests;

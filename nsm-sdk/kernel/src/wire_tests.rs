@@ -1,0 +1,89 @@
+use super::*;
+
+fn link(index: u32, name: &str, alias: &str, peer: Option<u32>) -> Link {
+    Link {
+        index,
+        name: name.into(),
+        alias: alias.into(),
+        kind: VETH.into(),
+        mac: None,
+        mtu: 1500,
+        up: true,
+        running: true,
+        master: None,
+        peer,
+        vxlan: None,
+    }
+}
+
+fn ends() -> (End, End) {
+    let (a, b) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+    (
+        End { netns: a, name: "nsm-0".into(), alias: client_alias("id") },
+        End { netns: b, name: "conduit-a".into(), alias: endpoint_alias("id") },
+    )
+}
+
+#[test]
+fn right_pair_is_adopted_and_wrong_one_replaced() {
+    let (a, b) = ends();
+    let la = link(5, "nsm-0", "server-id", Some(7));
+    let lb = link(7, "conduit-a", "client-id", Some(5));
+    let plan = plan_veth(&a, &b, std::slice::from_ref(&la), std::slice::from_ref(&lb)).unwrap();
+    assert_eq!(plan.adopt, Some((5, Some(7))));
+    // Interrupted before the aliases were set.
+    let plan = plan_veth(&a, &b, &[link(5, "nsm-0", "", Some(7))], &[link(7, "conduit-a", "", Some(5))]).unwrap();
+    assert_eq!(plan.adopt, Some((5, Some(7))));
+    // Leads elsewhere: replaced. Another name: recreated.
+    let plan = plan_veth(&a, &b, std::slice::from_ref(&la), &[]).unwrap();
+    assert_eq!(plan, WirePlan { delete_first: vec![5], ..Default::default() });
+    let renamed = link(5, "nsm-9", "server-id", Some(7));
+    let plan = plan_veth(&a, &b, &[renamed], &[lb]).unwrap();
+    assert_eq!(plan, WirePlan { delete_first: vec![5], delete_second: vec![7], adopt: None });
+}
+
+#[test]
+fn foreign_interface_is_an_error() {
+    let (a, b) = ends();
+    let error = plan_veth(&a, &b, &[link(5, "nsm-0", "server-other", Some(7))], &[]).unwrap_err();
+    assert!(error.to_string().contains("nsm-0"), "{error}");
+    assert!(matches!(error, Error::Foreign { .. }));
+    let long = End { name: "sixteen-bytes-xx".into(), ..a };
+    assert!(check_name(&long).is_err());
+}
+
+#[tokio::test]
+async fn veth_is_made_once_and_adopted_after() {
+    let (client, endpoint) = ends();
+    let wire = Wire::Veth { client: client.clone(), endpoint: endpoint.clone() };
+    let started = std::time::Instant::now();
+    let made = ensure(&wire).await.unwrap();
+    println!("veth made in {:?}", started.elapsed());
+    assert!(made.created);
+    let link = client.netns.netlink().await.unwrap().link_by_name("nsm-0").await.unwrap().unwrap();
+    assert_eq!(link.alias, "server-id");
+    assert_eq!(link.mac, Some(mac_from_seed("server-id")));
+    let again = ensure(&wire).await.unwrap();
+    assert_eq!(again, Made { created: false, ..made });
+    // One end in another namespace now: the pair is made anew.
+    let elsewhere = End { netns: Netns::anonymous().unwrap(), ..endpoint };
+    let moved = ensure(&Wire::Veth { client: client.clone(), endpoint: elsewhere.clone() }).await.unwrap();
+    assert!(moved.created);
+    assert!(remove_by_alias(&elsewhere.netns, &elsewhere.alias).await.unwrap());
+    assert!(client.netns.netlink().await.unwrap().link_by_name("nsm-0").await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn end_of_a_namespace_is_noticed_by_its_id() {
+    let (client, endpoint) = ends();
+    let netlink = client.netns.netlink().await.unwrap();
+    let id = netlink.nsid_of(&endpoint.netns).await.unwrap();
+    assert_eq!(netlink.nsid_of(&endpoint.netns).await.unwrap(), id);
+    assert!(netlink.nsid_alive(id).await.unwrap());
+    drop(endpoint);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    while netlink.nsid_alive(id).await.unwrap() {
+        assert!(std::time::Instant::now() < deadline, "namespace lives on");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
