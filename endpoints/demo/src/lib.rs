@@ -7,3 +7,4 @@ pub mod fabric;
 pub mod namespace;
 pub mod process;
 pub mod topology;
+pub mod traffic;
