@@ -17,7 +17,8 @@ use tokio::{
     net::UnixStream,
 };
 
-/// Descriptors that one `recvmsg` has room for, and that one write sends at most: as many as Go's side does.
+/// Descriptors that one `recvmsg` has room for. The kernel ends a read at each message with descriptors, so one would do for peers
+/// that send them one by one.
 const PER_MESSAGE: usize = 64;
 
 /// A unix stream socket that sends queued descriptors with its bytes and files those that arrive. TLS goes on top.
@@ -75,7 +76,7 @@ impl FdStream {
     /// filled up on the way; descriptors that found no byte stay queued.
     fn try_send(&self, bytes: &[u8]) -> io::Result<usize> {
         let mut sent = 0;
-        while sent < bytes.len().min(PER_MESSAGE)
+        while sent < bytes.len()
             && let Some(fd) = self.fds.next_queued()
         {
             match self.send_with_fd(bytes.get(sent..=sent).unwrap_or_default(), &fd) {
