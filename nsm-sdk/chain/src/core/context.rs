@@ -14,6 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 /// The token a client sent in gRPC metadata with this call.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +55,8 @@ pub struct Context {
     pub factory: Option<EventFactory>,
     /// The next hop; set by `dial` or `clientconn`. Its peer and descriptors are those of the outgoing side.
     pub remote: Option<Remote>,
+    /// Ends a replayed operation early because a close is waiting behind it. Waits for other processes heed it.
+    pub cancel: Option<CancellationToken>,
     /// Typed values of elements that this crate does not know; see [`Context::insert_extension`].
     pub extensions: Extensions,
 }
@@ -92,6 +95,23 @@ impl Context {
         self.deadline.unwrap_or_else(|| Instant::now() + bound)
     }
 
+    /// Waits for `future` until the deadline (or `bound`, if there is none) or until a close cuts it short.
+    pub async fn bounded<T>(&self, bound: Duration, future: impl Future<Output = T>) -> Result<T, tonic::Code> {
+        let cancelled = async {
+            match &self.cancel {
+                Some(cancel) => cancel.cancelled().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            result = tokio::time::timeout_at(self.deadline_or(bound), future) => {
+                result.map_err(|_| tonic::Code::DeadlineExceeded)
+            }
+            () = cancelled => Err(tonic::Code::Cancelled),
+        }
+    }
+
     /// A value of type `T` that an element above has added.
     pub fn extension<T: Send + Sync + 'static>(&self) -> Option<Arc<T>> {
         let value = self.extensions.0.as_ref()?.get(&TypeId::of::<T>())?;
@@ -126,9 +146,9 @@ pub struct Postponed {
 }
 
 impl Postponed {
-    /// The same values with a deadline counted from now.
+    /// The same values with a deadline counted from now; nothing ends a clean-up early.
     pub fn context(&self) -> Context {
-        Context { deadline: self.time.map(|time| Instant::now() + time), ..self.ctx.clone() }
+        Context { deadline: self.time.map(|time| Instant::now() + time), cancel: None, ..self.ctx.clone() }
     }
 
     /// The time that was left.

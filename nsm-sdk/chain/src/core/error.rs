@@ -13,12 +13,17 @@ pub struct Error {
     connection: String,
     message: String,
     code: Code,
+    /// The text comes from another process, which has named element and connection.
+    verbatim: bool,
     #[source]
     cause: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.verbatim {
+            return f.write_str(&self.message);
+        }
         f.write_str(self.element)?;
         if !self.connection.is_empty() {
             write!(f, " (connection {})", self.connection)?;
@@ -30,7 +35,14 @@ impl fmt::Display for Error {
 impl Error {
     /// A failure with code UNKNOWN, which is what most NSM errors carry.
     pub fn new(element: &'static str, connection: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { element, connection: connection.into(), message: message.into(), code: Code::Unknown, cause: None }
+        Self {
+            element,
+            connection: connection.into(),
+            message: message.into(),
+            code: Code::Unknown,
+            verbatim: false,
+            cause: None,
+        }
     }
 
     /// The same with another code.
@@ -48,15 +60,16 @@ impl Error {
         self
     }
 
-    /// A failure that another process answered with.
+    /// The failure of a call to another process. What that process answered is passed on as it is, so that an error
+    /// that crosses five hops still reads as one sentence; what the transport says gets the URL.
     pub fn remote(element: &'static str, connection: impl Into<String>, url: &str, status: Status) -> Self {
-        Self {
-            element,
-            connection: connection.into(),
-            message: format!("{url} answered: {}", status.message()),
-            code: status.code(),
-            cause: Some(Arc::new(status)),
-        }
+        let local = std::error::Error::source(&status).is_some() || status.message().is_empty();
+        let code = status.code();
+        let message = match local {
+            true => format!("calling {url}: {code:?} {}", status.message()),
+            false => status.message().to_owned(),
+        };
+        Self { code, verbatim: !local, cause: Some(Arc::new(status)), ..Self::new(element, connection, message) }
     }
 
     /// The deadline of the call has passed.

@@ -8,7 +8,6 @@ mod element;
 mod error;
 mod fd;
 mod metadata;
-mod peer;
 mod task;
 
 pub use call::{Call, CloseCall, Operation, Outcome, RequestCall};
@@ -18,7 +17,7 @@ pub use element::{Element, ElementLayer, Next, unwind};
 pub use error::Error;
 pub use fd::{FdChannel, FdTransceiver};
 pub use metadata::{Key, Metadata, Side};
-pub use peer::Peer;
+pub use nsm_identity::Peer;
 pub use task::Task;
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ pub(crate) async fn close(chain: &Chain, id: &str) -> Result<(), Error> {
 pub(crate) fn tokens(name: &'static str) -> crate::token::Tokens {
     let hour = std::time::Duration::from_secs(3600);
     std::sync::Arc::new(move |_: Option<&crate::Peer>| {
-        Ok(crate::token::PathToken { jwt: name.to_owned(), expires: crate::clock::now() + hour })
+        Ok(crate::token::Token { jwt: name.to_owned(), expires: crate::clock::now() + hour })
     })
 }
 

@@ -54,6 +54,8 @@ pub(super) struct Entry {
     entries: Weak<Entries>,
     record: Mutex<Record>,
     pub(super) closed: CancellationToken,
+    /// A close is in the line: replays under way should hurry.
+    pub(super) closing: CancellationToken,
 }
 
 impl Entry {
@@ -67,6 +69,7 @@ impl Entry {
             entries,
             record: Mutex::default(),
             closed: CancellationToken::new(),
+            closing: CancellationToken::new(),
         })
     }
 
@@ -111,7 +114,8 @@ impl Entry {
     fn event_context(self: &Arc<Self>) -> Context {
         let record = self.record();
         let deadline = record.time.flatten().map(|time| Instant::now() + time);
-        Context { deadline, factory: Some(EventFactory(self.clone())), ..record.values.clone() }
+        let (factory, cancel) = (Some(EventFactory(self.clone())), Some(self.closing.clone()));
+        Context { deadline, factory, cancel, ..record.values.clone() }
     }
 
     /// A request by the caller. `time` is what it was given on arrival.
@@ -222,7 +226,8 @@ impl Entry {
             return Ok(Fired::Skipped);
         }
         let connection = self.record().request.connection.clone().unwrap_or_default();
-        let result = self.next.close(CloseCall::new(connection, self.event_context())).await;
+        let ctx = Context { cancel: None, ..self.event_context() };
+        let result = self.next.close(CloseCall::new(connection, ctx)).await;
         self.forget();
         result.map(|()| Fired::Closed)
     }

@@ -137,6 +137,9 @@ impl Element for Begin {
         }
         let id = call.id().to_owned();
         let Some(mut entry) = self.entries().get(&id).cloned() else { return Ok(()) };
+        if entry.connection().is_some() {
+            entry.closing.cancel();
+        }
         let mut ticket = entry.queue.enter();
         // However long the line is: the close gets the time its caller gave it.
         let (postponed, deadline) = (call.ctx.postpone(), call.ctx.deadline);

@@ -1,0 +1,104 @@
+//! Whether a path is trusted.
+
+pub mod policy;
+
+pub use policy::{Policies, Policy};
+
+use crate::{CloseCall, Connection, Element, Error, Key, Next, Peer, RequestCall, Side, clock, path, unwind};
+use policy::Input;
+use tonic::Code;
+
+const NAME: &str = "authorize";
+
+fn check(policies: &Policies, connection: &Connection, segments: usize, peer: &Peer) -> Result<(), Error> {
+    let all = connection.path.as_ref().map_or(&[][..], |path| &path.path_segments);
+    let input = Input {
+        index: path::index(connection),
+        segments: &all[..segments.min(all.len())],
+        leaf: &peer.leaf,
+        now: clock::now(),
+    };
+    policies.check(&input).map_err(|cause| {
+        let text = format!("an error occurred during authorization policy check: no sufficient privileges: {cause}");
+        Error::new(NAME, &connection.id, text).with_code(Code::PermissionDenied)
+    })
+}
+
+/// Checks what callers send: the path up to this process. Calls without a peer come from this process and pass.
+#[derive(Clone, Debug)]
+pub struct AuthorizeServer(Policies);
+
+impl AuthorizeServer {
+    /// An element with these policies.
+    pub fn new(policies: Policies) -> Self {
+        Self(policies)
+    }
+
+    fn check(&self, connection: &Connection, peer: Option<&Peer>) -> Result<(), Error> {
+        match peer {
+            Some(peer) => check(&self.0, connection, path::index(connection).saturating_add(1), peer),
+            None => Ok(()),
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Element for AuthorizeServer {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+        self.check(&call.connection(), call.ctx.peer.as_ref())?;
+        next.request(call).await
+    }
+
+    async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
+        self.check(&call.message, call.ctx.peer.as_ref())?;
+        next.close(call).await
+    }
+}
+
+/// Checks what the next hop answers: the whole path. Stands below `dial`, which knows that hop.
+#[derive(Debug)]
+pub struct AuthorizeClient {
+    policies: Policies,
+    /// Set once an answer has passed.
+    passed: Key<bool>,
+}
+
+impl AuthorizeClient {
+    /// An element with these policies.
+    pub fn new(policies: Policies) -> Self {
+        Self { policies, passed: Key::new(Side::Client) }
+    }
+}
+
+#[async_trait::async_trait]
+impl Element for AuthorizeClient {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+        if self.policies.is_empty() {
+            return next.request(call).await;
+        }
+        let metadata = call.ctx.metadata(NAME, call.id())?.clone();
+        let postponed = call.ctx.postpone();
+        let peer = call.ctx.remote.as_ref().and_then(|remote| remote.peer());
+        let connection = next.request(call).await?;
+        let Some(peer) = peer else { return Ok(connection) };
+        match check(&self.policies, &connection, usize::MAX, &peer) {
+            Ok(()) => {
+                metadata.insert(&self.passed, true);
+                Ok(connection)
+            }
+            Err(error) if metadata.get(&self.passed).is_some() => Err(error),
+            Err(error) => Err(unwind(&next, connection, &postponed, error).await),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

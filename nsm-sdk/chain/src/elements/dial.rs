@@ -1,0 +1,133 @@
+//! Reaches the next hop.
+
+use crate::{
+    CloseCall, Connection, Connector, Context, Element, Error, Key, Metadata, Next, REMOTE, Remote, RequestCall, Side,
+};
+use std::{sync::Arc, time::Duration};
+use tokio::time::Instant;
+
+/// Connects to `ctx.client_url` and leaves the remote in the context and in the metadata.
+///
+/// The connection is kept from request to request while it works. It is made anew when the URL changes (the old hop is
+/// told to close first), when it is known to be broken, and once more when it turns out to be broken by a request.
+pub struct Dial {
+    key: Key<Option<Remote>>,
+    connector: Arc<dyn Connector>,
+    timeout: Duration,
+}
+
+const NAME: &str = "dial";
+/// Bound for connecting when neither the call nor the settings give one.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
+
+impl Dial {
+    /// An element that uses `connector`; `timeout` bounds each attempt to connect, zero means only the call does.
+    pub fn new(connector: Arc<dyn Connector>, timeout: Duration) -> Self {
+        Self { key: Key::new(Side::Client), connector, timeout }
+    }
+
+    async fn connect(&self, url: &str, ctx: &Context, id: &str) -> Result<Remote, Error> {
+        let mut deadline = ctx.deadline_or(DEFAULT_TIMEOUT);
+        if !self.timeout.is_zero() {
+            deadline = deadline.min(Instant::now() + self.timeout);
+        }
+        let failed = |code, text: &str| Error::new(NAME, id, format!("failed to dial {url}: {text}")).with_code(code);
+        match ctx.bounded(DEFAULT_TIMEOUT, self.connector.connect(url, deadline)).await {
+            Ok(result) => result.map_err(|error| failed(error.code(), error.message())),
+            Err(code) => Err(failed(code, "given up")),
+        }
+    }
+
+    async fn request_at(
+        &self,
+        remote: Remote,
+        call: &RequestCall,
+        metadata: &Metadata,
+        next: &Next,
+    ) -> Result<Connection, Error> {
+        metadata.insert(&self.key, Some(remote.clone()));
+        metadata.insert(&REMOTE, remote.clone());
+        let mut call = call.clone();
+        call.ctx.remote = Some(remote);
+        next.request(call).await
+    }
+
+    /// Tells the hop that a connection has left that it is not needed any more. Its answer does not matter.
+    async fn leave(&self, old: Remote, call: &RequestCall, next: &Next) {
+        let mut ctx = call.ctx.postpone().context();
+        let remote = match old.alive() {
+            true => Ok(old),
+            false => self.connect(old.url(), &ctx, call.id()).await,
+        };
+        let Ok(remote) = remote else { return };
+        tracing::debug!(id = call.id(), url = remote.url(), "leaving this next hop");
+        ctx.client_url = Some(remote.url().to_owned());
+        ctx.remote = Some(remote);
+        if let Err(error) = next.close(CloseCall::new(call.connection().into_owned(), ctx)).await {
+            tracing::debug!(%error, "closing at the previous next hop");
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Element for Dial {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let Some(url) = call.ctx.client_url.clone() else { return next.request(call).await };
+        let id = call.id().to_owned();
+        let metadata = call.ctx.metadata(NAME, &id)?.clone();
+        let mut known = metadata.get(&self.key).flatten();
+        if known.is_none() && metadata.contains(&REMOTE) {
+            return next.request(call).await; // clientconn has set one
+        }
+        let fresh = known.is_none();
+        if let Some(old) = known.take_if(|remote| remote.url() != url) {
+            self.leave(old, &call, &next).await;
+        }
+        let reused = known.as_ref().is_some_and(Remote::alive);
+        let remote = match known.filter(Remote::alive) {
+            Some(remote) => remote,
+            None => self.connect(&url, &call.ctx, &id).await?,
+        };
+        let mut result = self.request_at(remote.clone(), &call, &metadata, &next).await;
+        let in_time = call.ctx.time_left().is_none_or(|left| !left.is_zero());
+        if result.is_err() && reused && !remote.alive() && in_time {
+            // It broke since the last request. Repeating is safe: the ids make it the same connection.
+            tracing::debug!(id, url, "the connection to the next hop has broken, connecting anew");
+            if let Ok(remote) = self.connect(&url, &call.ctx, &id).await {
+                result = self.request_at(remote, &call, &metadata, &next).await;
+            }
+        }
+        if result.is_err() && fresh {
+            metadata.remove(&self.key);
+            metadata.remove(&REMOTE);
+        }
+        result
+    }
+
+    async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
+        let metadata = call.ctx.metadata(NAME, call.id())?.clone();
+        let known = metadata.get(&self.key).flatten();
+        if known.is_none() && metadata.contains(&REMOTE) {
+            return next.close(call).await;
+        }
+        let url = call.ctx.client_url.clone().or_else(|| known.as_ref().map(|remote| remote.url().to_owned()));
+        let Some(url) = url else { return next.close(call).await };
+        let remote = match known.filter(|remote| remote.alive() && remote.url() == url) {
+            Some(remote) => Ok(remote),
+            None => self.connect(&url, &call.ctx, call.id()).await,
+        };
+        match remote {
+            Ok(remote) => call.ctx.remote = Some(remote),
+            // The elements below still have to clean up.
+            Err(error) => tracing::info!(%error, "closing without the next hop"),
+        }
+        let result = next.close(call).await;
+        metadata.remove(&self.key);
+        metadata.remove(&REMOTE);
+        result
+    }
+}

@@ -1,0 +1,165 @@
+//! One watch of one connection, and the healing it may end in.
+
+use super::{ConnectionStatus, LivenessCheck, StatusSender};
+use crate::{
+    Connection, ConnectionEventType, EventFactory, EventOptions, Remote, State, elements::monitor::selector,
+    remote::EventStream,
+};
+use futures_util::StreamExt;
+use rand::Rng;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::Duration,
+};
+use tonic::Code;
+
+/// Pauses between attempts to heal grow from here ...
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// ... to here.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Decides between a watch that wants to heal and a request that wants it stopped: the first one wins.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Gate(Arc<AtomicU8>);
+
+impl Gate {
+    fn change(&self, to: u8) -> bool {
+        self.0.compare_exchange(0, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Stops the watch; `false` if it is healing already.
+    pub(super) fn stop(&self) -> bool {
+        self.change(1)
+    }
+
+    fn heal(&self) -> bool {
+        self.change(2)
+    }
+}
+
+pub(super) struct Watch {
+    pub(super) connection: Connection,
+    pub(super) remote: Remote,
+    pub(super) factory: EventFactory,
+    /// The generation this watch belongs to; any later success makes its news stale.
+    pub(super) generation: u64,
+    pub(super) check: Option<LivenessCheck>,
+    pub(super) gate: Gate,
+    pub(super) status: Option<Arc<StatusSender>>,
+}
+
+/// What was lost.
+enum Loss {
+    Control(String),
+    Data,
+}
+
+impl Watch {
+    pub(super) async fn run(mut self) {
+        let check = self.check.clone();
+        let connection = self.connection.clone();
+        let loss = tokio::select! {
+            cause = self.control() => Loss::Control(cause),
+            () = data(check.as_ref(), &connection) => Loss::Data,
+        };
+        if !self.gate.heal() {
+            return;
+        }
+        if let Some(status) = &self.status {
+            status.set(ConnectionStatus::Down(Box::new(self.connection.clone())));
+        }
+        // From here on it must survive the close that is part of reselecting, which ends this task.
+        tokio::spawn(self.heal(loss));
+    }
+
+    /// Returns why the next hop is lost.
+    async fn control(&mut self) -> String {
+        let mut events = match self.remote.monitor(selector::of(&self.connection)).await {
+            Ok(events) => events,
+            Err(status) => return format!("cannot monitor {}: {status}", self.remote.url()),
+        };
+        loop {
+            match next(&mut events).await {
+                Ok(event) => {
+                    let Some(news) = selector::translate(&self.connection, &event) else { continue };
+                    let deleted = event.r#type() == ConnectionEventType::Delete;
+                    match news.state() {
+                        State::Down if deleted => return "the next hop has closed the connection".to_owned(),
+                        State::Down => return "the next hop reports it down".to_owned(),
+                        State::RefreshRequested => {
+                            tracing::info!(id = self.connection.id, "the other side asks for a refresh");
+                            drop(self.factory.request(EventOptions::default()));
+                        }
+                        State::Up | State::ReselectRequested => self.changed(news),
+                    }
+                }
+                // A deliberate end: the data path is still watched.
+                Err(Code::Cancelled) => return std::future::pending().await,
+                Err(code) => return format!("lost sight of {}: {code:?}", self.remote.url()),
+            }
+        }
+    }
+
+    /// Tells the application of a context that was changed by the other side.
+    fn changed(&mut self, news: Connection) {
+        if news.context != self.connection.context {
+            self.connection.context = news.context;
+            if let Some(status) = &self.status {
+                status.set(ConnectionStatus::Up(Box::new(self.connection.clone())));
+            }
+        }
+    }
+
+    async fn alive(&self) -> bool {
+        match &self.check {
+            Some(check) => check.alive(&self.connection).await,
+            None => false,
+        }
+    }
+
+    async fn heal(self, loss: Loss) {
+        let (cause, mut reselect) = match loss {
+            Loss::Control(cause) => (cause, !self.alive().await),
+            Loss::Data => ("the data path is dead".to_owned(), true),
+        };
+        tracing::info!(id = self.connection.id, cause, reselect, "healing");
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let options = EventOptions { reselect, ..EventOptions::default() }.at_generation(self.generation);
+            let error = match self.factory.request(options).await {
+                Ok(_) => return,
+                Err(error) => error,
+            };
+            tracing::info!(id = self.connection.id, %error, reselect, "healing failed, trying again");
+            tokio::select! {
+                () = tokio::time::sleep(pause.mul_f64(rand::rng().random_range(0.75..1.25))) => {}
+                () = self.factory.closed() => return,
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+            if !reselect {
+                reselect = !self.alive().await;
+            }
+        }
+    }
+}
+
+async fn next(events: &mut EventStream) -> Result<crate::ConnectionEvent, Code> {
+    match events.next().await {
+        Some(Ok(event)) => Ok(event),
+        Some(Err(status)) => Err(status.code()),
+        None => Err(Code::Unavailable),
+    }
+}
+
+/// Returns when the data path is dead.
+async fn data(check: Option<&LivenessCheck>, connection: &Connection) {
+    let Some(check) = check else { return std::future::pending().await };
+    let mut misses = 0;
+    while misses < check.misses.max(1) {
+        tokio::time::sleep(check.interval).await;
+        misses = if check.alive(connection).await { 0 } else { misses + 1 };
+    }
+}
