@@ -6,6 +6,7 @@
 mod backoff;
 mod duration;
 mod error;
+pub mod grpc;
 pub mod health;
 pub mod logging;
 pub mod names;
@@ -18,5 +19,6 @@ mod watch;
 pub use backoff::Backoff;
 pub use duration::GoDuration;
 pub use error::Error;
+pub use grpc::{connect, serve};
 pub use health::{Health, Probe};
 pub use watch::{WatchEvent, watch_events, watch_loop};
