@@ -4,12 +4,18 @@
 //! read back and gives a plan, and a thin loop that applies the plan until nothing is left to do. Applying the same desired
 //! state twice writes nothing the second time.
 
+pub mod config;
+pub mod elements;
 pub mod error;
+pub mod monitor;
 pub mod netlink;
 pub mod netns;
+pub mod ping;
 pub mod sysctl;
+#[cfg(test)]
+mod testing;
 pub mod wire;
 
 pub use error::Error;
-pub use netlink::{Link, Mac, NextHop, Netlink, Route, RouteKind, Rule};
+pub use netlink::{Link, Mac, Netlink, NextHop, Route, RouteKind, Rule};
 pub use netns::{Netns, NetnsId};

@@ -39,6 +39,7 @@ struct Inner {
     fd: OwnedFd,
     id: NetnsId,
     netlink: OnceCell<Netlink>,
+    configuring: tokio::sync::Mutex<()>,
 }
 
 /// A handle of one network namespace. Cheap to clone; the namespace lives at least as long.
@@ -67,8 +68,7 @@ impl Netns {
     /// Opens a namespace file: `/proc/<pid>/ns/net`, `/run/netns/<name>`, `/proc/self/fd/<n>`.
     pub fn from_path(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
-        let file =
-            File::open(path).map_err(|e| Error::io(format!("open network namespace {}", path.display()), e))?;
+        let file = File::open(path).map_err(|e| Error::io(format!("open network namespace {}", path.display()), e))?;
         Self::from_open(file.into(), &path.display().to_string())
     }
 
@@ -111,7 +111,7 @@ impl Netns {
             return Ok(Netns(inner));
         }
         cache.retain(|_, weak| weak.strong_count() > 0);
-        let inner = Arc::new(Inner { fd, id, netlink: OnceCell::new() });
+        let inner = Arc::new(Inner { fd, id, netlink: OnceCell::new(), configuring: tokio::sync::Mutex::default() });
         cache.insert(id, Arc::downgrade(&inner));
         Ok(Netns(inner))
     }
@@ -147,10 +147,7 @@ impl Netns {
             // The receiver may have left; the work is done all the same.
             let _ = tx.send(this.enter().map(|()| f()));
         };
-        std::thread::Builder::new()
-            .name("netns".into())
-            .spawn(body)
-            .map_err(|e| Error::io("start a thread", e))?;
+        std::thread::Builder::new().name("netns".into()).spawn(body).map_err(|e| Error::io("start a thread", e))?;
         rx.await.unwrap_or_else(|_| Err(Error::Invalid(format!("work in {} panicked", self.0.id))))
     }
 
@@ -172,6 +169,11 @@ impl Netns {
     fn enter(&self) -> Result<(), Error> {
         setns(&self.0.fd, CloneFlags::CLONE_NEWNET)
             .map_err(|e| Error::io(format!("enter {}", self.0.id), std::io::Error::from(e)))
+    }
+
+    /// Held while someone reads, decides and writes what must not be decided twice (a free routing table).
+    pub(crate) async fn configuring(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.0.configuring.lock().await
     }
 
     /// The netlink socket of this namespace, opened on first use and shared by all handles of it. It works on the runtime that

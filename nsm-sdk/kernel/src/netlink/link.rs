@@ -54,7 +54,8 @@ impl fmt::Debug for Mac {
 /// A locally administered unicast address that is always the same for one seed, so that an interface that is made anew
 /// under its old identity leaves nobody's neighbour cache stale. (FNV-1a, with a finalising mix of its bits.)
 pub fn mac_from_seed(seed: &str) -> Mac {
-    let mut hash = seed.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let mut hash =
+        seed.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     hash ^= hash >> 33;
     hash = hash.wrapping_mul(0xff51_afd7_ed55_8ccd);
     hash ^= hash >> 33;
@@ -275,9 +276,10 @@ impl Netlink {
     pub async fn bridge_create(&self, name: &str, mac: Mac) -> Result<(), Error> {
         let mut message = named(0, name);
         message.attributes.push(LinkAttribute::Address(mac.0.to_vec()));
-        message.attributes.push(kind(InfoKind::Bridge, InfoData::Bridge(vec![InfoBridge::StpState(
-            rtnetlink::packet_route::link::BridgeStpState::Disabled,
-        )])));
+        message.attributes.push(kind(
+            InfoKind::Bridge,
+            InfoData::Bridge(vec![InfoBridge::StpState(rtnetlink::packet_route::link::BridgeStpState::Disabled)]),
+        ));
         self.change(|| format!("make bridge {name}"), RouteNetlinkMessage::NewLink(message), CREATE).await
     }
 
@@ -312,6 +314,24 @@ impl Netlink {
     pub async fn link_delete(&self, index: u32) -> Result<(), Error> {
         let what = || format!("delete interface {index}");
         self.change(what, RouteNetlinkMessage::DelLink(named(index, "")), 0).await
+    }
+
+    /// Deletes an interface in a namespace that this one knows by id (see [`nsid_of`](Self::nsid_of)), if it still carries
+    /// `alias`: ids and indexes are given again. Deletes nothing if the namespace is gone.
+    pub async fn link_delete_in(&self, nsid: i32, index: u32, alias: &str) -> Result<(), Error> {
+        let what = || format!("delete interface {index} ({alias}) in namespace {nsid}");
+        let mut message = named(index, "");
+        message.attributes.push(LinkAttribute::IfNetnsId(nsid));
+        let found = match self.get(&what(), RouteNetlinkMessage::GetLink(message.clone())).await {
+            Ok(found) => links_in(&found),
+            // An id without a namespace is an invalid argument.
+            Err(e) if e.is_missing() || e.errno() == Some(libc::EINVAL) => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        if !found.iter().any(|l| l.alias == alias) {
+            return Ok(());
+        }
+        self.change(what, RouteNetlinkMessage::DelLink(message), 0).await
     }
 }
 

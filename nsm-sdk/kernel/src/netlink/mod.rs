@@ -27,6 +27,7 @@ pub use rule::{PortRange, Rule};
 pub(crate) use link::parse_link;
 pub(crate) use neighbour::parse_neighbour;
 pub(crate) use route::parse_route;
+pub(crate) use rule::any;
 
 const DUMP_INTERRUPTED: u16 = 0x10;
 /// A dump that the kernel reports as torn by a concurrent change is repeated, but not for ever.
@@ -69,13 +70,21 @@ impl Netlink {
     }
 
     /// Asks for one object.
-    pub(crate) async fn get(&self, what: &str, message: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Error> {
+    pub(crate) async fn get(
+        &self,
+        what: &str,
+        message: RouteNetlinkMessage,
+    ) -> Result<Vec<RouteNetlinkMessage>, Error> {
         let answer = self.exchange(message, NLM_F_REQUEST | NLM_F_ACK).await;
         answer.map(|(messages, _)| messages).map_err(|failure| failure.describe(what.to_string()))
     }
 
     /// Reads all objects that match `message`.
-    pub(crate) async fn dump(&self, what: &str, message: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Error> {
+    pub(crate) async fn dump(
+        &self,
+        what: &str,
+        message: RouteNetlinkMessage,
+    ) -> Result<Vec<RouteNetlinkMessage>, Error> {
         let mut found = Vec::new();
         for _ in 0..DUMP_TRIES {
             let answer = self.exchange(message.clone(), NLM_F_REQUEST | NLM_F_DUMP).await;

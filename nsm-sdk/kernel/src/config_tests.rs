@@ -1,0 +1,106 @@
+use super::*;
+use crate::netlink::{NextHop, VethEnd, mac_from_seed};
+
+fn net(s: &str) -> IpNet {
+    s.parse().unwrap()
+}
+
+fn vip(vip: &str, gateway: &str) -> Policy {
+    let all = if gateway.contains(':') { "::/0" } else { "0.0.0.0/0" };
+    let routes = vec![InterfaceRoute { destination: net(all), gateway: Some(gateway.parse().unwrap()) }];
+    Policy { from: net(vip), protocol: None, sport: None, dport: None, routes }
+}
+
+fn target() -> InterfaceConfig {
+    InterfaceConfig {
+        mtu: Some(1450),
+        addresses: Some(vec![net("172.16.1.6/24"), net("fd00:0:0:1::6/64"), net("20.0.0.1/32"), net("2000::1/128")]),
+        routes: vec![InterfaceRoute { destination: net("172.16.9.9/32"), gateway: None }],
+        policies: Some(vec![vip("20.0.0.1/32", "172.16.1.1"), vip("2000::1/128", "fd00:0:0:1::1")]),
+        neighbours: Vec::new(),
+    }
+}
+
+#[test]
+fn tables_253_to_255_are_never_chosen() {
+    let used: BTreeSet<u32> = (1..TABLE_RESERVED).collect();
+    assert_eq!(free_table(&used), TABLE_LARGE);
+    assert_eq!(free_table(&BTreeSet::from([1, 3, 254])), 2);
+}
+
+async fn pair() -> (Netns, Netns) {
+    let (a, b) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+    let end = |n: &Netns, name: &str| VethEnd { netns: n.clone(), name: name.into(), mac: mac_from_seed(name) };
+    a.netlink().await.unwrap().veth_create(&end(&a, "nsm-0"), &end(&b, "peer"), None).await.unwrap();
+    for (ns, name) in [(&a, "nsm-0"), (&b, "peer"), (&a, "lo")] {
+        let netlink = ns.netlink().await.unwrap();
+        let index = netlink.link_by_name(name).await.unwrap().unwrap().index;
+        netlink.link_up(index).await.unwrap();
+    }
+    (a, b)
+}
+
+async fn policy_rules(ns: &Netns) -> Vec<Rule> {
+    let mut rules = ns.netlink().await.unwrap().rules().await.unwrap();
+    rules.retain(|r| policy_table(r.table));
+    rules
+}
+
+#[tokio::test]
+async fn equal_content_writes_nothing() {
+    let (ns, _peer) = pair().await;
+    let wanted = target();
+    assert!(apply(&ns, "nsm-0", &wanted).await.unwrap() > 0);
+    assert_eq!(apply(&ns, "nsm-0", &wanted).await.unwrap(), 0);
+    let rules = policy_rules(&ns).await;
+    assert_eq!(rules.iter().map(|r| r.table).collect::<Vec<_>>(), [1, 2]);
+    let link = ns.netlink().await.unwrap().link_by_name("nsm-0").await.unwrap().unwrap();
+    assert_eq!(link.mtu, 1450);
+}
+
+#[tokio::test]
+async fn change_touches_only_what_changed() {
+    let (ns, _peer) = pair().await;
+    let mut wanted = target();
+    apply(&ns, "nsm-0", &wanted).await.unwrap();
+    let before = policy_rules(&ns).await;
+    // Another bridge address and one more VIP, one VIP less; the subnet's first address is replaced.
+    wanted.addresses = Some(vec![net("172.16.1.8/24"), net("20.0.0.1/32"), net("40.0.0.0/24"), net("172.16.1.9/24")]);
+    wanted.policies = Some(vec![vip("20.0.0.1/32", "172.16.1.2"), vip("40.0.0.0/24", "172.16.1.2")]);
+    apply(&ns, "nsm-0", &wanted).await.unwrap();
+    assert_eq!(apply(&ns, "nsm-0", &wanted).await.unwrap(), 0);
+    let after = policy_rules(&ns).await;
+    assert!(after.contains(&before[0]), "rule of the kept VIP was touched: {after:?}");
+    assert_eq!(after.len(), 2);
+    let hop = NextHop { gateway: Some("172.16.1.2".parse().unwrap()), oif: None, onlink: true };
+    let routes = ns.netlink().await.unwrap().routes(Some(1)).await.unwrap();
+    assert_eq!(routes[0].hops[0].gateway, hop.gateway);
+    clear_policies(&ns, "nsm-0").await.unwrap();
+    assert!(policy_rules(&ns).await.is_empty());
+    assert!(ns.netlink().await.unwrap().routes(Some(1)).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn rules_of_others_are_left_alone() {
+    let (ns, _peer) = pair().await;
+    let netlink = ns.netlink().await.unwrap();
+    let lo = netlink.link_by_name("lo").await.unwrap().unwrap().index;
+    let foreign = Rule::from_source(net("20.0.0.1/32"), 7).with_priority(100);
+    netlink.rule_add(&foreign).await.unwrap();
+    netlink.route_replace(&Route::blackhole(net("0.0.0.0/0"), 7, 9)).await.unwrap();
+    let mut other = Route::new(net("10.9.0.0/16"), 7).via(None, lo, false);
+    other.link_scope = true;
+    netlink.route_replace(&other).await.unwrap();
+    apply(&ns, "nsm-0", &target()).await.unwrap();
+    clear_policies(&ns, "nsm-0").await.unwrap();
+    assert_eq!(policy_rules(&ns).await, [foreign]);
+    assert_eq!(netlink.routes(Some(7)).await.unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn missing_interface_is_named() {
+    let ns = Netns::anonymous().unwrap();
+    let error = apply(&ns, "nsm-7", &InterfaceConfig::default()).await.unwrap_err();
+    assert!(error.to_string().contains("nsm-7"));
+    assert!(error.is_missing());
+}

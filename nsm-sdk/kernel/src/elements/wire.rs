@@ -1,0 +1,245 @@
+//! The link of a connection in a kernel forwarder: veth between two namespaces of the node, VXLAN where one side is on
+//! another node.
+//!
+//! [`WireServer`] tells [`WireClient`] below it which mechanism was chosen with the caller; the client element makes the link when
+//! the answer of the next hop says which mechanism it has. What is remembered of a connection does not keep the
+//! pods' namespaces alive; after a restart of the forwarder links are found again by alias.
+
+use std::net::IpAddr;
+
+use nsm_chain::{CloseCall, Connection, Element, Error, Key, Mechanism, Next, RequestCall, Side, unwind};
+
+use super::vxlan::PORT;
+use super::{KERNEL, LOCAL, REMOTE, VXLAN, address, first_id, interface_name, netns_of, parameter, preference};
+use crate::netlink::VxlanParameters;
+use crate::wire::{self, End, Wire};
+use crate::{Netns, NetnsId};
+
+/// Bytes that VXLAN adds, with Ethernet, UDP and IPv4 or IPv6 headers.
+const OVERHEAD_V4: u32 = 50;
+const OVERHEAD_V6: u32 = 70;
+const SERVER: &str = "wire-server";
+const CLIENT: &str = "wire";
+
+/// The mechanism between the caller and this forwarder.
+#[derive(Debug)]
+struct Inward(Option<Mechanism>);
+
+/// Stands below the server's `mechanisms`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WireServer;
+
+#[async_trait::async_trait]
+impl Element for WireServer {
+    fn name(&self) -> &'static str {
+        SERVER
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let mechanism = call.connection().mechanism.clone();
+        call.ctx.insert_extension(Inward(mechanism));
+        next.request(call).await
+    }
+
+    async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
+        let mechanism = call.message.mechanism.clone();
+        call.ctx.insert_extension(Inward(mechanism));
+        next.close(call).await
+    }
+}
+
+/// One interface that was made or adopted, without a handle on its namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Known {
+    netns: NetnsId,
+    /// Id of the namespace as the node knows it.
+    nsid: i32,
+    name: String,
+    index: u32,
+    alias: String,
+}
+
+/// Offers the mechanisms that this node can do and makes the link.
+#[derive(Debug)]
+pub struct WireClient {
+    node: Netns,
+    tunnel_ip: Option<IpAddr>,
+    key: Key<Vec<Known>>,
+}
+
+impl WireClient {
+    /// `node` is the node's own namespace, where the underlay is; without a `tunnel_ip` there are no other nodes.
+    pub fn new(node: Netns, tunnel_ip: Option<IpAddr>) -> Self {
+        WireClient { node, tunnel_ip, key: Key::new(Side::Client) }
+    }
+
+    /// The mechanisms to offer to the next hop.
+    fn offer(&self, preferences: &mut Vec<Mechanism>) {
+        let mut add = |class: &str, kind: &str, parameters: &[(&str, String)]| {
+            if !preferences.iter().any(|p| p.r#type == kind) {
+                preferences.push(preference(class, kind, parameters));
+            }
+        };
+        add(LOCAL, KERNEL, &[]);
+        if let Some(ip) = self.tunnel_ip {
+            add(REMOTE, VXLAN, &[("src_ip", ip.to_string()), ("src_port", PORT.to_string())]);
+        }
+    }
+
+    /// Which wire joins the two mechanisms of a connection.
+    fn wire(&self, inward: &Mechanism, connection: &Connection) -> Result<Wire, crate::Error> {
+        let none = Mechanism::default();
+        let outward = connection.mechanism.as_ref().unwrap_or(&none);
+        let id = first_id(connection);
+        let end = |mechanism: &Mechanism, alias: String| {
+            let (netns, name) = (netns_of(mechanism)?, interface_name(mechanism).to_string());
+            Ok::<_, crate::Error>(End { netns, name, alias })
+        };
+        match (inward.r#type.as_str(), outward.r#type.as_str()) {
+            (KERNEL, KERNEL) => Ok(Wire::Veth {
+                client: end(inward, wire::client_alias(id))?,
+                endpoint: end(outward, wire::endpoint_alias(id))?,
+            }),
+            (KERNEL, VXLAN) => self.tunnel(end(inward, wire::client_alias(id))?, outward, ("src_ip", "dst_ip")),
+            (VXLAN, KERNEL) => self.tunnel(end(outward, wire::endpoint_alias(id))?, inward, ("dst_ip", "src_ip")),
+            (a, b) => Err(crate::Error::Invalid(format!("no wire joins mechanism {a:?} with {b:?}"))),
+        }
+    }
+
+    fn tunnel(&self, end: End, mechanism: &Mechanism, (own, other): (&str, &str)) -> Result<Wire, crate::Error> {
+        let bad = |_| crate::Error::Invalid(format!("VXLAN: vni {:?} is no number", parameter(mechanism, "vni")));
+        let tunnel = VxlanParameters {
+            vni: parameter(mechanism, "vni").parse().map_err(bad)?,
+            local: address(mechanism, own)?,
+            remote: address(mechanism, other)?,
+            port: parameter(mechanism, "dst_port").parse().unwrap_or(PORT),
+        };
+        Ok(Wire::Vxlan { end, underlay: self.node.clone(), tunnel })
+    }
+
+    /// Largest packet that a tunnel carries without fragments: the MTU of the underlay interface without the headers around it.
+    async fn tunnel_mtu(&self, local: IpAddr) -> Result<Option<u32>, crate::Error> {
+        let netlink = self.node.netlink().await?;
+        let Some(own) = netlink.addresses(None).await?.into_iter().find(|a| a.net.addr() == local) else {
+            return Ok(None);
+        };
+        let overhead = if local.is_ipv6() { OVERHEAD_V6 } else { OVERHEAD_V4 };
+        Ok(netlink.link_by_index(own.index).await?.map(|l| l.mtu.saturating_sub(overhead)))
+    }
+
+    async fn known(&self, end: &End, index: u32) -> Result<Known, crate::Error> {
+        let nsid = self.node.netlink().await?.nsid_of(&end.netns).await?;
+        Ok(Known { netns: end.netns.id(), nsid, name: end.name.clone(), index, alias: end.alias.clone() })
+    }
+
+    /// Deletes interfaces of a connection that are somewhere else than they should be now.
+    async fn remove(&self, known: &[Known]) -> Result<(), crate::Error> {
+        let netlink = self.node.netlink().await?;
+        let mut result = Ok(());
+        for interface in known {
+            let removed = netlink.link_delete_in(interface.nsid, interface.index, &interface.alias).await;
+            result = result.and(crate::error::ignore_missing(removed));
+        }
+        result
+    }
+
+    /// Makes the wire; returns what exists then and, for a tunnel, its MTU.
+    async fn establish(&self, wire: &Wire, before: &[Known]) -> Result<(Vec<Known>, Option<u32>), crate::Error> {
+        let place = |k: &Known| (k.netns, k.name.clone());
+        let wanted: Vec<_> = wire_ends(wire).iter().map(|e| (e.netns.id(), e.name.clone())).collect();
+        let moved: Vec<_> = before.iter().filter(|k| !wanted.contains(&place(k))).cloned().collect();
+        self.remove(&moved).await?;
+        let made = wire::ensure(wire).await?;
+        let indexes = [Some(made.first), made.second];
+        let mut known = Vec::new();
+        for (end, index) in wire_ends(wire).into_iter().zip(indexes.into_iter().flatten()) {
+            known.push(self.known(end, index).await?);
+        }
+        if made.created || !moved.is_empty() {
+            let end = |k: &Known| format!("{} in {}", k.name, k.netns);
+            let ends: Vec<_> = known.iter().map(end).collect();
+            tracing::info!(alias = known.first().map_or("", |k| k.alias.as_str()), ?ends, "wire made");
+        }
+        let mtu = match wire {
+            Wire::Veth { .. } => None,
+            Wire::Vxlan { tunnel, .. } => self.tunnel_mtu(tunnel.local).await?,
+        };
+        Ok((known, mtu))
+    }
+}
+
+fn wire_ends(wire: &Wire) -> Vec<&End> {
+    match wire {
+        Wire::Veth { client, endpoint } => vec![client, endpoint],
+        Wire::Vxlan { end, .. } => vec![end],
+    }
+}
+
+/// Caps the MTU that both ends will be given.
+fn cap_mtu(connection: &mut Connection, limit: Option<u32>) {
+    let Some(limit) = limit else { return };
+    let context = connection.context.get_or_insert_default();
+    if context.mtu == 0 || context.mtu > limit {
+        context.mtu = limit;
+    }
+}
+
+#[async_trait::async_trait]
+impl Element for WireClient {
+    fn name(&self) -> &'static str {
+        CLIENT
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let (postponed, id) = (call.ctx.postpone(), call.id().to_owned());
+        let metadata = call.ctx.metadata(CLIENT, &id)?.clone();
+        let inward = call.ctx.extension::<Inward>();
+        self.offer(&mut call.message.mechanism_preferences);
+        let mut connection = next.request(call).await?;
+        let inward = inward.as_deref().and_then(|i| i.0.clone()).unwrap_or_default();
+        let before = metadata.get(&self.key).unwrap_or_default();
+        let result = match self.wire(&inward, &connection) {
+            Ok(wire) => self.establish(&wire, &before).await,
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok((known, mtu)) => {
+                metadata.insert(&self.key, known);
+                cap_mtu(&mut connection, mtu);
+                Ok(connection)
+            }
+            Err(cause) => {
+                let error = Error::new(CLIENT, id, "link cannot be made").with_cause(cause);
+                if !before.is_empty() {
+                    return Err(error);
+                }
+                Err(unwind(&next, connection, &postponed, error).await)
+            }
+        }
+    }
+
+    async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
+        let known = call.ctx.metadata(CLIENT, call.id())?.remove(&self.key).unwrap_or_default();
+        let id = call.id().to_owned();
+        let mut result = self.remove(&known).await;
+        if known.is_empty() {
+            // Made by a forwarder that is gone: the mechanisms say where to look.
+            let first = first_id(&call.message).to_owned();
+            let inward = call.ctx.extension::<Inward>().and_then(|i| i.0.clone());
+            let places =
+                [(inward, wire::client_alias(&first)), (call.message.mechanism.clone(), wire::endpoint_alias(&first))];
+            for (mechanism, alias) in places {
+                let kernel = mechanism.filter(|m| m.r#type == KERNEL);
+                if let Some(Ok(netns)) = kernel.as_ref().map(netns_of) {
+                    result = result.and(wire::remove_by_alias(&netns, &alias).await.map(|_| ()));
+                }
+            }
+        }
+        next.close(call).await?;
+        result.map_err(|e| Error::new(CLIENT, id, "link cannot be removed").with_cause(e))
+    }
+}
+
+#[cfg(test)]
+#[path = "wire_tests.rs"]
+mod tests;

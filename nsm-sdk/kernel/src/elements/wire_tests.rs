@@ -1,0 +1,167 @@
+use std::sync::{Arc, Mutex};
+
+use nsm_chain::elements::metadata::MetadataElement;
+use nsm_chain::{
+    Call, Chain, ConnectionContext, Context, IpContext, NetworkServiceRequest, Path, PathSegment, PolicyRoute, Route,
+};
+
+use super::*;
+use crate::elements::context::{ClientContext, ServerContext};
+use crate::elements::vxlan::VxlanServer;
+use crate::netlink::Link;
+
+/// Answers as the next hop would: with this mechanism, translated back above.
+struct NextHop(Mutex<Mechanism>, Mutex<u32>);
+
+#[async_trait::async_trait]
+impl Element for NextHop {
+    fn name(&self) -> &'static str {
+        "nexthop"
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        call.connection_mut().mechanism = Some(self.0.lock().unwrap().clone());
+        next.request(call).await
+    }
+
+    async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
+        *self.1.lock().unwrap() += 1;
+        next.close(call).await
+    }
+}
+
+/// `mechanismtranslation` in small: what is above sees the inward mechanism, what is below the outward one.
+struct Translate;
+
+#[async_trait::async_trait]
+impl Element for Translate {
+    fn name(&self) -> &'static str {
+        "translate"
+    }
+
+    async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let inward = call.connection().mechanism.clone();
+        let mut connection = next.request(call).await?;
+        connection.mechanism = inward;
+        Ok(connection)
+    }
+}
+
+fn fd_url(netns: &Netns) -> String {
+    use std::os::fd::AsRawFd;
+    format!("file:///proc/self/fd/{}", netns.fd().as_raw_fd())
+}
+
+fn kernel(netns: &Netns, name: &str) -> Mechanism {
+    preference(LOCAL, KERNEL, &[("inodeURL", fd_url(netns)), ("name", name.to_string())])
+}
+
+fn forwarder(node: &Netns, tunnel_ip: Option<IpAddr>, hop: Arc<NextHop>) -> Chain {
+    let chain = Chain::builder().element(MetadataElement::new()).element(ServerContext::new());
+    let chain = chain.maybe(tunnel_ip.map(VxlanServer::new)).element(WireServer).element(Translate);
+    chain.element(ClientContext::new()).element(WireClient::new(node.clone(), tunnel_ip)).element(hop).build()
+}
+
+fn connection(mechanism: Mechanism) -> Connection {
+    let segment = PathSegment { id: "first".into(), name: "nsc".into(), ..Default::default() };
+    let policy = PolicyRoute {
+        from: "20.0.0.1/32".into(),
+        routes: vec![Route { prefix: "0.0.0.0/0".into(), next_hop: "172.16.1.1".into() }],
+        ..Default::default()
+    };
+    let ip = IpContext {
+        src_ip_addrs: vec!["172.16.1.2/24".into(), "fd00::2/64".into(), "20.0.0.1/32".into()],
+        dst_ip_addrs: vec!["172.16.1.1/24".into(), "fd00::1/64".into()],
+        policies: vec![policy],
+        ..Default::default()
+    };
+    Connection {
+        id: "second".into(),
+        mechanism: Some(mechanism),
+        path: Some(Path { index: 1, path_segments: vec![segment] }),
+        context: Some(ConnectionContext { ip_context: Some(ip), mtu: 1400, ..Default::default() }),
+        ..Default::default()
+    }
+}
+
+async fn request(chain: &Chain, connection: Connection) -> Result<Connection, Error> {
+    let message = NetworkServiceRequest { connection: Some(connection), ..Default::default() };
+    chain.request(Call::new(message, Context::new())).await
+}
+
+async fn link(netns: &Netns, name: &str) -> Option<Link> {
+    netns.netlink().await.unwrap().link_by_name(name).await.unwrap()
+}
+
+async fn answers(netns: &Netns, ip: &str) -> bool {
+    crate::ping::probe(netns, None, ip.parse().unwrap(), std::time::Duration::from_secs(2)).await
+}
+
+#[tokio::test]
+async fn local_connection_from_request_to_close() {
+    let (node, client, endpoint) =
+        (Netns::anonymous().unwrap(), Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+    let hop = Arc::new(NextHop(Mutex::new(kernel(&endpoint, "lb-1")), Mutex::default()));
+    let chain = forwarder(&node, None, hop.clone());
+    let asked = connection(kernel(&client, "nsm-0"));
+    let started = std::time::Instant::now();
+    let answer = request(&chain, asked.clone()).await.unwrap();
+    println!("request with kernel work: {:?}", started.elapsed());
+    let made = link(&client, "nsm-0").await.unwrap();
+    assert_eq!((made.mtu, made.alias.as_str()), (1400, "server-first"));
+    assert!(answers(&client, "172.16.1.1").await && answers(&client, "fd00::1").await);
+    assert!(answers(&endpoint, "172.16.1.2").await);
+    // A refresh, also by a forwarder that has just been started, changes nothing.
+    request(&chain, asked.clone()).await.unwrap();
+    let restarted = forwarder(&node, None, hop.clone());
+    request(&restarted, answer.clone()).await.unwrap();
+    assert_eq!(link(&client, "nsm-0").await.unwrap(), made);
+    // Another name: the interface is made anew, rules included.
+    request(&restarted, connection(kernel(&client, "nsm-7"))).await.unwrap();
+    assert!(link(&client, "nsm-0").await.is_none());
+    let rules = client.netlink().await.unwrap().rules().await.unwrap();
+    assert_eq!(rules.iter().filter(|r| r.table == 1).count(), 1);
+    assert!(answers(&client, "172.16.1.1").await);
+    restarted.close(Call::new(connection(kernel(&client, "nsm-7")), Context::new())).await.unwrap();
+    assert!(link(&client, "nsm-7").await.is_none() && link(&endpoint, "lb-1").await.is_none());
+    let rules = client.netlink().await.unwrap().rules().await.unwrap();
+    assert_eq!(rules.iter().filter(|r| r.table == 1).count(), 0);
+}
+
+#[tokio::test]
+async fn failure_closes_what_was_asked_for() {
+    let (node, client) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+    let hop = Arc::new(NextHop(Mutex::new(preference(LOCAL, "MEMIF", &[])), Mutex::default()));
+    let chain = forwarder(&node, None, hop.clone());
+    let error = request(&chain, connection(kernel(&client, "nsm-0"))).await.unwrap_err();
+    assert!(error.to_string().contains("MEMIF"), "{error}");
+    assert_eq!(*hop.1.lock().unwrap(), 1);
+    assert!(link(&client, "nsm-0").await.is_none());
+}
+
+/// Two nodes joined by a veth pair, a pod on each, both families as underlay in turn.
+#[tokio::test]
+async fn remote_connection_over_vxlan() {
+    for (a, b) in [("10.9.0.1", "10.9.0.2"), ("fd09::1", "fd09::2")] {
+        let (ip_a, ip_b): (IpAddr, IpAddr) = (a.parse().unwrap(), b.parse().unwrap());
+        let (node_a, node_b) = crate::testing::joined_nodes(ip_a, ip_b).await;
+        let (client, endpoint) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+        let asked = preference(REMOTE, VXLAN, &[("src_ip", a.into()), ("src_port", "4789".into())]);
+        let far = Arc::new(NextHop(Mutex::new(kernel(&endpoint, "lb-1")), Mutex::default()));
+        let answer = request(&forwarder(&node_b, Some(ip_b), far), connection(asked)).await.unwrap();
+        let tunnel = answer.mechanism.clone().unwrap();
+        assert_eq!(parameter(&tunnel, "dst_ip"), b);
+        let near = Arc::new(NextHop(Mutex::new(tunnel), Mutex::default()));
+        let chain = forwarder(&node_a, Some(ip_a), near);
+        request(&chain, connection(kernel(&client, "nsm-0"))).await.unwrap();
+        let made = link(&client, "nsm-0").await.unwrap();
+        assert!(answers(&client, "172.16.1.1").await && answers(&client, "fd00::1").await);
+        let copied = crate::testing::transfer(&client, &endpoint, "172.16.1.1".parse().unwrap()).await;
+        assert_eq!(copied, crate::testing::TRANSFER);
+        request(&chain, connection(kernel(&client, "nsm-0"))).await.unwrap();
+        assert_eq!(link(&client, "nsm-0").await.unwrap(), made);
+        chain.close(Call::new(connection(kernel(&client, "nsm-0")), Context::new())).await.unwrap();
+        assert!(link(&client, "nsm-0").await.is_none());
+        assert!(link(&endpoint, "lb-1").await.is_some());
+    }
+}
