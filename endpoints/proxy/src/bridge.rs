@@ -1,0 +1,261 @@
+//! The reconcile loop: one bridge, its ports, and the reply routes. It reads the kernel back, compares, applies the difference, and
+//! does so again when an input or a link changes. At its start it adopts whatever there is.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use meridio_common::Health;
+use nsm_kernel::netlink::LinkChange;
+use nsm_kernel::{Link, Netlink, Netns, sysctl};
+use tokio_util::sync::CancellationToken;
+
+use crate::inputs::{Inputs, Shared};
+use crate::routing;
+use crate::settings::Families;
+
+/// Name of the bridge (spec 6.1).
+pub(crate) const BRIDGE: &str = "bridge0";
+/// Kind of a bridge in netlink.
+const KIND: &str = "bridge";
+/// The state is read back this often even if nothing seems to happen: events can be lost.
+const RESYNC: Duration = Duration::from_secs(5);
+/// Pause after a failure.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// The bridge of this pod.
+pub(crate) struct Bridge {
+    netns: Netns,
+    netlink: Netlink,
+    families: Families,
+    index: u32,
+}
+
+impl Bridge {
+    /// Makes the bridge, or takes the one there is. Its hardware address follows from `seed`, so that it never changes:
+    /// neighbours that have learnt it stay right, whatever is attached or detached.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub(crate) async fn adopt_or_make(seed: &str, families: Families) -> Result<Self, nsm_kernel::Error> {
+        let netns = Netns::current()?;
+        let netlink = netns.netlink().await?.clone();
+        let link = match netlink.link_by_name(BRIDGE).await? {
+            Some(link) if link.kind == KIND => link,
+            Some(link) => {
+                return Err(nsm_kernel::Error::Invalid(format!("interface {BRIDGE} is a {}, not a bridge", link.kind)));
+            }
+            None => {
+                netlink.bridge_create(BRIDGE, nsm_kernel::netlink::mac_from_seed(seed)).await?;
+                netlink.link_by_name(BRIDGE).await?.ok_or_else(|| nsm_kernel::Error::Invalid(format!("{BRIDGE} vanished")))?
+            }
+        };
+        if !link.up {
+            netlink.link_up(link.index).await?;
+        }
+        Ok(Self { netns, netlink, families, index: link.index })
+    }
+
+    /// Interface index of the bridge.
+    pub(crate) fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// Next hops that an earlier run of this proxy has left in use.
+    ///
+    /// # Errors
+    /// When the routes cannot be read.
+    pub(crate) async fn inherited(&self) -> Result<BTreeSet<std::net::IpAddr>, nsm_kernel::Error> {
+        Ok(routing::inherited(&self.netlink.routes(Some(routing::TABLE)).await?))
+    }
+
+    /// Keeps kernel and inputs together until `stop`. What is in the kernel then stays there.
+    pub(crate) async fn reconcile(self, shared: Shared, health: Health, mtu: u32, stop: CancellationToken) {
+        let mut inputs = shared.subscribe();
+        let mut links = loop {
+            match nsm_kernel::monitor::watch_links(&self.netns).await {
+                Ok(links) => break links,
+                Err(error) => tracing::warn!(%error, "interfaces cannot be watched, trying again"),
+            }
+            tokio::time::sleep(RETRY).await;
+        };
+        loop {
+            let now = inputs.borrow_and_update().clone();
+            links.mark_unchanged();
+            let pause = match self.apply(&now, mtu).await {
+                Ok(()) => {
+                    self.tell(&now, &health);
+                    RESYNC
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "bridge or routes not as wanted, trying again");
+                    RETRY
+                }
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = inputs.changed() => if changed.is_err() { return },
+                changed = links.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    async fn apply(&self, inputs: &Inputs, mtu: u32) -> Result<(), nsm_kernel::Error> {
+        let links = self.netlink.links().await?;
+        for step in ports(&links, inputs, self.index, mtu) {
+            tracing::info!(interface = step.1, change = ?step.2, "bridge port");
+            // An interface may go while we look: the next turn sees it.
+            if let Err(error) = self.netlink.link_change(step.0, &step.2).await {
+                tracing::debug!(%error, interface = step.1, "port not changed");
+            }
+        }
+        self.addresses(inputs).await?;
+        let names: BTreeSet<String> = links.iter().map(|link| link.name.clone()).collect();
+        let desired = routing::desired(inputs, self.families, self.index, &names);
+        self.route(&desired).await
+    }
+
+    async fn addresses(&self, inputs: &Inputs) -> Result<(), nsm_kernel::Error> {
+        if inputs.bridge.is_empty() {
+            return Ok(());
+        }
+        let have: Vec<IpNet> = self.netlink.addresses(Some(self.index)).await?.into_iter().filter(|a| a.global).map(|a| a.net).collect();
+        for net in inputs.bridge.iter().filter(|net| !have.contains(net)) {
+            tracing::info!(address = %net, "bridge address added");
+            self.netlink.address_replace(self.index, *net).await?;
+        }
+        for net in have.iter().filter(|net| !inputs.bridge.contains(net)) {
+            tracing::info!(address = %net, "bridge address removed");
+            self.netlink.address_delete(self.index, *net).await?;
+        }
+        Ok(())
+    }
+
+    async fn route(&self, desired: &routing::Routing) -> Result<(), nsm_kernel::Error> {
+        let rules = self.netlink.rules().await?;
+        let routes = self.netlink.routes(Some(routing::TABLE)).await?;
+        let plan = routing::plan(desired, &rules, &routes);
+        if plan.is_empty() {
+            return Ok(());
+        }
+        for route in &plan.replace_routes {
+            tracing::info!(%route, "reply route");
+            self.netlink.route_replace(route).await?;
+        }
+        for rule in &plan.add_rules {
+            self.netlink.rule_add(rule).await?;
+        }
+        for rule in &plan.delete_rules {
+            self.netlink.rule_delete(rule).await?;
+        }
+        for route in &plan.delete_routes {
+            tracing::info!(%route, "reply route removed");
+            self.netlink.route_delete(route).await?;
+        }
+        Ok(())
+    }
+
+    fn tell(&self, inputs: &Inputs, health: &Health) {
+        if inputs.balancers.values().any(|balancer| balancer.interface.is_some()) {
+            health.serving("Egress");
+        } else {
+            health.waiting("Egress", "a load balancer of the conduit", "look at the frontends: has one a gateway?");
+        }
+    }
+}
+
+/// What to change about links so that each interface of a connection is a port of the bridge, and the bridge has the conduit's MTU.
+///
+/// Interfaces of connections are known by name, or by NSM's alias: the latter also finds those of an earlier run.
+fn ports<'a>(links: &'a [Link], inputs: &Inputs, bridge: u32, mtu: u32) -> Vec<(u32, &'a str, LinkChange)> {
+    let ours = |link: &&Link| {
+        inputs.ports.contains(&link.name) || link.alias.starts_with("client-") || link.alias.starts_with("server-")
+    };
+    let attach = links.iter().filter(ours).filter(|link| link.index != bridge).filter_map(|link| {
+        let change = LinkChange {
+            master: (link.master != Some(bridge)).then_some(bridge),
+            up: (!link.up).then_some(true),
+            ..LinkChange::default()
+        };
+        (change.master.is_some() || change.up.is_some()).then_some((link.index, link.name.as_str(), change))
+    });
+    // A bridge lowers its MTU with its smallest port but never raises it again by itself.
+    let raise = links.iter().filter(|link| link.index == bridge && link.mtu != mtu).map(|link| {
+        (link.index, link.name.as_str(), LinkChange { mtu: Some(mtu), ..LinkChange::default() })
+    });
+    attach.chain(raise).collect()
+}
+
+/// Sets what the proxy's routing needs, or names what is in the way.
+///
+/// # Errors
+/// The faulty setting or interface, and what to do.
+pub(crate) async fn prepare(families: Families) -> Result<(), String> {
+    let netns = Netns::current().map_err(|error| error.to_string())?;
+    let mut wanted: Vec<(&str, &str)> = Vec::new();
+    if families.v4 {
+        wanted.extend([
+            ("net/ipv4/conf/all/forwarding", "1"),
+            ("net/ipv4/fib_multipath_hash_policy", "1"),
+            ("net/ipv4/conf/all/rp_filter", "0"),
+            ("net/ipv4/conf/default/rp_filter", "0"),
+        ]);
+    }
+    if families.v6 {
+        wanted.extend([
+            ("net/ipv6/conf/all/forwarding", "1"),
+            ("net/ipv6/fib_multipath_hash_policy", "1"),
+            ("net/ipv6/conf/all/accept_dad", "0"),
+            ("net/ipv6/conf/default/accept_dad", "0"),
+        ]);
+    }
+    for (key, value) in wanted {
+        let is = sysctl::read(&netns, key).await.map_err(|error| error.to_string())?;
+        if is.trim() == value {
+            continue;
+        }
+        if let Err(error) = sysctl::write(&netns, vec![(key.to_owned(), value.to_owned())]).await {
+            return Err(format!("{} is {}, not {value}, and cannot be set: {error}", key.replace('/', "."), is.trim()));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(index: u32, name: &str, alias: &str, master: Option<u32>) -> Link {
+        Link {
+            index,
+            name: name.into(),
+            alias: alias.into(),
+            kind: "veth".into(),
+            mac: None,
+            mtu: 1450,
+            up: true,
+            running: true,
+            master,
+            peer: None,
+            vxlan: None,
+        }
+    }
+
+    #[test]
+    fn interfaces_of_connections_become_ports_and_nothing_else() {
+        let links = [
+            link(1, "eth0", "", None),
+            link(2, BRIDGE, "", None),
+            link(3, "proxy.cond-abcd", "client-x", None),
+            link(4, "known", "", Some(9)),
+            link(5, "done", "server-y", Some(2)),
+        ];
+        let inputs = Inputs { ports: ["known".to_owned()].into(), ..Inputs::default() };
+        let steps = ports(&links, &inputs, 2, 1450);
+        assert_eq!(steps.iter().map(|step| step.0).collect::<Vec<_>>(), [3, 4]);
+        assert!(steps.iter().all(|step| step.2.master == Some(2) && step.2.mtu.is_none()));
+        let steps = ports(&links[..2], &inputs, 2, 1400);
+        assert_eq!((steps.len(), steps[0].2.mtu), (1, Some(1400)));
+    }
+}

@@ -1,0 +1,75 @@
+//! Everything the proxy knows, collected from watches, in one value.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use tokio::sync::watch;
+
+/// One load balancer, under the name of its NSM endpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Balancer {
+    /// Its addresses on the conduit: next hops of replies, at most one per family.
+    pub(crate) addresses: BTreeSet<IpAddr>,
+    /// Interface towards it, once there is a connection.
+    pub(crate) interface: Option<String>,
+    /// Its endpoint is in the registry: it has a gateway.
+    pub(crate) registered: bool,
+    /// NSM does not report the connection DOWN.
+    pub(crate) up: bool,
+}
+
+/// What the desired state is computed from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Inputs {
+    /// VIPs of the trench; `None` until the NSP has told them for the first time.
+    pub(crate) vips: Option<BTreeSet<IpNet>>,
+    /// Addresses of the bridge with the prefix length of the node's prefix; the targets' gateways.
+    pub(crate) bridge: BTreeSet<IpNet>,
+    /// Load balancers by endpoint name.
+    pub(crate) balancers: BTreeMap<String, Balancer>,
+    /// Next hops found in the table at start, in use until they are known by name or stop answering.
+    pub(crate) inherited: BTreeSet<IpAddr>,
+    /// Addresses that answer probes.
+    pub(crate) answering: BTreeSet<IpAddr>,
+    /// Addresses that do not.
+    pub(crate) silent: BTreeSet<IpAddr>,
+    /// Interfaces of connections, to be ports of the bridge.
+    pub(crate) ports: BTreeSet<String>,
+}
+
+impl Inputs {
+    /// Addresses that are or may become next hops: those to probe.
+    pub(crate) fn probed(&self) -> BTreeSet<IpAddr> {
+        let known = self.balancers.values().flat_map(|balancer| balancer.addresses.iter().copied());
+        known.chain(self.inherited.iter().copied()).collect()
+    }
+}
+
+/// The shared inputs: whoever learns something changes them, the reconcile loop reads them.
+#[derive(Clone, Debug)]
+pub(crate) struct Shared(Arc<watch::Sender<Inputs>>);
+
+impl Shared {
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(watch::Sender::new(Inputs::default())))
+    }
+
+    /// Changes the inputs; who waits is woken only if they differ afterwards.
+    pub(crate) fn change(&self, change: impl FnOnce(&mut Inputs)) {
+        self.0.send_if_modified(|inputs| {
+            let before = inputs.clone();
+            change(inputs);
+            *inputs != before
+        });
+    }
+
+    pub(crate) fn get(&self) -> Inputs {
+        self.0.borrow().clone()
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Inputs> {
+        self.0.subscribe()
+    }
+}

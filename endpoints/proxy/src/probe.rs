@@ -1,0 +1,131 @@
+//! Probing the load balancers: a next hop that does not answer takes replies with it.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nsm_kernel::{Netns, ping::Pinger};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::inputs::Shared;
+
+/// How an address is judged from its probes in a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Judgement {
+    missed: u32,
+    answered: bool,
+}
+
+impl Judgement {
+    /// Takes an answer (or none) note; `Some` says what the address now is: answering or silent.
+    fn note(&mut self, answer: bool, misses: u32) -> Option<bool> {
+        if answer {
+            self.missed = 0;
+            self.answered = true;
+            return Some(true);
+        }
+        self.missed = self.missed.saturating_add(1);
+        (self.missed >= misses).then_some(false)
+    }
+}
+
+/// Probes every address of the inputs each `interval` until `stop`. One task an address, so that a dead one delays no other.
+pub(crate) async fn run(shared: Shared, interval: Duration, misses: u32, stop: CancellationToken) {
+    let mut inputs = shared.subscribe();
+    let mut pingers = Pingers::default();
+    let mut tasks: BTreeMap<IpAddr, JoinHandle<()>> = BTreeMap::new();
+    loop {
+        let wanted = inputs.borrow_and_update().probed();
+        tasks.retain(|address, task| {
+            let keep = wanted.contains(address);
+            if !keep {
+                task.abort();
+            }
+            keep
+        });
+        for address in wanted {
+            let Some(pinger) = pingers.of(address).await else { continue };
+            tasks
+                .entry(address)
+                .or_insert_with(|| tokio::spawn(probe(shared.clone(), pinger, address, interval, misses)));
+        }
+        shared.change(|inputs| {
+            let known = inputs.probed();
+            inputs.silent.retain(|address| known.contains(address));
+            inputs.answering.retain(|address| known.contains(address));
+        });
+        tokio::select! {
+            () = stop.cancelled() => break,
+            changed = inputs.changed() => if changed.is_err() { break },
+        }
+    }
+    for task in tasks.into_values() {
+        task.abort();
+    }
+}
+
+/// One socket a family, opened when it is first needed.
+#[derive(Default)]
+struct Pingers {
+    v4: Option<Arc<Pinger>>,
+    v6: Option<Arc<Pinger>>,
+}
+
+impl Pingers {
+    async fn of(&mut self, address: IpAddr) -> Option<Arc<Pinger>> {
+        let place = if address.is_ipv6() { &mut self.v6 } else { &mut self.v4 };
+        if place.is_none() {
+            let netns = Netns::current().ok()?;
+            match Pinger::open(&netns, address.is_ipv6(), None).await {
+                Ok(pinger) => *place = Some(Arc::new(pinger)),
+                Err(error) => tracing::error!(%error, "load balancers cannot be probed"),
+            }
+        }
+        place.clone()
+    }
+}
+
+async fn probe(shared: Shared, pinger: Arc<Pinger>, address: IpAddr, interval: Duration, misses: u32) {
+    let mut judgement = Judgement::default();
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let answer = pinger.probe(address, interval).await;
+        let Some(answering) = judgement.note(answer, misses) else { continue };
+        let before = shared.get();
+        if before.answering.contains(&address) == answering && before.silent.contains(&address) != answering {
+            continue;
+        }
+        tracing::info!(load_balancer = %address, answering, "probe");
+        shared.change(|inputs| {
+            if answering {
+                inputs.silent.remove(&address);
+                inputs.answering.insert(address);
+            } else {
+                inputs.answering.remove(&address);
+                inputs.silent.insert(address);
+                // Nobody vouches for it by name, and it is dead: forget it.
+                inputs.inherited.remove(&address);
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn three_misses_in_a_row_make_it_silent_and_one_answer_brings_it_back() {
+        let mut judgement = Judgement::default();
+        assert_eq!(judgement.note(true, 3), Some(true));
+        assert_eq!(judgement.note(false, 3), None);
+        assert_eq!(judgement.note(false, 3), None);
+        assert_eq!(judgement.note(true, 3), Some(true));
+        assert_eq!([false, false, false].map(|answer| judgement.note(answer, 3)), [None, None, Some(false)]);
+        assert_eq!(judgement.note(true, 3), Some(true));
+    }
+}

@@ -1,0 +1,123 @@
+//! Which replies go where: rules for the VIPs, and one multipath default over the load balancers that are alive.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use nsm_kernel::{Route, RouteKind, Rule};
+
+use crate::inputs::{Balancer, Inputs};
+use crate::settings::Families;
+
+/// Table of the reply routes (spec 6.2).
+pub(crate) const TABLE: u32 = 1;
+/// Priority of the rules that send replies to it.
+pub(crate) const PRIORITY: u32 = 100;
+/// Metric of the blackhole behind the default route: without a load balancer replies must not reach the primary network.
+pub(crate) const BLACKHOLE_METRIC: u32 = 4_294_967_294;
+
+/// The routing that shall be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Routing {
+    /// Rules, or `None` while it is not known which: then those that exist stay.
+    pub(crate) rules: Option<Vec<Rule>>,
+    /// Routes of [`TABLE`].
+    pub(crate) routes: Vec<Route>,
+}
+
+/// What has to be done; routes first, so that no rule ever leads into an empty table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RoutingPlan {
+    pub(crate) replace_routes: Vec<Route>,
+    pub(crate) add_rules: Vec<Rule>,
+    pub(crate) delete_rules: Vec<Rule>,
+    pub(crate) delete_routes: Vec<Route>,
+}
+
+impl RoutingPlan {
+    pub(crate) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The next hops of one family.
+///
+/// What the data path says (the link is there, probes are answered) counts more than what the control plane says
+/// (registered, up): a load balancer that only the control plane has lost stays if there is no better one, and if no
+/// probe is answered at all, the probes are believed less than the links.
+pub(crate) fn next_hops(inputs: &Inputs, links: &BTreeSet<String>, v6: bool) -> BTreeSet<IpAddr> {
+    let of_family = |addresses: &BTreeSet<IpAddr>| -> Vec<IpAddr> {
+        addresses.iter().copied().filter(|address| address.is_ipv6() == v6).collect()
+    };
+    let linked = |balancer: &&Balancer| balancer.interface.as_ref().is_some_and(|name| links.contains(name));
+    let usable: Vec<&Balancer> = inputs.balancers.values().filter(linked).collect();
+
+    let pick = |wanted: &dyn Fn(&Balancer) -> bool| -> BTreeSet<IpAddr> {
+        usable.iter().filter(|balancer| wanted(balancer)).flat_map(|balancer| of_family(&balancer.addresses)).collect()
+    };
+    let inherited = of_family(&inputs.inherited).into_iter().collect::<BTreeSet<_>>();
+    let alive = |addresses: BTreeSet<IpAddr>| -> BTreeSet<IpAddr> {
+        addresses.into_iter().filter(|address| !inputs.silent.contains(address)).collect()
+    };
+
+    let good = alive(pick(&|balancer| balancer.registered && balancer.up));
+    if !good.is_empty() {
+        return good;
+    }
+    let known = pick(&|_| true);
+    let any = &known | &inherited;
+    let answering = alive(any.clone());
+    if answering.is_empty() { any } else { answering }
+}
+
+/// The routing that follows from the inputs. `bridge` is the bridge's interface index, `links` the names of the interfaces there are.
+pub(crate) fn desired(inputs: &Inputs, families: Families, bridge: u32, links: &BTreeSet<String>) -> Routing {
+    let mut routes = Vec::new();
+    for v6 in families.each() {
+        let empty = Route::default_of(v6, TABLE);
+        routes.push(Route::blackhole(empty.destination, TABLE, BLACKHOLE_METRIC));
+        let hops = next_hops(inputs, links, v6);
+        if !hops.is_empty() {
+            routes.push(hops.into_iter().fold(empty, |route, hop| route.via(Some(hop), bridge, true)));
+        }
+    }
+    let of_families = |vip: &&IpNet| families.each().any(|v6| matches!(vip, IpNet::V6(_)) == v6);
+    let rules = inputs.vips.as_ref().map(|vips| {
+        let rule = |vip: &IpNet| Rule::from_source(*vip, TABLE).with_priority(PRIORITY);
+        vips.iter().filter(of_families).map(rule).collect()
+    });
+    Routing { rules, routes }
+}
+
+/// The difference between `desired` and what was read back.
+pub(crate) fn plan(desired: &Routing, rules: &[Rule], routes: &[Route]) -> RoutingPlan {
+    let mut plan = RoutingPlan::default();
+    plan.replace_routes =
+        desired.routes.iter().filter(|wanted| !routes.iter().any(|have| wanted.same(have))).cloned().collect();
+    plan.delete_routes = routes
+        .iter()
+        .filter(|have| have.table == TABLE && have.kind != RouteKind::Other)
+        .filter(|have| !desired.routes.iter().any(|wanted| wanted.key() == have.key()))
+        .cloned()
+        .collect();
+    if let Some(wanted_rules) = &desired.rules {
+        plan.add_rules =
+            wanted_rules.iter().filter(|wanted| !rules.iter().any(|have| wanted.matches(have))).cloned().collect();
+        plan.delete_rules = rules
+            .iter()
+            .filter(|have| have.lookup && have.table == TABLE && have.from.is_some())
+            .filter(|have| !wanted_rules.iter().any(|wanted| wanted.matches(have)))
+            .cloned()
+            .collect();
+    }
+    plan
+}
+
+/// The next hops of the default routes in `routes`: what a proxy finds at its start.
+pub(crate) fn inherited(routes: &[Route]) -> BTreeSet<IpAddr> {
+    let defaults = routes.iter().filter(|route| route.table == TABLE && route.destination.prefix_len() == 0);
+    defaults.flat_map(|route| route.hops.iter().filter_map(|hop| hop.gateway)).collect()
+}
+
+#[cfg(test)]
+mod tests;
