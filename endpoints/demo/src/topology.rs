@@ -383,7 +383,9 @@ fn target_pod(trench: &Trench, number: u8, options: &Options) -> PodPlan {
         ("MERIDIO_MAX_TOKEN_LIFETIME", text("10m")),
         ("MERIDIO_STATE_DIR", text("/run/meridio")),
     ];
-    pod.processes = vec![component("tapa", ("MERIDIO_LOG_LEVEL", options), &tapa), component("target-app", ("LOG_LEVEL", options), &[])];
+    // The demo opens and closes the stream itself, to know when.
+    let app = [("MERIDIO_SOCKET", text("unix:///run/ambassador/ambassador.sock")), ("TARGET_STREAM", String::new())];
+    pod.processes = vec![component("tapa", ("MERIDIO_LOG_LEVEL", options), &tapa), component("target-app", ("LOG_LEVEL", options), &app)];
     pod
 }
 

@@ -88,6 +88,8 @@ pub struct Window {
     pub sent: u64,
     /// TCP exchanges done.
     pub exchanges: u64,
+    /// TCP connections that take part.
+    pub connections: u64,
     /// UDP packets lost.
     pub losses: Vec<Loss>,
     /// TCP connections broken.
@@ -151,6 +153,7 @@ impl Continuous {
         Window {
             sent: to.sent - from.sent,
             exchanges: to.exchanges - from.exchanges,
+            connections: u64::from(CONNECTIONS),
             losses: lock(&self.shared.losses).iter().filter(|loss| inside(loss.sent)).cloned().collect(),
             breaks: lock(&self.shared.breaks).iter().filter(|broken| inside(broken.at)).cloned().collect(),
             longest_stall: lock(&self.shared.stalls).iter().filter(|stall| inside(stall.0)).map(|stall| stall.1).max().unwrap_or_default(),
