@@ -1,0 +1,237 @@
+//! One operation at a time per object, in the order of arrival, each in a task of its own; and their replay.
+
+use crate::{
+    Call, Context, Element, Error, Factory, Next, Object,
+    chain::{Replay, Table},
+};
+use std::{sync::Arc, time::Duration};
+use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio_util::sync::CancellationToken;
+
+const NAME: &str = "begin";
+/// An unregister without a deadline ends after this time.
+const UNREGISTER_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The element.
+pub struct Begin<T> {
+    shared: Arc<Shared<T>>,
+    /// Whether an unregister of something unknown goes down all the same.
+    forward_unknown: bool,
+}
+
+struct Shared<T> {
+    entries: Table<Arc<Entry<T>>>,
+}
+
+struct Entry<T> {
+    state: Arc<Mutex<State<T>>>,
+    /// Cancels the registration that is under way.
+    cancel: std::sync::Mutex<CancellationToken>,
+}
+
+struct State<T> {
+    registered: Option<Registered<T>>,
+    /// The entry left the table: whoever waited for it starts anew.
+    replaced: bool,
+}
+
+struct Registered<T> {
+    object: T,
+    ctx: Context,
+    timeout: Option<Duration>,
+    next: Next<T>,
+}
+
+impl<T: Object> Begin<T> {
+    /// The element for a server, or for endpoints: an unknown object's unregister is passed on.
+    pub fn new() -> Self {
+        Self { shared: Arc::new(Shared { entries: Table::default() }), forward_unknown: true }
+    }
+
+    /// The element for clients of network services: an unknown object's unregister succeeds at once.
+    pub fn known_only() -> Self {
+        Self { forward_unknown: false, ..Self::new() }
+    }
+}
+
+impl<T: Object> Default for Begin<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T: Object> Shared<T> {
+    fn entry(&self, name: &str) -> Arc<Entry<T>> {
+        self.entries.with(|map| {
+            map.entry(name.to_owned())
+                .or_insert_with(|| {
+                    Arc::new(Entry {
+                        state: Arc::new(Mutex::new(State { registered: None, replaced: false })),
+                        cancel: std::sync::Mutex::new(CancellationToken::new()),
+                    })
+                })
+                .clone()
+        })
+    }
+
+    /// The object's entry and the sole right to work on it.
+    async fn lock(&self, name: &str) -> (Arc<Entry<T>>, OwnedMutexGuard<State<T>>) {
+        loop {
+            let entry = self.entry(name);
+            let state = entry.state.clone().lock_owned().await;
+            if !state.replaced {
+                return (entry, state);
+            }
+        }
+    }
+
+    fn forget(&self, name: &str, state: &mut State<T>) {
+        state.registered = None;
+        state.replaced = true;
+        self.entries.remove(name);
+    }
+
+    /// Runs a registration; the caller holds the entry.
+    async fn run_register(
+        self: Arc<Self>,
+        mut call: Call<T>,
+        next: Next<T>,
+        entry: Arc<Entry<T>>,
+        mut state: OwnedMutexGuard<State<T>>,
+    ) -> Result<T, Error> {
+        let name = call.message.name().to_owned();
+        let cancel = CancellationToken::new();
+        *lock(&entry.cancel) = cancel.clone();
+        call.ctx.cancel = Some(cancel);
+        call.ctx.factory = Some(Factory::new(EventFactory { shared: self.clone(), name: name.clone() }));
+        // A replay starts with the index of now, but with the tokens that the way down added.
+        let index = call.ctx.path.as_ref().map(|path| path.get().index);
+        let ctx = call.ctx.clone();
+        let timeout = ctx.time_left();
+        match next.register(call).await {
+            Ok(answer) => {
+                let mut object = answer.clone();
+                object.set_name(name);
+                object.set_expiration(None);
+                let path = ctx.path.as_ref().map(|path| {
+                    let path = path.detached();
+                    path.update(|path| path.index = index.unwrap_or(path.index));
+                    path
+                });
+                // The factory would keep itself alive, and descriptors belong to the connection that is going.
+                let ctx = Context { path, factory: None, cancel: None, link: None, ..ctx };
+                state.registered = Some(Registered { object, ctx, timeout, next });
+                Ok(answer)
+            }
+            Err(error) => {
+                if state.registered.is_none() {
+                    self.forget(&name, &mut state);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn run_unregister(
+        self: Arc<Self>,
+        call: Call<T>,
+        next: Next<T>,
+        mut state: OwnedMutexGuard<State<T>>,
+    ) -> Result<(), Error> {
+        let name = call.message.name().to_owned();
+        let call = match &state.registered {
+            Some(registered) => Call::new(registered.object.clone(), call.ctx),
+            None => call,
+        };
+        let result = next.unregister(call).await;
+        self.forget(&name, &mut state);
+        result
+    }
+}
+
+fn lock<V>(mutex: &std::sync::Mutex<V>) -> std::sync::MutexGuard<'_, V> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Awaits a task of its own: a caller who leaves does not cut an element between effect and undo.
+async fn apart<R: Send + 'static>(work: impl Future<Output = Result<R, Error>> + Send + 'static) -> Result<R, Error> {
+    tokio::spawn(work)
+        .await
+        .unwrap_or_else(|cause| Err(Error::new(NAME, "", cause).with_code(tonic::Code::Internal)))
+}
+
+#[async_trait::async_trait]
+impl<T: Object> Element<T> for Begin<T> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    async fn register(&self, call: Call<T>, next: Next<T>) -> Result<T, Error> {
+        if call.message.name().is_empty() {
+            return Err(Error::new(NAME, "", format_args!("cannot register {} without a name", T::KIND))
+                .with_code(tonic::Code::InvalidArgument));
+        }
+        if call.ctx.factory.is_some() {
+            return next.register(call).await;
+        }
+        let (entry, state) = self.shared.lock(call.message.name()).await;
+        apart(self.shared.clone().run_register(call, next, entry, state)).await
+    }
+
+    async fn unregister(&self, mut call: Call<T>, next: Next<T>) -> Result<(), Error> {
+        if call.ctx.factory.is_some() {
+            return next.unregister(call).await;
+        }
+        let name = call.message.name().to_owned();
+        // A registration that is still trying has lost its sense.
+        lock(&self.shared.entry(&name).cancel).cancel();
+        let (_, mut state) = self.shared.lock(&name).await;
+        if state.registered.is_none() && !self.forward_unknown {
+            self.shared.forget(&name, &mut state);
+            return Ok(());
+        }
+        if call.ctx.deadline.is_none() {
+            call.ctx = call.ctx.with_timeout(UNREGISTER_TIMEOUT);
+        }
+        call.ctx.factory = Some(Factory::new(EventFactory { shared: self.shared.clone(), name }));
+        apart(self.shared.clone().run_unregister(call, next, state)).await
+    }
+}
+
+struct EventFactory<T> {
+    shared: Arc<Shared<T>>,
+    name: String,
+}
+
+impl<T: Object> EventFactory<T> {
+    /// The entry, if the object is registered; its context with a deadline counted from now.
+    #[allow(clippy::type_complexity)]
+    async fn established(&self) -> Option<(Arc<Entry<T>>, OwnedMutexGuard<State<T>>, Call<T>, Next<T>)> {
+        let entry = self.shared.entries.get(&self.name)?;
+        let state = entry.state.clone().lock_owned().await;
+        if state.replaced {
+            return None;
+        }
+        let registered = state.registered.as_ref()?;
+        let mut ctx = registered.ctx.clone();
+        ctx.deadline = registered.timeout.map(|timeout| tokio::time::Instant::now() + timeout);
+        ctx.path = ctx.path.map(|path| path.detached());
+        let call = Call::new(registered.object.clone(), ctx);
+        let next = registered.next.clone();
+        Some((entry, state, call, next))
+    }
+}
+
+#[async_trait::async_trait]
+impl<T: Object> Replay for EventFactory<T> {
+    async fn register(&self) -> Result<(), Error> {
+        let Some((entry, state, call, next)) = self.established().await else { return Ok(()) };
+        apart(self.shared.clone().run_register(call, next, entry, state)).await.map(|_| ())
+    }
+
+    async fn unregister(&self) -> Result<(), Error> {
+        let Some((_, state, mut call, next)) = self.established().await else { return Ok(()) };
+        call.ctx.factory = Some(Factory::new(Self { shared: self.shared.clone(), name: self.name.clone() }));
+        apart(self.shared.clone().run_unregister(call, next, state)).await
+    }
+}

@@ -1,0 +1,180 @@
+//! Removes an endpoint that nobody refreshes any more.
+
+use crate::{
+    Call, Context, Element, Error, Next, Object,
+    chain::{Table, Task},
+    elements::authorize::Owners,
+};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+const NAME: &str = "expire";
+/// An unregister at expiry that failed is tried again after this time.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Tries of the unregister at expiry. Whoever is above expires the entry itself.
+const TRIES: u32 = 10;
+
+/// The element. An object lives until the earliest of: its own wish, the caller's token, the own token, the default.
+pub struct Expire<T> {
+    default: Option<Duration>,
+    owners: Arc<Owners<T>>,
+    timers: Arc<Table<Task>>,
+}
+
+impl<T: Object> Expire<T> {
+    /// `default` bounds the life of every object; a name that has expired is free in `owners`.
+    pub fn new(default: Option<Duration>, owners: Arc<Owners<T>>) -> Self {
+        Self { default, owners, timers: Arc::default() }
+    }
+
+    fn arm(&self, name: &str, at: SystemTime, ctx: &Context) {
+        let Some(factory) = ctx.factory.clone() else { return };
+        let wait = at.duration_since(SystemTime::now()).unwrap_or_default();
+        let (owners, timers, name_) = (self.owners.clone(), Arc::downgrade(&self.timers), name.to_owned());
+        let timer = Task::spawn(async move {
+            tokio::time::sleep(wait).await;
+            tracing::info!(object = name_, "nobody has refreshed it: it expires");
+            owners.forget(&name_);
+            for _ in 0..TRIES {
+                match factory.unregister().await {
+                    Ok(()) => break,
+                    Err(cause) => tracing::warn!(object = name_, %cause, "cannot unregister what has expired"),
+                }
+                tokio::time::sleep(AGAIN).await;
+            }
+            if let Some(timers) = timers.upgrade() {
+                timers.remove(&name_);
+            }
+        });
+        self.timers.insert(name, timer);
+    }
+}
+
+/// When an object ends and when its timer fires: before the tokens do, so that the removal is still authorised, by the
+/// time an operation may take.
+fn schedule(
+    wish: Option<SystemTime>,
+    tokens: Option<SystemTime>,
+    default: Option<SystemTime>,
+    margin: Duration,
+) -> (Option<SystemTime>, Option<SystemTime>) {
+    let earliest = |a: Option<SystemTime>, b: Option<SystemTime>| match (a, b) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    };
+    let end = earliest(wish, earliest(tokens, default));
+    let fire = earliest(end, tokens.and_then(|tokens| tokens.checked_sub(margin)));
+    (end, fire)
+}
+
+#[async_trait::async_trait]
+impl<T: Object> Element<T> for Expire<T> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    async fn register(&self, mut call: Call<T>, next: Next<T>) -> Result<T, Error> {
+        let ctx = call.ctx.clone();
+        let margin = ctx.time_left().unwrap_or_default();
+        let now = SystemTime::now();
+        let tokens = match (ctx.own_expires, ctx.token.as_ref().map(|token| token.expires)) {
+            (Some(own), Some(theirs)) => Some(own.min(theirs)),
+            (own, theirs) => own.or(theirs),
+        };
+        let default = self.default.map(|life| now + life);
+        let (end, _) = schedule(call.message.expiration(), tokens, default, margin);
+        call.message.set_expiration(end);
+        let answer = next.register(call).await?;
+        let (_, fire) = schedule(answer.expiration().or(end), tokens, default, margin);
+        if let Some(at) = fire {
+            self.arm(answer.name(), at, &ctx);
+        }
+        Ok(answer)
+    }
+
+    async fn unregister(&self, call: Call<T>, next: Next<T>) -> Result<(), Error> {
+        let name = call.message.name().to_owned();
+        next.unregister(call).await?;
+        // A failed unregister leaves the timer: expiry tries again.
+        let timer = self.timers.remove(&name);
+        drop(timer);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::elements::begin::Begin;
+    use meridio_proto::nsm::registry::NetworkServiceEndpoint;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[derive(Default)]
+    struct Count(Arc<AtomicUsize>);
+
+    #[async_trait::async_trait]
+    impl Element<NetworkServiceEndpoint> for Count {
+        fn name(&self) -> &'static str {
+            "count"
+        }
+        async fn unregister(
+            &self,
+            call: Call<NetworkServiceEndpoint>,
+            next: Next<NetworkServiceEndpoint>,
+        ) -> Result<(), Error> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            next.unregister(call).await
+        }
+    }
+
+    fn endpoint() -> NetworkServiceEndpoint {
+        NetworkServiceEndpoint { name: "e".into(), ..Default::default() }
+    }
+
+    fn chain(life: Duration) -> (crate::Chain<NetworkServiceEndpoint>, Arc<AtomicUsize>) {
+        let count = Arc::new(AtomicUsize::new(0));
+        let expire = Expire::new(Some(life), Arc::default());
+        (Next::new(vec![Arc::new(Begin::new()), Arc::new(expire), Arc::new(Count(count.clone()))]), count)
+    }
+
+    // Conformance 113
+    #[test]
+    fn the_earliest_of_wish_tokens_and_default_is_the_end() {
+        let at = |seconds| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        let margin = Duration::from_secs(15);
+        assert_eq!(schedule(at(100), at(600), at(60), margin), (at(60), at(60)));
+        assert_eq!(schedule(at(30), at(600), at(60), margin), (at(30), at(30)));
+        assert_eq!(schedule(None, at(50), at(60), margin), (at(50), at(35)));
+        assert_eq!(schedule(None, None, None, margin), (None, None));
+    }
+
+    // Conformance 113
+    #[tokio::test(start_paused = true)]
+    async fn an_object_expires_unless_it_is_refreshed() {
+        let (chain, count) = chain(Duration::from_secs(60));
+        for _ in 0..200 {
+            chain.register(Call::new(endpoint(), Context::new())).await.unwrap();
+        }
+        for _ in 0..3 {
+            tokio::time::sleep(Duration::from_secs(40)).await;
+            chain.register(Call::new(endpoint(), Context::new())).await.unwrap();
+            assert_eq!(count.load(Ordering::SeqCst), 0);
+        }
+        tokio::time::sleep(Duration::from_secs(61)).await;
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+        tokio::time::sleep(Duration::from_secs(300)).await;
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+    }
+
+    // Conformance 113
+    #[tokio::test(start_paused = true)]
+    async fn an_unregister_stops_the_timer() {
+        let (chain, count) = chain(Duration::from_secs(60));
+        chain.register(Call::new(endpoint(), Context::new())).await.unwrap();
+        chain.unregister(Call::new(endpoint(), Context::new())).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(300)).await;
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+    }
+}

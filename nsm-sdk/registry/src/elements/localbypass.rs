@@ -1,0 +1,143 @@
+//! The manager's bypass: the world sees local endpoints under the manager's URL, the manager under their own.
+
+use crate::{Call, Element, Error, Events, Next, Query, chain::Table};
+use futures_util::StreamExt;
+use meridio_proto::nsm::registry::NetworkServiceEndpoint;
+use std::sync::Arc;
+
+const NAME: &str = "localbypass";
+
+/// The element.
+pub struct LocalBypass {
+    manager_url: String,
+    urls: Arc<Table<String>>,
+}
+
+impl LocalBypass {
+    /// `manager_url` is where other nodes reach this one's manager.
+    pub fn new(manager_url: impl Into<String>) -> Self {
+        Self { manager_url: manager_url.into(), urls: Arc::default() }
+    }
+}
+
+#[async_trait::async_trait]
+impl Element<NetworkServiceEndpoint> for LocalBypass {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    async fn register(
+        &self,
+        mut call: Call<NetworkServiceEndpoint>,
+        next: Next<NetworkServiceEndpoint>,
+    ) -> Result<NetworkServiceEndpoint, Error> {
+        let (name, local) = (call.message.name.clone(), call.message.url.clone());
+        if !local.contains(':') {
+            return Err(Error::new(NAME, name, format_args!("{local:?} is no URL of an endpoint"))
+                .with_code(tonic::Code::InvalidArgument));
+        }
+        let before = self.urls.insert(&name, local.clone());
+        call.message.url.clone_from(&self.manager_url);
+        match next.register(call).await {
+            Ok(mut answer) => {
+                answer.url = local.clone();
+                // The registry may have given it another name.
+                if answer.name != name {
+                    self.urls.remove(&name);
+                    self.urls.insert(&answer.name, local);
+                }
+                Ok(answer)
+            }
+            Err(error) => {
+                // An endpoint that was there before still is, only its refresh has failed.
+                if before.is_none() {
+                    self.urls.remove(&name);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn find(
+        &self,
+        mut call: Call<Query<NetworkServiceEndpoint>>,
+        next: Next<NetworkServiceEndpoint>,
+    ) -> Result<Events<NetworkServiceEndpoint>, Error> {
+        // The URL in the template is the manager's to every registry above.
+        let wanted = std::mem::take(&mut call.message.template.url);
+        let (urls, manager_url) = (self.urls.clone(), self.manager_url.clone());
+        let events = next.find(call).await?;
+        Ok(Box::pin(events.filter_map(move |event| {
+            let event = event.map(|mut event| {
+                let published = event.object.url.clone();
+                if !wanted.is_empty() && !published.contains(&wanted) {
+                    return None;
+                }
+                match urls.get(&event.object.name) {
+                    Some(local) if published == manager_url || event.deleted => event.object.url = local,
+                    // Registered with the manager that ran here before: unreachable until it registers again.
+                    None if published == manager_url && !event.deleted => return None,
+                    _ => {}
+                }
+                Some(event)
+            });
+            futures_util::future::ready(event.transpose())
+        })))
+    }
+
+    async fn unregister(
+        &self,
+        mut call: Call<NetworkServiceEndpoint>,
+        next: Next<NetworkServiceEndpoint>,
+    ) -> Result<(), Error> {
+        let Some(local) = self.urls.remove(&call.message.name) else { return Ok(()) };
+        let name = call.message.name.clone();
+        call.message.url.clone_from(&self.manager_url);
+        let result = next.unregister(call).await;
+        if result.is_err() {
+            self.urls.insert(&name, local);
+        }
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Context, elements::memory::Memory, store::MemoryStore};
+
+    fn endpoint(name: &str, url: &str) -> NetworkServiceEndpoint {
+        NetworkServiceEndpoint { name: name.into(), url: url.into(), ..Default::default() }
+    }
+
+    fn call(name: &str, url: &str) -> Call<NetworkServiceEndpoint> {
+        Call::new(endpoint(name, url), Context::new())
+    }
+
+    // Conformance 118
+    #[tokio::test]
+    async fn local_urls_are_seen_here_and_the_managers_everywhere_else() {
+        let memory: Arc<dyn Element<_>> = Arc::new(Memory::new(Arc::new(MemoryStore::default())));
+        let registry = Next::new(vec![memory.clone()]);
+        let manager = Next::new(vec![Arc::new(LocalBypass::new("tcp://m")), memory.clone()]);
+        let urls = |list: Vec<NetworkServiceEndpoint>| list.into_iter().map(|e| e.url).collect::<Vec<_>>();
+        let all = NetworkServiceEndpoint::default;
+
+        let answer = manager.register(call("e", "unix:///e")).await.unwrap();
+        assert_eq!(answer.url, "unix:///e");
+        assert_eq!(urls(manager.list(all(), Context::new()).await.unwrap()), ["unix:///e"]);
+        assert_eq!(urls(registry.list(all(), Context::new()).await.unwrap()), ["tcp://m"]);
+        // The forwarders of this node are asked for by the manager's URL.
+        assert_eq!(urls(manager.list(endpoint("", "tcp://m"), Context::new()).await.unwrap()), ["unix:///e"]);
+        assert!(manager.list(endpoint("", "tcp://n"), Context::new()).await.unwrap().is_empty());
+
+        // After a restart it is hidden until it registers again, under whatever URL it has then.
+        let restarted = Next::new(vec![Arc::new(LocalBypass::new("tcp://m")), memory]);
+        assert!(restarted.list(all(), Context::new()).await.unwrap().is_empty());
+        restarted.register(call("e", "unix:///f")).await.unwrap();
+        assert_eq!(urls(restarted.list(all(), Context::new()).await.unwrap()), ["unix:///f"]);
+        restarted.unregister(call("e", "unix:///f")).await.unwrap();
+        assert!(registry.list(all(), Context::new()).await.unwrap().is_empty());
+        assert!(restarted.register(call("g", "")).await.is_err());
+    }
+}

@@ -1,0 +1,231 @@
+//! Registry, manager's registry and clients over real connections: mTLS, tokens, descriptors, restarts.
+
+use futures_util::StreamExt;
+use nsm_identity::{Authority, X509Source};
+use nsm_registry::{
+    ClientInfo, Dialer, Event, ManagerRegistry, NetworkService, NetworkServiceEndpoint, Registry,
+    RegistryClient, Security, Upstream, service,
+    store::{SqliteStore, Store},
+};
+use nsm_transport::{Address, Listener, Transport};
+use std::{path::Path, sync::Arc, time::Duration};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// A served registry that can be stopped as a killed process is.
+struct Server {
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+    url: String,
+}
+
+impl Server {
+    async fn start(
+        source: &X509Source,
+        url: &str,
+        services: nsm_registry::Chain<NetworkService>,
+        endpoints: nsm_registry::Chain<NetworkServiceEndpoint>,
+    ) -> Self {
+        let transport = Transport::new(source.clone()).unwrap();
+        let listener = Listener::bind(&Address::parse(url).unwrap()).await.unwrap();
+        let url = listener.address().to_string();
+        let stop = CancellationToken::new();
+        let routes = service::add_routes(Routes::default(), services, endpoints);
+        let (serving, ended) = (transport, stop.clone());
+        let task = tokio::spawn(async move { serving.serve(vec![listener], routes, ended).await.unwrap() });
+        Self { stop, task, url }
+    }
+
+    async fn stop(self) {
+        self.stop.cancel();
+        self.task.await.unwrap();
+    }
+}
+
+struct World {
+    authority: Authority,
+    folder: tempfile::TempDir,
+}
+
+impl World {
+    fn new() -> Self {
+        Self { authority: Authority::generate("example.org").unwrap(), folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn source(&self, name: &str) -> X509Source {
+        self.authority.source(&format!("/{name}"), HOUR).unwrap()
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.folder.path().join(name)
+    }
+
+    async fn registry(&self, url: &str) -> Server {
+        let source = self.source("registry");
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&self.path("registry.db")).unwrap());
+        let registry = Registry::open(store, &Security::new(source.clone())).await.unwrap();
+        Server::start(&source, url, registry.services, registry.endpoints).await
+    }
+
+    async fn manager(&self, name: &str, registry: &str) -> (Server, ManagerRegistry) {
+        let source = self.source(name);
+        let dialer = Dialer::new(
+            Transport::new(source.clone()).unwrap(),
+            Address::parse(registry).unwrap(),
+            Duration::from_secs(2),
+        );
+        let chains = ManagerRegistry::new(
+            Upstream::Remote(dialer),
+            &format!("tcp://{name}:5001"),
+            ClientInfo::default(),
+            &Security::new(source.clone()),
+        );
+        let url = format!("unix://{}", self.path(name).display());
+        let server = Server::start(&source, &url, chains.services.clone(), chains.endpoints.clone()).await;
+        (server, chains)
+    }
+
+    fn client(&self, name: &str, url: &str) -> RegistryClient {
+        RegistryClient::builder(url, self.source(name)).build().unwrap()
+    }
+}
+
+fn endpoint(name: &str, url: &str) -> NetworkServiceEndpoint {
+    NetworkServiceEndpoint {
+        name: name.into(),
+        network_service_names: vec!["svc".into()],
+        url: url.into(),
+        ..Default::default()
+    }
+}
+
+fn all() -> NetworkServiceEndpoint {
+    endpoint("", "")
+}
+
+async fn eventually<F: Future<Output = bool>>(what: &str, check: impl Fn() -> F) {
+    for _ in 0..100 {
+        if check().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("not within 5 s: {what}");
+}
+
+fn unix_socket(path: &Path) -> (tokio::net::UnixListener, String) {
+    (tokio::net::UnixListener::bind(path).unwrap(), format!("unix://{}", path.display()))
+}
+
+// Conformance 82, 90, 110, 118
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoints_socket_travels_to_the_manager_and_to_who_finds_it() {
+    let world = World::new();
+    let registry = world.registry("tcp://127.0.0.1:0").await;
+    let (manager, chains) = world.manager("nsmgr-a", &registry.url).await;
+    let (listener, url) = unix_socket(&world.path("nse.sock"));
+
+    let client = world.client("nse", &manager.url);
+    client.register_ns(NetworkService { name: "svc".into(), ..Default::default() }).await.unwrap();
+    let answer = client.register_nse(endpoint("nse", &url)).await.unwrap();
+    assert_eq!(answer.url, url);
+    assert_eq!(
+        answer.path_ids,
+        ["spiffe://example.org/nse", "spiffe://example.org/nsmgr-a", "spiffe://example.org/registry"]
+    );
+    assert!(answer.expiration_time.is_some());
+
+    // The world sees the manager, the node's own processes the socket.
+    let direct = world.client("anybody", &registry.url);
+    assert_eq!(direct.find_nse(all()).await.unwrap()[0].url, "tcp://nsmgr-a:5001");
+    let local = chains.local_endpoints.list(all(), Default::default()).await.unwrap();
+    let forwarder = world.client("forwarder", &manager.url);
+    let found = forwarder.find_nse(all()).await.unwrap();
+    for found in [&local[0].url, &found[0].url] {
+        assert!(found.starts_with("unix:///proc/"), "{found}");
+        let Address::Unix(path) = Address::parse(found).unwrap() else { panic!("{found}") };
+        let (dialled, accepted) = tokio::join!(tokio::net::UnixStream::connect(path), listener.accept());
+        dialled.unwrap();
+        accepted.unwrap();
+    }
+
+    client.unregister_nse(endpoint("nse", &url), None).await.unwrap();
+    assert!(direct.find_nse(all()).await.unwrap().is_empty());
+    manager.stop().await;
+    registry.stop().await;
+}
+
+// Conformance 47, 112, 115, 118
+#[tokio::test(flavor = "multi_thread")]
+async fn restarts_of_registry_and_manager_lose_nothing() {
+    let world = World::new();
+    let registry = world.registry("tcp://127.0.0.1:0").await;
+    let registry_url = registry.url.clone();
+    let (manager, _) = world.manager("nsmgr-a", &registry_url).await;
+    let (_listener, url) = unix_socket(&world.path("nse.sock"));
+    let client = world.client("nse", &manager.url);
+    client.register_nse(endpoint("nse", &url)).await.unwrap();
+
+    let watcher = world.client("watcher", &manager.url);
+    let mut events = watcher.watch_nse(all());
+    let first = events.next().await.unwrap();
+    assert!(!first.deleted && first.object.name == "nse");
+    let seen = tokio::spawn(async move {
+        let mut seen: Vec<Event<NetworkServiceEndpoint>> = Vec::new();
+        while let Some(event) = events.next().await {
+            let end = event.deleted && event.object.name == "nse";
+            seen.push(event);
+            if end {
+                break;
+            }
+        }
+        seen
+    });
+
+    // The registry comes back with its entries, before anybody has registered again.
+    registry.stop().await;
+    let registry = world.registry(&registry_url).await;
+    let direct = world.client("anybody", &registry.url);
+    assert_eq!(direct.find_nse(all()).await.unwrap().len(), 1);
+    // The name still belongs to its owner.
+    let thief = world.client("thief", &manager.url).register_nse(endpoint("nse", "tcp://1.1.1.1:1"));
+    assert!(tokio::time::timeout(Duration::from_millis(700), thief).await.is_err());
+
+    // The manager comes back knowing nothing; the endpoint tells it by itself.
+    manager.stop().await;
+    let (manager, chains) = world.manager("nsmgr-a", &registry_url).await;
+    eventually("the endpoint is back at the manager", || async {
+        chains.local_endpoints.list(all(), Default::default()).await.is_ok_and(|list| list.len() == 1)
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(!seen.is_finished(), "a restart was reported as a removal");
+
+    client.unregister_nse(endpoint("nse", &url), None).await.unwrap();
+    let seen = tokio::time::timeout(Duration::from_secs(5), seen).await.unwrap().unwrap();
+    assert_eq!(seen.iter().filter(|event| event.deleted).count(), 1);
+    manager.stop().await;
+    registry.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_name_is_denied_and_a_missing_token_too() {
+    let world = World::new();
+    let registry = world.registry("tcp://127.0.0.1:0").await;
+    let owner = world.client("owner", &registry.url);
+    owner.register_nse(endpoint("e", "tcp://127.0.0.1:1")).await.unwrap();
+    let thief = world.client("thief", &registry.url);
+    let denied = thief.unregister_nse(endpoint("e", ""), Some(Duration::from_millis(500))).await.unwrap_err();
+    assert_eq!(denied.code(), tonic::Code::PermissionDenied, "{denied}");
+
+    // TLS without tokens.
+    let transport = Transport::new(world.source("x")).unwrap();
+    let channel = transport.channel(&Address::parse(&registry.url).unwrap());
+    let mut raw = meridio_proto::nsm::registry::network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient::new(channel);
+    let status = raw.register(endpoint("f", "tcp://127.0.0.1:1")).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::PermissionDenied, "{status}");
+    registry.stop().await;
+}
