@@ -1,0 +1,134 @@
+//! The proxy's own chain elements: addresses from the IPAM, for both of its roles.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+use meridio_proto::nsm::connectioncontext::IpContext;
+use nsm_chain::{CloseCall, Connection, Element, Error, Key, Next, RequestCall, Side};
+use tonic::Code;
+
+use crate::inputs::Shared;
+use crate::ipam::Addresses;
+use crate::ipcontext::{self, Allocation};
+
+const NAME: &str = "ipcontext";
+
+/// Gives a target its addresses, and the bridge's as its gateways (spec 6.3).
+///
+/// Addresses belong to the id of the first path segment: that of the target, which is the same before and after a restart of anything.
+pub(crate) struct TargetAddresses {
+    addresses: Addresses,
+    shared: Shared,
+    served: Key<bool>,
+}
+
+impl TargetAddresses {
+    pub(crate) fn new(addresses: Addresses, shared: Shared) -> Self {
+        Self { addresses, shared, served: Key::new(Side::Server) }
+    }
+
+    fn bridge(&self) -> BTreeSet<IpNet> {
+        self.shared.get().bridge
+    }
+}
+
+#[async_trait::async_trait]
+impl Element for TargetAddresses {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let metadata = call.ctx.metadata(NAME, call.id())?.clone();
+        let id = first_segment(call.connection_mut());
+        let bridge: Vec<IpNet> = self.bridge().into_iter().collect();
+        if bridge.is_empty() {
+            return Err(Error::new(NAME, id, "the bridge has no address yet").with_code(Code::Unavailable));
+        }
+        let allocated = self.addresses.of_connection(&id).await;
+        let context = ip_context(call.connection_mut());
+        match allocated {
+            Ok(allocation) => ipcontext::apply(context, &allocation, &bridge),
+            // A connection that works does not end because the IPAM is away.
+            Err(status) if has_addresses(context) => {
+                tracing::warn!(connection = id, error = %status, "no answer of the IPAM, addresses stay as they are");
+            }
+            Err(status) => return Err(Error::new(NAME, id, format!("no address: {status}")).with_code(status.code())),
+        }
+        let result = next.request(call).await;
+        match &result {
+            Ok(_) => drop(metadata.insert(&self.served, true)),
+            Err(_) if metadata.get(&self.served).is_none() => self.addresses.release_later(&id),
+            Err(_) => {}
+        }
+        result
+    }
+
+    async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
+        self.addresses.release_later(&first_segment(&call.message));
+        next.close(call).await
+    }
+}
+
+/// Gives both ends of the connection to a load balancer their addresses: `<id>-src` is the load balancer's, `<id>-dst` this proxy's
+/// (spec 6.4).
+pub(crate) struct BalancerAddresses {
+    addresses: Addresses,
+    established: Key<bool>,
+}
+
+impl BalancerAddresses {
+    pub(crate) fn new(addresses: Addresses) -> Self {
+        Self { addresses, established: Key::new(Side::Client) }
+    }
+}
+
+#[async_trait::async_trait]
+impl Element for BalancerAddresses {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let metadata = call.ctx.metadata(NAME, call.id())?.clone();
+        let id = first_segment(call.connection_mut());
+        let allocated = self.addresses.of_connection(&id).await;
+        let context = ip_context(call.connection_mut());
+        match allocated {
+            Ok(Allocation { source, destination }) => {
+                context.src_ip_addrs = destination.iter().map(IpNet::to_string).collect();
+                context.dst_ip_addrs = source.iter().map(IpNet::to_string).collect();
+            }
+            Err(status) if has_addresses(context) => {
+                tracing::warn!(connection = id, error = %status, "no answer of the IPAM, addresses stay as they are");
+            }
+            Err(status) => return Err(Error::new(NAME, id, format!("no address: {status}")).with_code(status.code())),
+        }
+        let result = next.request(call).await;
+        match &result {
+            Ok(_) => drop(metadata.insert(&self.established, true)),
+            Err(_) if metadata.get(&self.established).is_none() => self.addresses.release_later(&id),
+            Err(_) => {}
+        }
+        result
+    }
+
+    async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
+        self.addresses.release_later(&first_segment(&call.message));
+        next.close(call).await
+    }
+}
+
+fn ip_context(connection: &mut Connection) -> &mut IpContext {
+    connection.context.get_or_insert_default().ip_context.get_or_insert_default()
+}
+
+fn has_addresses(context: &IpContext) -> bool {
+    !context.src_ip_addrs.is_empty() && !context.dst_ip_addrs.is_empty()
+}
+
+/// The id of a connection at its origin; its own id where it has no path.
+fn first_segment(connection: &Connection) -> String {
+    let first = connection.path.as_ref().and_then(|path| path.path_segments.first());
+    first.map_or_else(|| connection.id.clone(), |segment| segment.id.clone())
+}
