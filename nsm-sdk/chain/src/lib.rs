@@ -13,6 +13,8 @@ pub mod core;
 pub mod elements;
 pub mod path;
 pub mod remote;
+pub mod serve;
+pub mod stock;
 pub mod token;
 
 pub use crate::core::{
@@ -21,6 +23,7 @@ pub use crate::core::{
 };
 pub use crate::elements::begin::{Event, EventFactory, EventOptions, Fired};
 pub use crate::remote::{Connector, EventStream, REMOTE, Remote, RemoteService};
+pub use crate::stock::{Client, ClientBuilder, Endpoint, EndpointBuilder};
 pub use meridio_proto::nsm::{
     connection::{
         Connection, ConnectionEvent, ConnectionEventType, Mechanism, MonitorScopeSelector, Path, PathSegment, State,

@@ -11,19 +11,12 @@ use std::{
     collections::HashMap,
     fmt,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// The token a client sent in gRPC metadata with this call.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ClientToken {
-    /// The JWT, not yet verified.
-    pub jwt: String,
-    /// When it ends, as the client says.
-    pub expires: SystemTime,
-}
+pub use nsm_transport::ClientToken;
 
 /// Endpoints that may serve a request, found by `discover`, tried by `roundrobin`.
 #[derive(Clone, Debug, Default)]

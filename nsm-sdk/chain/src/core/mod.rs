@@ -15,6 +15,7 @@ pub use chain::Chain;
 pub use context::{Candidates, ClientToken, Context, Extensions, Postponed};
 pub use element::{Element, ElementLayer, Next, unwind};
 pub use error::Error;
+pub(crate) use fd::inode_of;
 pub use fd::{FdChannel, FdTransceiver};
 pub use metadata::{Key, Metadata, Side};
 pub use nsm_identity::Peer;

@@ -1,5 +1,11 @@
 //! The next hop: another process by gRPC, or another chain in this process.
 
+mod grpc;
+pub mod inprocess;
+
+pub use grpc::Grpc;
+pub use inprocess::{Caller, InProcess, LocalService};
+
 use crate::{
     Connection, ConnectionEvent, Error, FdTransceiver, Key, MonitorScopeSelector, NetworkServiceRequest, Peer, Side,
 };
@@ -108,5 +114,32 @@ pub trait Connector: Send + Sync + 'static {
 impl<C: Connector + ?Sized> Connector for Arc<C> {
     async fn connect(&self, url: &str, deadline: Instant) -> Result<Remote, Error> {
         (**self).connect(url, deadline).await
+    }
+}
+
+#[async_trait::async_trait]
+impl<S: RemoteService + ?Sized> RemoteService for Arc<S> {
+    async fn request(&self, request: NetworkServiceRequest, deadline: Option<Instant>) -> Result<Connection, Status> {
+        (**self).request(request, deadline).await
+    }
+
+    async fn close(&self, connection: Connection, deadline: Option<Instant>) -> Result<(), Status> {
+        (**self).close(connection, deadline).await
+    }
+
+    async fn monitor(&self, selector: MonitorScopeSelector) -> Result<EventStream, Status> {
+        (**self).monitor(selector).await
+    }
+
+    fn peer(&self) -> Option<Peer> {
+        (**self).peer()
+    }
+
+    fn fds(&self) -> Option<FdTransceiver> {
+        (**self).fds()
+    }
+
+    fn alive(&self) -> bool {
+        (**self).alive()
     }
 }

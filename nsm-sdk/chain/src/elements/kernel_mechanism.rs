@@ -1,0 +1,201 @@
+//! The mechanism KERNEL: an interface in a network namespace.
+
+use crate::{Connection, Element, Error, Mechanism, Next, RequestCall, core::inode_of};
+use rand::{Rng, distr::Alphanumeric};
+use rustix::fs::{Mode, OFlags};
+use std::os::fd::OwnedFd;
+
+/// Type of the mechanism.
+pub const KERNEL: &str = "KERNEL";
+/// Class of mechanisms within one node.
+pub const LOCAL: &str = "LOCAL";
+/// Class of mechanisms between nodes.
+pub const REMOTE: &str = "REMOTE";
+/// Parameter: URL of the network namespace.
+pub const INODE_URL: &str = "inodeURL";
+/// Parameter: name of the interface.
+pub const NAME: &str = "name";
+/// URL of this process's own namespace.
+pub const OWN_NETNS: &str = "file:///proc/thread-self/ns/net";
+/// Longest name of an interface, in bytes.
+pub const NAME_LIMIT: usize = 15;
+
+/// The start of `name` that fits into an interface name.
+pub fn limit(name: &str) -> &str {
+    name.get(..NAME_LIMIT.min(name.len())).unwrap_or_else(|| {
+        let end = (0..NAME_LIMIT).rev().find(|&end| name.is_char_boundary(end)).unwrap_or(0);
+        &name[..end]
+    })
+}
+
+/// A name for an interface to `service`: its first 10 bytes, a dash, and random letters and digits.
+pub fn random_name(service: &str) -> String {
+    let end = (0..=10.min(service.len())).rev().find(|&end| service.is_char_boundary(end)).unwrap_or(0);
+    let mut name = format!("{}-", service[..end].replace(['/', ' '], "-"));
+    let missing = NAME_LIMIT - name.len();
+    name.extend(rand::rng().sample_iter(Alphanumeric).take(missing).map(char::from));
+    name
+}
+
+/// Replaces an `inode://` URL of this process's own namespace by one that `sendfd` can open.
+pub fn own_netns_again(connection: &mut Connection) {
+    let Some(mechanism) = connection.mechanism.as_mut().filter(|mechanism| mechanism.r#type == KERNEL) else { return };
+    let Some(url) = mechanism.parameters.get_mut(INODE_URL) else { return };
+    if open(OWN_NETNS).and_then(inode_of).is_ok_and(|(dev, ino)| *url == format!("inode://{dev}/{ino}")) {
+        *url = OWN_NETNS.to_owned();
+    }
+}
+
+/// A descriptor (`O_PATH`) of the file that a `file://` URL names.
+pub(crate) fn open(url: &str) -> std::io::Result<OwnedFd> {
+    let path = url.strip_prefix("file://").unwrap_or(url);
+    Ok(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// Offers an interface in this process's namespace.
+#[derive(Clone, Debug, Default)]
+pub struct KernelClient {
+    interface: Option<String>,
+}
+
+impl KernelClient {
+    /// Names interfaces after their service.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Gives each interface this name, cut to 15 bytes.
+    pub fn with_name(name: &str) -> Self {
+        Self { interface: Some(limit(name).to_owned()) }
+    }
+
+    fn complete(&self, parameters: &mut std::collections::BTreeMap<String, String>, service: &str) {
+        parameters.insert(INODE_URL.into(), OWN_NETNS.into());
+        if parameters.get(NAME).is_none_or(String::is_empty) {
+            parameters.insert(NAME.into(), self.interface.clone().unwrap_or_else(|| random_name(service)));
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Element for KernelClient {
+    fn name(&self) -> &'static str {
+        "kernel"
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let service = call.connection().network_service.clone();
+        let preferences = &mut call.message.mechanism_preferences;
+        if !preferences.iter().any(|preference| preference.r#type == KERNEL) {
+            preferences.push(Mechanism { cls: LOCAL.into(), r#type: KERNEL.into(), ..Default::default() });
+        }
+        for preference in preferences.iter_mut().filter(|preference| preference.r#type == KERNEL) {
+            self.complete(&mut preference.parameters, &service);
+        }
+        next.request(call).await
+    }
+}
+
+/// Accepts an interface in this process's namespace. Others make it.
+#[derive(Clone, Debug, Default)]
+pub struct KernelServer {
+    client: KernelClient,
+}
+
+impl KernelServer {
+    /// Names interfaces after their service.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Gives each interface this name, cut to 15 bytes.
+    pub fn with_name(name: &str) -> Self {
+        Self { client: KernelClient::with_name(name) }
+    }
+}
+
+#[async_trait::async_trait]
+impl Element for KernelServer {
+    fn name(&self) -> &'static str {
+        "kernel"
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let connection = call.connection_mut();
+        let service = connection.network_service.clone();
+        if let Some(mechanism) = connection.mechanism.as_mut().filter(|mechanism| mechanism.r#type == KERNEL) {
+            self.client.complete(&mut mechanism.parameters, &service);
+        }
+        next.request(call).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Chain, Context,
+        core::testing::{Spy, request_id, request_with},
+    };
+    use std::sync::Arc;
+
+    async fn offered(client: KernelClient, preferences: Vec<Mechanism>) -> Vec<Mechanism> {
+        let spy = Arc::new(Spy::default());
+        let mut call = request_id("c", Context::new());
+        call.connection_mut().network_service = "conduit-a-1.trench".into();
+        call.message.mechanism_preferences = preferences;
+        Chain::builder().element(client).element(spy.clone()).build().request(call).await.unwrap();
+        spy.last_request().mechanism_preferences
+    }
+
+    // Conformance 86
+    #[tokio::test]
+    async fn names_are_kept_limited_or_random() {
+        let random = offered(KernelClient::new(), vec![]).await;
+        assert_eq!((random.len(), random[0].cls.as_str()), (1, LOCAL));
+        assert_eq!(random[0].parameters[INODE_URL], OWN_NETNS);
+        let name = &random[0].parameters[NAME];
+        assert!(name.starts_with("conduit-a--") && name.len() == 15, "{name}");
+
+        let limited = offered(KernelClient::with_name("an-interface-name-too-long"), vec![]).await;
+        assert_eq!(limited[0].parameters[NAME], "an-interface-na");
+
+        let own = [(NAME.to_owned(), "nsm-1".to_owned())].into();
+        let given = Mechanism { r#type: KERNEL.into(), parameters: own, ..Default::default() };
+        let given = offered(KernelClient::with_name("other"), vec![given]).await;
+        assert_eq!((given.len(), given[0].parameters[NAME].as_str()), (1, "nsm-1"));
+    }
+
+    // Conformance 91
+    #[test]
+    fn random_names_differ_and_fit() {
+        let names: std::collections::HashSet<_> = (0..1000).map(|_| random_name("ééééééééé")).collect();
+        assert_eq!(names.len(), 1000);
+        assert!(names.iter().all(|name| name.len() == NAME_LIMIT));
+        assert_eq!(limit("ééééééééé").len(), 14);
+    }
+
+    // Conformance 86
+    #[tokio::test]
+    async fn the_server_completes_the_mechanism() {
+        let chain = Chain::builder().element(KernelServer::new()).build();
+        let mechanism = Some(Mechanism { r#type: KERNEL.into(), ..Default::default() });
+        let connection = Connection { id: "c".into(), network_service: "svc".into(), mechanism, ..Default::default() };
+        let connection = chain.request(request_with(connection)).await.unwrap();
+        let parameters = connection.mechanism.unwrap().parameters;
+        assert_eq!(parameters[INODE_URL], OWN_NETNS);
+        assert!(parameters[NAME].starts_with("svc-"));
+    }
+
+    #[test]
+    fn the_own_namespace_is_recognised() {
+        let (dev, ino) = inode_of(open(OWN_NETNS).unwrap()).unwrap();
+        for (sent, expected) in [(format!("inode://{dev}/{ino}"), OWN_NETNS), ("inode://4/1".into(), "inode://4/1")] {
+            let parameters = [(INODE_URL.to_owned(), sent)].into();
+            let mechanism = Some(Mechanism { r#type: KERNEL.into(), parameters, ..Default::default() });
+            let mut connection = Connection { mechanism, ..Default::default() };
+            own_netns_again(&mut connection);
+            assert_eq!(connection.mechanism.unwrap().parameters[INODE_URL], expected);
+        }
+    }
+}

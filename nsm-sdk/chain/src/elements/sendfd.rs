@@ -1,0 +1,85 @@
+//! Sends the descriptor of a network namespace beside the message that names it.
+
+use super::kernel_mechanism::{INODE_URL, open};
+use crate::{CloseCall, Connection, Element, Error, FdTransceiver, Mechanism, Next, RequestCall};
+use std::collections::HashMap;
+
+/// Towards the next hop: `file://` URLs of namespaces become `inode://` URLs, with the descriptor queued on the
+/// connection that `dial` made. Transports that carry no descriptors leave URLs as they are.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SendFdClient;
+
+/// Towards the caller: the same with the answer's mechanism.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SendFdServer;
+
+const NAME: &str = "sendfd";
+
+/// `inode://` URLs that were sent, with the `file://` URLs they stand for.
+type Sent = HashMap<String, String>;
+
+fn send(fds: &FdTransceiver, mechanism: &mut Mechanism, id: &str, sent: &mut Sent) -> Result<(), Error> {
+    let Some(url) = mechanism.parameters.get_mut(INODE_URL).filter(|url| url.starts_with("file:")) else {
+        return Ok(());
+    };
+    let failed = |what: &str, error: std::io::Error| Error::new(NAME, id, format!("{what} {url}: {error}"));
+    let fd = open(url).map_err(|error| failed("cannot open", error))?;
+    let (dev, ino) = fds.queue(fd).map_err(|error| failed("cannot send the descriptor of", error))?;
+    let inode = format!("inode://{dev}/{ino}");
+    sent.insert(inode.clone(), std::mem::replace(url, inode));
+    Ok(())
+}
+
+#[async_trait::async_trait]
+impl Element for SendFdClient {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let Some(fds) = call.ctx.remote.as_ref().and_then(|remote| remote.fds()) else {
+            return next.request(call).await;
+        };
+        let (id, mut sent) = (call.id().to_owned(), Sent::new());
+        let request = &mut call.message;
+        let chosen = request.connection.as_mut().and_then(|connection| connection.mechanism.as_mut());
+        for mechanism in request.mechanism_preferences.iter_mut().chain(chosen) {
+            send(&fds, mechanism, &id, &mut sent)?;
+        }
+        let mut connection = next.request(call).await?;
+        let url = connection.mechanism.as_mut().and_then(|mechanism| mechanism.parameters.get_mut(INODE_URL));
+        if let Some((url, file)) = url.and_then(|url| sent.remove(url).map(|file| (url, file))) {
+            *url = file;
+        }
+        Ok(connection)
+    }
+
+    async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
+        let (id, fds) = (call.id().to_owned(), call.ctx.remote.as_ref().and_then(|remote| remote.fds()));
+        if let (Some(fds), Some(mechanism)) = (fds, &mut call.message.mechanism) {
+            // The namespace may be gone already: a close has to arrive all the same.
+            if let Err(error) = send(&fds, mechanism, &id, &mut Sent::new()) {
+                tracing::debug!(%error, "closing without the namespace");
+            }
+        }
+        next.close(call).await
+    }
+}
+
+#[async_trait::async_trait]
+impl Element for SendFdServer {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let (fds, postponed) = (call.ctx.fds.clone(), call.ctx.postpone());
+        let mut connection = next.request(call).await?;
+        if let (Some(fds), Some(mechanism)) = (fds, &mut connection.mechanism) {
+            if let Err(error) = send(&fds, mechanism, &connection.id, &mut Sent::new()) {
+                return Err(crate::unwind(&next, connection, &postponed, error).await);
+            }
+        }
+        Ok(connection)
+    }
+}

@@ -1,0 +1,145 @@
+//! Another process as the next hop, by gRPC.
+
+use super::{EventStream, RemoteService};
+use crate::{
+    Connection, Connector, Error, FdChannel, FdTransceiver, MonitorScopeSelector, NetworkServiceRequest, Peer, Remote,
+};
+use futures_util::StreamExt;
+use meridio_proto::nsm::{
+    connection::monitor_connection_client::MonitorConnectionClient,
+    networkservice::network_service_client::NetworkServiceClient,
+};
+use nsm_transport::{Address, Link, OptionalToken, Transport};
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::OwnedFd,
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+use tokio::time::Instant;
+use tonic::{Code, Request, Status, service::interceptor::InterceptedService, transport::Channel};
+
+type Service = InterceptedService<Channel, OptionalToken>;
+
+/// Connects to `unix://` and `tcp://` URLs. Each call carries a fresh token for the peer of its connection.
+///
+/// Over TCP one connection per URL is shared as long as it works. A unix socket is connected to anew each time: its
+/// descriptors belong to one NSM connection and are released with it.
+pub struct Grpc {
+    transport: Transport,
+    pool: Mutex<HashMap<String, Weak<GrpcRemote>>>,
+}
+
+impl Grpc {
+    /// A connector over this transport.
+    pub fn new(transport: Transport) -> Self {
+        Self { transport, pool: Mutex::default() }
+    }
+
+    fn pooled(&self, url: &str) -> Option<Arc<GrpcRemote>> {
+        let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        pool.get(url).and_then(Weak::upgrade).filter(|remote| remote.alive())
+    }
+}
+
+#[async_trait::async_trait]
+impl Connector for Grpc {
+    async fn connect(&self, url: &str, deadline: Instant) -> Result<Remote, Error> {
+        if let Some(remote) = self.pooled(url) {
+            return Ok(Remote::new(url, remote));
+        }
+        let failed = |text: String, code| Error::new("connector", "", text).with_code(code);
+        let address = Address::parse(url).map_err(|error| failed(error.to_string(), Code::InvalidArgument))?;
+        let time = deadline.saturating_duration_since(Instant::now());
+        let link =
+            self.transport.dial(&address, time).await.map_err(|error| failed(error.to_string(), Code::Unavailable))?;
+        let remote = Arc::new(GrpcRemote::new(link));
+        if !address.is_unix() {
+            let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+            pool.retain(|_, remote| remote.strong_count() > 0);
+            pool.insert(url.to_owned(), Arc::downgrade(&remote));
+        }
+        Ok(Remote::new(url, remote))
+    }
+}
+
+struct GrpcRemote {
+    service: NetworkServiceClient<Service>,
+    monitor: MonitorConnectionClient<Service>,
+    peer: Option<Peer>,
+    fds: Option<FdTransceiver>,
+    broken: AtomicBool,
+}
+
+impl GrpcRemote {
+    fn new(link: Link) -> Self {
+        Self {
+            service: NetworkServiceClient::new(link.with_token()),
+            monitor: MonitorConnectionClient::new(link.with_token()),
+            peer: link.peer,
+            fds: link.fds.map(FdTransceiver::new),
+            broken: AtomicBool::new(false),
+        }
+    }
+
+    /// Takes note of a broken transport: an error that did not come from the other side, or silence.
+    fn judge<T>(&self, result: Result<T, Status>) -> Result<T, Status> {
+        if let Err(status) = &result {
+            let local = std::error::Error::source(status).is_some();
+            if local || matches!(status.code(), Code::DeadlineExceeded) {
+                self.broken.store(true, Ordering::Relaxed);
+            }
+        }
+        result
+    }
+}
+
+fn timed<M>(message: M, deadline: Option<Instant>) -> Request<M> {
+    let mut request = Request::new(message);
+    if let Some(deadline) = deadline {
+        request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+    }
+    request
+}
+
+#[async_trait::async_trait]
+impl RemoteService for GrpcRemote {
+    async fn request(&self, request: NetworkServiceRequest, deadline: Option<Instant>) -> Result<Connection, Status> {
+        self.judge(self.service.clone().request(timed(request, deadline)).await.map(tonic::Response::into_inner))
+    }
+
+    async fn close(&self, connection: Connection, deadline: Option<Instant>) -> Result<(), Status> {
+        self.judge(self.service.clone().close(timed(connection, deadline)).await.map(drop))
+    }
+
+    async fn monitor(&self, selector: MonitorScopeSelector) -> Result<EventStream, Status> {
+        let stream = self.judge(self.monitor.clone().monitor_connections(selector).await)?;
+        Ok(stream.into_inner().boxed())
+    }
+
+    fn peer(&self) -> Option<Peer> {
+        self.peer.clone()
+    }
+
+    fn fds(&self) -> Option<FdTransceiver> {
+        self.fds.clone()
+    }
+
+    fn alive(&self) -> bool {
+        !self.broken.load(Ordering::Relaxed)
+    }
+}
+
+#[async_trait::async_trait]
+impl FdChannel for nsm_transport::FdTransceiver {
+    fn queue(&self, fd: OwnedFd) -> io::Result<(u64, u64)> {
+        nsm_transport::FdTransceiver::queue(self, fd)
+    }
+
+    async fn take(&self, dev: u64, ino: u64, deadline: Option<Instant>) -> io::Result<OwnedFd> {
+        nsm_transport::FdTransceiver::take(self, dev, ino, deadline).await
+    }
+}

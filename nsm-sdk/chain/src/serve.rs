@@ -1,0 +1,133 @@
+//! A chain as gRPC services.
+
+use crate::{
+    Chain, CloseCall, Connection, ConnectionEvent, Context, FdTransceiver, MonitorScopeSelector, NetworkServiceRequest,
+    RequestCall, elements::monitor::Hub, remote::EventStream,
+};
+use futures_util::StreamExt;
+use meridio_proto::nsm::{
+    connection::monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
+    networkservice::network_service_server::{NetworkService, NetworkServiceServer},
+};
+use nsm_transport::{ConnInfo, client_token};
+use std::time::Duration;
+use tokio::time::Instant;
+use tonic::{Request, Response, Status, metadata::MetadataMap, service::Routes};
+
+/// Answers `networkservice.NetworkService` and `connection.MonitorConnection` from a chain and its hub.
+#[derive(Clone, Debug)]
+pub struct ChainService {
+    chain: Chain,
+    hub: Hub,
+}
+
+impl ChainService {
+    /// Both services of one endpoint.
+    pub fn new(chain: Chain, hub: Hub) -> Self {
+        Self { chain, hub }
+    }
+
+    /// The gRPC server of `networkservice.NetworkService`.
+    pub fn network_service(&self) -> NetworkServiceServer<Self> {
+        NetworkServiceServer::new(self.clone())
+    }
+
+    /// The gRPC server of `connection.MonitorConnection`.
+    pub fn monitor(&self) -> MonitorConnectionServer<Self> {
+        MonitorConnectionServer::new(self.clone())
+    }
+
+    /// Both, for a server of their own; add registries and health to it.
+    pub fn routes(&self) -> Routes {
+        Routes::new(self.network_service()).add_service(self.monitor())
+    }
+}
+
+/// What a call's transport and metadata say: deadline, peer, token, descriptors.
+pub fn context<M>(request: &Request<M>) -> Context {
+    let info = request.extensions().get::<ConnInfo>();
+    Context {
+        deadline: grpc_timeout(request.metadata()).map(|timeout| Instant::now() + timeout),
+        peer: info.and_then(|info| info.peer.clone()),
+        token: client_token(request.metadata()),
+        fds: info.and_then(|info| info.fds.clone()).map(FdTransceiver::new),
+        ..Context::default()
+    }
+}
+
+/// The `grpc-timeout` header: at most eight digits and a unit.
+fn grpc_timeout(metadata: &MetadataMap) -> Option<Duration> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let unit = text.chars().next_back()?;
+    let digits = text.strip_suffix(unit).filter(|digits| digits.len() <= 8)?;
+    let value: u64 = digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok())??;
+    Some(match unit {
+        'H' => Duration::from_secs(value * 3600),
+        'M' => Duration::from_secs(value * 60),
+        'S' => Duration::from_secs(value),
+        'm' => Duration::from_millis(value),
+        'u' => Duration::from_micros(value),
+        'n' => Duration::from_nanos(value),
+        _ => return None,
+    })
+}
+
+#[tonic::async_trait]
+impl NetworkService for ChainService {
+    async fn request(&self, request: Request<NetworkServiceRequest>) -> Result<Response<Connection>, Status> {
+        let ctx = context(&request);
+        let call = RequestCall::new(request.into_inner(), ctx);
+        match self.chain.request(call).await {
+            Ok(connection) => Ok(Response::new(connection)),
+            Err(error) => {
+                tracing::info!(%error, "request failed");
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {
+        let ctx = context(&request);
+        let call = CloseCall::new(request.into_inner(), ctx);
+        match self.chain.close(call).await {
+            Ok(()) => Ok(Response::new(())),
+            Err(error) => {
+                tracing::info!(%error, "close failed");
+                Err(error.into())
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl MonitorConnection for ChainService {
+    type MonitorConnectionsStream = EventStream;
+
+    async fn monitor_connections(
+        &self,
+        request: Request<MonitorScopeSelector>,
+    ) -> Result<Response<EventStream>, Status> {
+        let events = self.hub.subscribe(request.into_inner());
+        Ok(Response::new(events.map(Ok::<ConnectionEvent, Status>).boxed()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts() {
+        let parse = |text: &str| {
+            let mut metadata = MetadataMap::new();
+            metadata.insert("grpc-timeout", text.parse().unwrap());
+            grpc_timeout(&metadata)
+        };
+        assert_eq!(parse("15S"), Some(Duration::from_secs(15)));
+        assert_eq!(parse("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        assert_eq!(parse("250m"), Some(Duration::from_millis(250)));
+        for bad in ["", "S", "15", "1.5S", "-1S", "123456789S", "5s", "5 S"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+}
