@@ -2,22 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::{Blueprint, Cluster};
+use crate::cluster::Blueprint;
 use crate::events::{self, Director};
 use crate::report::Report;
 use crate::settings::Settings;
+use crate::stage::Stage;
 use crate::status::Observer;
 use crate::topology::{Options, Trench};
 use crate::traffic::continuous::Continuous;
 use crate::traffic::sniffer::Sniffer;
-use crate::traffic::witness::{self, Arrivals};
-use crate::traffic::{Generator, path, tcp, udp};
+use crate::traffic::{path, tcp, udp};
 use crate::{preflight, view};
 
 /// Patience for the trench to come up.
@@ -66,18 +65,13 @@ impl Show<'_> {
     fn run(mut self) -> Result<()> {
         let begin = self.begin;
         let trench = Trench::fixture('a', 0);
-        let cluster = self.build(&trench)?;
-        let gateway = cluster.pod(&trench.pod("gateway"))?;
-        let generator = Generator::new(&gateway.namespace)?;
-        path::install(&gateway.namespace, &trench)?;
-        let mut sniffer = Sniffer::start(cluster.fabric()?.primary(), trench.vip4, trench.vip6)?;
-        let neighbours = [[10, 244, 0, 254].into(), [0xfd10, 0x244, 0, 0, 0, 0, 0, 0x254].into()];
-        let observer = Observer::new(&cluster, trench.clone(), &generator, self.stop.clone())?;
-        sniffer.prove(&cluster.pod(&trench.pod("nsp"))?.namespace, observer.vips(), neighbours)?;
+        let mut stage = self.build(&trench)?;
+        stage.prove_sniffer()?;
         self.step("the watch over the primary network sees VIPs");
-
-        cluster.start()?;
+        stage.cluster.start()?;
         self.step("all components started");
+        let Stage { cluster, observers, sniffer } = stage;
+        let observer = observers.into_iter().next().context("no trench")?;
         let targets: BTreeSet<String> = trench.target_pods().into_iter().collect();
         let outcome = self.perform(&observer, &targets, &sniffer);
         (self.report.primary_leaks, _) = sniffer.leaks();
@@ -107,14 +101,12 @@ impl Show<'_> {
         say(begin, "cleaning up");
         drop(sniffer);
         drop(observer);
-        drop(generator);
-        drop(gateway);
         drop(cluster);
         say(begin, "done");
         if self.report.passed { Ok(()) } else { bail!("{} criteria do not hold", self.report.failures.len()) }
     }
 
-    fn build(&mut self, trench: &Trench) -> Result<Cluster> {
+    fn build(&mut self, trench: &Trench) -> Result<Stage> {
         let path = std::env::var("PATH").unwrap_or_default();
         let blueprint = Blueprint {
             id: self.settings.id.clone(),
@@ -127,9 +119,9 @@ impl Show<'_> {
             },
         };
         let begin = self.begin;
-        let cluster = Cluster::build(blueprint, &mut |line| say(begin, line))?;
+        let stage = Stage::build(blueprint, self.stop, &mut |line| say(begin, line))?;
         self.step("namespaces, bridges and cables made");
-        Ok(cluster)
+        Ok(stage)
     }
 
     fn step(&mut self, what: &str) {
@@ -140,7 +132,7 @@ impl Show<'_> {
     }
 
     /// From the opening of the streams to the last event.
-    fn perform(&mut self, observer: &Observer<'_>, targets: &BTreeSet<String>, sniffer: &Sniffer) -> Result<()> {
+    fn perform(&mut self, observer: &Observer, targets: &BTreeSet<String>, sniffer: &Sniffer) -> Result<()> {
         let begin = self.begin;
         for target in targets {
             observer.open(target, Duration::from_secs(30))?;
@@ -148,12 +140,8 @@ impl Show<'_> {
         self.step("streams asked for");
         observer.wait_whole(targets, START, &mut |line| say(begin, line))?;
         self.step("both VIPs learnt by BGP, every target answers through each load balancer");
-        let arrivals = Arc::new(Arrivals::default());
-        for target in targets {
-            witness::start(&observer.cluster.pod(target)?.namespace, &arrivals)?;
-        }
         self.measure(observer, targets.len())?;
-        let traffic = Continuous::start(observer.generator, observer.vips(), arrivals)?;
+        let traffic = observer.traffic()?;
         if !self.settings.skip_events {
             self.disturb(observer, &traffic)?;
         }
@@ -165,7 +153,7 @@ impl Show<'_> {
     }
 
     /// Counted runs, bulk transfers, agreement of the load balancers.
-    fn measure(&mut self, observer: &Observer<'_>, targets: usize) -> Result<()> {
+    fn measure(&mut self, observer: &Observer, targets: usize) -> Result<()> {
         let begin = self.begin;
         for vip in observer.vips() {
             self.pause()?;
@@ -186,7 +174,7 @@ impl Show<'_> {
         Ok(())
     }
 
-    fn disturb(&mut self, observer: &Observer<'_>, traffic: &Continuous) -> Result<()> {
+    fn disturb(&mut self, observer: &Observer, traffic: &Continuous) -> Result<()> {
         let begin = self.begin;
         let mut tell = |line: &str| say(begin, line);
         let mut director = Director { observer, traffic, say: &mut tell, openings: Vec::new() };

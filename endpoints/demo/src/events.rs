@@ -41,7 +41,7 @@ pub fn names() -> Vec<String> {
 /// Runs events against one trench.
 pub struct Director<'a> {
     /// Looks at the trench.
-    pub observer: &'a Observer<'a>,
+    pub observer: &'a Observer,
     /// The traffic that flows meanwhile.
     pub traffic: &'a Continuous,
     /// Told what is waited for.

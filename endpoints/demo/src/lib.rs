@@ -12,6 +12,7 @@ pub mod preflight;
 pub mod process;
 pub mod report;
 pub mod settings;
+pub mod stage;
 pub mod status;
 pub mod topology;
 pub mod traffic;

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -16,6 +17,8 @@ use crate::bird;
 use crate::cluster::{Cluster, Pod};
 use crate::process::Process;
 use crate::topology::{Kind, Trench};
+use crate::traffic::continuous::Continuous;
+use crate::traffic::witness::{self, Arrivals};
 use crate::traffic::{Generator, path};
 
 /// Packets that a survey sends through one load balancer to one VIP.
@@ -23,23 +26,23 @@ const SURVEY: u16 = 48;
 
 /// Looks at one trench of a cluster, and opens and closes its targets' streams.
 #[derive(Debug)]
-pub struct Observer<'a> {
+pub struct Observer {
     /// The cluster.
-    pub cluster: &'a Cluster,
+    pub cluster: Arc<Cluster>,
     /// The trench.
     pub trench: Trench,
     /// Traffic from the trench's gateway.
-    pub generator: &'a Generator,
+    pub generator: Arc<Generator>,
     runtime: tokio::runtime::Runtime,
     stop: CancellationToken,
 }
 
-impl<'a> Observer<'a> {
+impl Observer {
     /// An observer of `trench`, whose waiting ends with `stop`.
     ///
     /// # Errors
     /// If its runtime cannot be started.
-    pub fn new(cluster: &'a Cluster, trench: Trench, generator: &'a Generator, stop: CancellationToken) -> Result<Self> {
+    pub fn new(cluster: Arc<Cluster>, trench: Trench, generator: Arc<Generator>, stop: CancellationToken) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")?;
         Ok(Observer { cluster, trench, generator, runtime, stop })
     }
@@ -47,6 +50,23 @@ impl<'a> Observer<'a> {
     /// Both VIPs.
     pub fn vips(&self) -> [IpAddr; 2] {
         [self.trench.vip4.into(), self.trench.vip6.into()]
+    }
+
+    /// All targets of the trench.
+    pub fn targets_of_trench(&self) -> BTreeSet<String> {
+        self.trench.target_pods().into_iter().collect()
+    }
+
+    /// Starts the continuous traffic, with a witness at each target.
+    ///
+    /// # Errors
+    /// If a packet socket is refused.
+    pub fn traffic(&self) -> Result<Continuous> {
+        let arrivals = Arc::new(Arrivals::default());
+        for target in self.trench.target_pods() {
+            witness::start(&self.cluster.pod(&target)?.namespace, &arrivals)?;
+        }
+        Continuous::start(&self.generator, self.vips(), arrivals)
     }
 
     /// Control socket of the gateway's BIRD.
@@ -147,7 +167,7 @@ impl<'a> Observer<'a> {
         }
     }
 
-    fn mine(&self, kind: Kind) -> Vec<std::sync::Arc<Pod>> {
+    fn mine(&self, kind: Kind) -> Vec<Arc<Pod>> {
         let mut pods = self.cluster.pods(kind);
         pods.retain(|pod| pod.plan.trench.is_none_or(|letter| letter == self.trench.letter));
         pods

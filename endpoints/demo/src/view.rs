@@ -13,7 +13,7 @@ use crate::traffic::continuous::Continuous;
 use crate::traffic::sniffer::Sniffer;
 
 /// Redraws every second on a terminal, prints every ten seconds elsewhere; returns when `stop` is given.
-pub fn run(observer: &Observer<'_>, traffic: &Continuous, sniffer: &Sniffer, footer: &str, stop: &CancellationToken) {
+pub fn run(observer: &Observer, traffic: &Continuous, sniffer: &Sniffer, footer: &str, stop: &CancellationToken) {
     let terminal = std::io::stdout().is_terminal();
     let period = Duration::from_secs(if terminal { 1 } else { 10 });
     let mut before = traffic.answered();
@@ -40,7 +40,7 @@ fn rates(before: &BTreeMap<String, u64>, now: &BTreeMap<String, u64>, seconds: f
     now.iter().map(|(host, count)| (host.clone(), rate(host, count))).collect()
 }
 
-fn draw(observer: &Observer<'_>, traffic: &Continuous, sniffer: &Sniffer, rates: &BTreeMap<String, f64>, footer: &str) -> String {
+fn draw(observer: &Observer, traffic: &Continuous, sniffer: &Sniffer, rates: &BTreeMap<String, f64>, footer: &str) -> String {
     let trench = &observer.trench;
     let mut text = format!("{}: VIPs {} and {}\n\n", trench.name(), trench.vip4, trench.vip6);
     let most = rates.values().copied().fold(1.0, f64::max);
