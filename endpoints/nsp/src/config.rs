@@ -1,0 +1,220 @@
+//! The configuration file: read at start, watched, and backed by the last good text.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use meridio_common::Health;
+use meridio_model::{Configuration, Faults, NspLists, plan};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::Error;
+
+/// Between two looks at the file. A change counts when two looks in a row see the same text, so that a file that is being written is not
+/// read half way: at most twice this time passes.
+const LOOK: Duration = Duration::from_millis(100);
+/// Key of the remarks in the health report.
+const NOTE: &str = "configuration";
+
+/// A configuration file and what is served of it.
+#[derive(Debug)]
+pub(crate) struct ConfigFile {
+    path: PathBuf,
+    last_good: PathBuf,
+    lists: watch::Sender<Arc<NspLists>>,
+    /// The text that was judged last; none if the file could not be read.
+    judged: Option<String>,
+    /// Why the present file is not what is served; empty if it is.
+    remarks: Vec<String>,
+}
+
+impl ConfigFile {
+    /// Reads the file. If it is faulty or absent, the last good one that lies beside `datasource` is served instead.
+    ///
+    /// # Errors
+    /// With nothing stored: what is wrong with the file.
+    pub(crate) fn load(path: &Path, datasource: &Path) -> Result<Self, Error> {
+        let last_good = last_good_path(datasource);
+        let read = fs::read_to_string(path);
+        let judged = read.as_ref().ok().cloned();
+        let refused = match read {
+            Ok(text) => match Configuration::parse(&text) {
+                Ok(configuration) => {
+                    let lists = watch::Sender::new(Arc::new(configuration.to_nsp()));
+                    let file = Self { path: path.to_owned(), last_good, lists, judged, remarks: Vec::new() };
+                    file.accepted(&text, &configuration);
+                    return Ok(file);
+                }
+                Err(faults) => Error::Faulty { path: path.to_owned(), faults },
+            },
+            Err(source) => Error::ConfigFile { path: path.to_owned(), source },
+        };
+        let stored = fs::read_to_string(&last_good).ok().and_then(|text| Configuration::parse(&text).ok());
+        let Some(configuration) = stored else { return Err(refused) };
+        let lists = watch::Sender::new(Arc::new(configuration.to_nsp()));
+        let mut file = Self { path: path.to_owned(), last_good, lists, judged, remarks: Vec::new() };
+        file.refused(refused.to_string().lines().map(str::to_owned).collect());
+        Ok(file)
+    }
+
+    /// What is served, always the latest.
+    pub(crate) fn lists(&self) -> watch::Receiver<Arc<NspLists>> {
+        self.lists.subscribe()
+    }
+
+    /// Follows the file until `stop`.
+    pub(crate) async fn follow(mut self, health: Health, stop: CancellationToken) {
+        health.note(NOTE, self.remarks.clone());
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut seen = self.judged.clone();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = looks.tick() => {}
+            }
+            let text = tokio::fs::read_to_string(&self.path).await.ok();
+            if text == seen && text != self.judged {
+                self.judge(text.clone());
+                health.note(NOTE, self.remarks.clone());
+            }
+            seen = text;
+        }
+    }
+
+    /// Takes a text that the file had twice in a row.
+    fn judge(&mut self, text: Option<String>) {
+        match &text {
+            None => {
+                let line = format!("configuration file {}: cannot be read", self.path.display());
+                self.refused(vec![line]);
+            }
+            Some(text) => match Configuration::parse(text) {
+                Ok(configuration) => {
+                    self.accepted(text, &configuration);
+                    self.remarks.clear();
+                    let lists = configuration.to_nsp();
+                    self.lists.send_if_modified(|served| {
+                        let changed = **served != lists;
+                        if changed {
+                            *served = Arc::new(lists);
+                        }
+                        changed
+                    });
+                }
+                Err(faults) => self.refused(self.lines(&faults)),
+            },
+        }
+        self.judged = text;
+    }
+
+    fn lines(&self, faults: &Faults) -> Vec<String> {
+        faults.0.iter().map(|fault| format!("configuration file {}: {fault}", self.path.display())).collect()
+    }
+
+    fn accepted(&self, text: &str, configuration: &Configuration) {
+        tracing::info!(
+            file = %self.path.display(),
+            trench = configuration.trench.name,
+            conduits = configuration.conduits.len(),
+            streams = configuration.streams.len(),
+            flows = configuration.flows.len(),
+            vips = configuration.vips.len(),
+            gateways = configuration.gateways.len(),
+            "configuration accepted"
+        );
+        for warning in plan::warnings(configuration) {
+            tracing::warn!(object = warning.object, reason = warning.reason, "configuration");
+        }
+        if let Err(error) = write_atomically(&self.last_good, text) {
+            // Served all the same; only a restart with a faulty file would miss it.
+            tracing::error!(file = %self.last_good.display(), %error, "last good configuration not stored");
+        }
+    }
+
+    fn refused(&mut self, faults: Vec<String>) {
+        for fault in &faults {
+            tracing::error!("{fault}");
+        }
+        tracing::warn!("the configuration file is refused, the last good configuration stays in force");
+        self.remarks = faults;
+        self.remarks.push("the last good configuration stays in force: correct the file".to_owned());
+    }
+}
+
+/// `<datasource>.configuration.yaml`.
+fn last_good_path(datasource: &Path) -> PathBuf {
+    let mut name = datasource.as_os_str().to_owned();
+    name.push(".configuration.yaml");
+    PathBuf::from(name)
+}
+
+/// A reader sees the old or the new text, also after a loss of power.
+fn write_atomically(path: &Path, text: &str) -> std::io::Result<()> {
+    if fs::read_to_string(path).is_ok_and(|stored| stored == text) {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        fs::create_dir_all(parent)?;
+    }
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let mut file = fs::File::create(&temporary)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "trench: {name: trench-a}\nvips: {items: [{name: v, address: 20.0.0.1/32, trench: trench-a}]}\n";
+
+    fn vips(file: &watch::Receiver<Arc<NspLists>>) -> Vec<String> {
+        file.borrow().vips.iter().map(|v| v.address.clone()).collect()
+    }
+
+    #[tokio::test]
+    async fn a_faulty_file_leaves_the_last_good_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, db) = (dir.path().join("c.yaml"), dir.path().join("registry.db"));
+        let missing = ConfigFile::load(&path, &db).unwrap_err().to_string();
+        assert!(missing.starts_with("configuration file") && missing.contains("No such file"), "{missing}");
+        fs::write(&path, GOOD.replace("/32", "").replace("name: v", "name: V")).unwrap();
+        let faults = ConfigFile::load(&path, &db).unwrap_err().to_string();
+        assert_eq!(faults.lines().count(), 2, "{faults}");
+
+        fs::write(&path, GOOD).unwrap();
+        let file = ConfigFile::load(&path, &db).unwrap();
+        let lists = file.lists();
+        let health = Health::detached("test");
+        let stop = CancellationToken::new();
+        let following = tokio::spawn(file.follow(health.clone(), stop.clone()));
+        let wait = || tokio::time::sleep(Duration::from_millis(450));
+
+        fs::write(&path, "trench: [").unwrap();
+        wait().await;
+        assert_eq!(vips(&lists), ["20.0.0.1/32"]);
+        assert_eq!(health.report().notes["configuration"].len(), 2);
+
+        // A rename, as Kubernetes does it, with a change.
+        fs::write(dir.path().join("new"), GOOD.replace("20.0.0.1", "20.0.0.2")).unwrap();
+        fs::rename(dir.path().join("new"), &path).unwrap();
+        wait().await;
+        assert_eq!(vips(&lists), ["20.0.0.2/32"]);
+        assert!(health.report().notes.is_empty());
+
+        fs::remove_file(&path).unwrap();
+        wait().await;
+        assert_eq!(vips(&lists), ["20.0.0.2/32"]);
+        stop.cancel();
+        following.await.unwrap();
+        let again = ConfigFile::load(&path, &db).unwrap();
+        assert_eq!(vips(&again.lists()), ["20.0.0.2/32"]);
+        assert_eq!(again.remarks.len(), 2);
+    }
+}
