@@ -1,1 +1,20 @@
 //! Stock chains of a node: manager and kernel forwarder.
+//!
+//! ```text
+//!  client --unix socket--> manager --in process--> forwarder --unix socket--> endpoint
+//!                             |                        |
+//!                             |                        +--tcp--> manager of another node --> its forwarder --> endpoint
+//!                             +-- registry (upstream, embedded, or built in)
+//! ```
+//!
+//! Both are real chains with path segments of their own: 4 segments on one node, 6 across nodes. [`Node`] builds them;
+//! the elements of routing are usable by themselves.
+
+pub mod alive;
+pub mod discover;
+pub mod discover_forwarder;
+pub mod excluded;
+pub mod find;
+mod node;
+
+pub use node::{Node, NodeConfig, NodeError};

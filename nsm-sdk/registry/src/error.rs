@@ -35,9 +35,19 @@ impl Error {
         self
     }
 
-    /// What another process answered.
+    /// What another process answered, or that it did not: a status with a cause was made on this side, by a transport
+    /// that broke, and counts as UNAVAILABLE.
     pub fn remote(element: &'static str, object: impl Into<String>, status: &Status) -> Self {
-        Self { element, object: object.into(), message: status.message().to_owned(), code: status.code() }
+        let cause = std::error::Error::source(status);
+        let code = match (cause, status.code()) {
+            (Some(_), Code::Unknown | Code::Internal | Code::Cancelled) => Code::Unavailable,
+            (_, code) => code,
+        };
+        let message = match cause {
+            Some(cause) => format!("{}: {cause}", status.message()),
+            None => status.message().to_owned(),
+        };
+        Self { element, object: object.into(), message, code }
     }
 
     /// The time of the call was over.

@@ -191,8 +191,10 @@ async fn restarts_of_registry_and_manager_lose_nothing() {
     let direct = world.client("anybody", &registry.url);
     assert_eq!(direct.find_nse(all()).await.unwrap().len(), 1);
     // The name still belongs to its owner.
-    let thief = world.client("thief", &manager.url).register_nse(endpoint("nse", "tcp://1.1.1.1:1"));
-    assert!(tokio::time::timeout(Duration::from_millis(700), thief).await.is_err());
+    let thief = world.client("thief", &manager.url);
+    let theft = thief.register_nse(endpoint("nse", "tcp://1.1.1.1:1"));
+    assert!(tokio::time::timeout(Duration::from_millis(700), theft).await.is_err());
+    thief.unregister_nse(endpoint("nse", ""), Some(Duration::from_millis(300))).await.unwrap_err();
 
     // The manager comes back knowing nothing; the endpoint tells it by itself.
     manager.stop().await;

@@ -1,0 +1,183 @@
+//! Whether a connection whose client has stopped refreshing still works, so that its expiry must not cut it.
+
+use nsm_chain::{CloseCall, Connection, Element, Error, Mechanism, Next, RequestCall, elements::timeout::KeepAlive, path};
+use nsm_kernel::{Netns, ping};
+use nsm_registry::elements::descriptors::parse_inode;
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+/// What one echo may take, and how many are sent before the data path counts as dead.
+const PROBE: Duration = Duration::from_secs(1);
+const PROBES: u32 = 3;
+
+/// The namespaces of the connections of a forwarder, by the id of its path segment: URLs that are valid in this process.
+#[derive(Clone, Debug, Default)]
+pub struct Ends(Arc<Mutex<HashMap<String, End>>>);
+
+#[derive(Clone, Debug, Default)]
+struct End {
+    client: Option<String>,
+    endpoint: Option<String>,
+}
+
+impl Ends {
+    fn update(&self, id: &str, change: impl FnOnce(&mut End)) {
+        let mut ends = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        change(ends.entry(id.to_owned()).or_default());
+    }
+
+    fn remove(&self, id: &str) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+    }
+
+    fn get(&self, id: &str) -> Option<End> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
+    /// The element for below the server's `mechanisms`: notes the client's namespace.
+    pub fn client(&self) -> impl Element + use<> {
+        Note { ends: self.clone(), set: |end, url| end.client = url, last: true }
+    }
+
+    /// The element for below `mechanismtranslation`: notes the endpoint's namespace.
+    pub fn endpoint(&self) -> impl Element + use<> {
+        Note { ends: self.clone(), set: |end, url| end.endpoint = url, last: false }
+    }
+}
+
+struct Note {
+    ends: Ends,
+    set: fn(&mut End, Option<String>),
+    /// Forgets the connection at its close.
+    last: bool,
+}
+
+fn namespace(mechanism: Option<&Mechanism>) -> Option<String> {
+    mechanism?.parameters.get("inodeURL").filter(|url| url.starts_with("file:")).cloned()
+}
+
+#[async_trait::async_trait]
+impl Element for Note {
+    fn name(&self) -> &'static str {
+        "ends"
+    }
+
+    async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let connection = next.request(call).await?;
+        let url = namespace(connection.mechanism.as_ref());
+        self.ends.update(&connection.id, |end| (self.set)(end, url));
+        Ok(connection)
+    }
+
+    async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
+        if self.last {
+            self.ends.remove(call.id());
+        }
+        next.close(call).await
+    }
+}
+
+/// Answers `timeout`'s question, for the manager or the forwarder of a node.
+pub struct Alive {
+    ends: Ends,
+    /// Where the forwarder's segment is, seen from whoever asks.
+    offset: isize,
+}
+
+impl Alive {
+    /// For the manager: the forwarder is the next hop.
+    pub fn manager(ends: Ends) -> Self {
+        Self { ends, offset: 1 }
+    }
+
+    /// For the forwarder itself.
+    pub fn forwarder(ends: Ends) -> Self {
+        Self { ends, offset: 0 }
+    }
+}
+
+#[async_trait::async_trait]
+impl KeepAlive for Alive {
+    async fn keep(&self, connection: &Connection) -> bool {
+        let client = connection.mechanism.as_ref().and_then(|mechanism| mechanism.parameters.get("inodeURL"));
+        if let Some((dev, ino)) = client.and_then(|url| parse_inode(url))
+            && !in_use(dev, ino).await
+        {
+            tracing::info!(id = connection.id, "the client's network namespace is gone");
+            return false;
+        }
+        let id = path::segment(connection, self.offset).map_or("", |segment| &segment.id);
+        let Some(end) = self.ends.get(id) else { return true };
+        let context = connection.context.as_ref().and_then(|context| context.ip_context.clone()).unwrap_or_default();
+        let (from, sources, destinations) = match (end.client, end.endpoint) {
+            (Some(client), _) => (client, context.src_ip_addrs, context.dst_ip_addrs),
+            (None, Some(endpoint)) => (endpoint, context.dst_ip_addrs, context.src_ip_addrs),
+            (None, None) => return true,
+        };
+        answers(&from, &pairs(&sources, &destinations)).await
+    }
+}
+
+/// Every address of ours with every one of theirs, of the same family.
+fn pairs(ours: &[String], theirs: &[String]) -> Vec<(IpAddr, IpAddr)> {
+    let parse = |text: &String| text.split('/').next().and_then(|ip| ip.parse::<IpAddr>().ok());
+    let theirs: Vec<IpAddr> = theirs.iter().filter_map(parse).collect();
+    ours.iter()
+        .filter_map(parse)
+        .flat_map(|own| theirs.iter().map(move |other| (own, *other)))
+        .filter(|(own, other)| own.is_ipv4() == other.is_ipv4())
+        .collect()
+}
+
+/// Whether any pair answers. A connection without addresses, or a namespace that cannot be entered, proves nothing.
+async fn answers(namespace: &str, pairs: &[(IpAddr, IpAddr)]) -> bool {
+    let Ok(netns) = Netns::from_url(namespace) else { return true };
+    for _ in 0..PROBES {
+        for (own, other) in pairs {
+            if ping::probe(&netns, Some(*own), *other, PROBE).await {
+                return true;
+            }
+        }
+    }
+    pairs.is_empty()
+}
+
+/// Whether a process lives in the namespace or a name (`ip netns`) holds it.
+async fn in_use(dev: u64, ino: u64) -> bool {
+    let search = move || {
+        let is = |file: &Path| std::fs::metadata(file).is_ok_and(|found| (found.dev(), found.ino()) == (dev, ino));
+        let entries = |folder: &str| std::fs::read_dir(folder).into_iter().flatten().flatten();
+        entries("/run/netns").any(|entry| is(&entry.path()))
+            || entries("/proc")
+                .filter(|entry| entry.file_name().to_string_lossy().starts_with(|first: char| first.is_ascii_digit()))
+                .any(|entry| is(&entry.path().join("ns/net")))
+    };
+    // A search that fails proves nothing.
+    tokio::task::spawn_blocking(search).await.unwrap_or(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_namespace_is_in_use_while_a_process_is_in_it() {
+        let own = std::fs::metadata("/proc/self/ns/net").unwrap();
+        assert!(in_use(own.dev(), own.ino()).await);
+        let id = Netns::anonymous().unwrap().id();
+        assert!(!in_use(id.dev, id.ino).await);
+    }
+
+    #[test]
+    fn families_do_not_mix() {
+        let found = pairs(&["10.0.0.1/24".into(), "fd00::1/64".into()], &["10.0.0.2/24".into(), "fd00::2/64".into()]);
+        assert_eq!(found.len(), 2);
+        assert!(found.iter().all(|(own, other)| own.is_ipv4() == other.is_ipv4()));
+    }
+}

@@ -1,0 +1,288 @@
+//! One node of a mesh: manager and kernel forwarder as real chains in one process.
+
+use crate::{
+    alive::{Alive, Ends},
+    discover::{Discover, RoundRobin},
+    discover_forwarder::DiscoverForwarder,
+    excluded::{DEFAULT_FILE, ExcludedPrefixes},
+    find::Finder,
+};
+use meridio_proto::nsm::registry::{NetworkServiceEndpoint, NetworkServiceLabels};
+use nsm_chain::{
+    Client, Connector, Endpoint, Peer, Side,
+    elements::{
+        authorize::Policies,
+        clientinfo::ClientInfo,
+        connect::ConnectServer,
+        filtermechanisms::FilterMechanisms,
+        mechanisms::Mechanisms,
+        mechanismtranslation::MechanismTranslation,
+        null::Null,
+        recvfd::{RecvFdClient, RecvFdServer},
+        sendfd::{SendFdClient, SendFdServer},
+    },
+    remote::{Caller, Grpc, InProcess},
+    token::{self, Tokens},
+};
+use nsm_identity::X509Source;
+use nsm_kernel::{
+    Netns,
+    elements::{
+        KERNEL, VXLAN,
+        context::{ClientContext, ServerContext},
+        vxlan::VxlanServer,
+        wire::{WireClient, WireServer},
+    },
+};
+use nsm_registry::{Call, Context, ManagerRegistry, Security, Upstream, service};
+use nsm_transport::Transport;
+use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+/// How long after its start a manager waits for endpoints that have not come back yet, and how long each time.
+const SETTLING: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How often a connection whose client is silent is looked at.
+const KEEP_INTERVAL: Duration = Duration::from_secs(30);
+/// Renewal of the forwarder's own registration, well below the life of an entry.
+const REGISTER_INTERVAL: Duration = Duration::from_secs(20);
+const REGISTER_RETRY: Duration = Duration::from_millis(500);
+const REGISTER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a node is made of.
+#[derive(Clone)]
+pub struct NodeConfig {
+    /// Name of the manager, its path segment's too.
+    pub name: String,
+    /// Name of the forwarder. It differs from the manager's and stays the same over restarts.
+    pub forwarder_name: String,
+    /// Service that forwarders are registered under.
+    pub forwarder_service: String,
+    /// Labels of the forwarder.
+    pub forwarder_labels: Vec<(String, String)>,
+    /// Where other nodes reach the manager.
+    pub public_url: String,
+    /// Labels nodeName, podName and clusterName for requests and endpoints that have none.
+    pub labels: Vec<(String, String)>,
+    /// Own underlay address of tunnels; without it there are no other nodes.
+    pub tunnel_ip: Option<IpAddr>,
+    /// Identity of manager and forwarder.
+    pub source: X509Source,
+    /// Longest life of own tokens.
+    pub max_token_lifetime: Duration,
+    /// What connecting to a next hop may take.
+    pub dial_timeout: Duration,
+    /// Policies of manager and forwarder.
+    pub policies: Policies,
+    /// Policies of the manager's registry.
+    pub registry_policies: nsm_registry::Policies,
+    /// List of excluded prefixes.
+    pub excluded_prefixes: PathBuf,
+    /// Ask for life before a connection is closed by expiry.
+    pub keep_alive: bool,
+    /// The node's own network namespace.
+    pub netns: Netns,
+}
+
+impl NodeConfig {
+    /// Stock settings.
+    pub fn new(name: &str, public_url: &str, source: X509Source, netns: Netns) -> Self {
+        Self {
+            name: name.into(),
+            forwarder_name: format!("forwarder-{name}"),
+            forwarder_service: "forwarder".into(),
+            forwarder_labels: vec![("p2p".into(), "true".into())],
+            public_url: public_url.into(),
+            labels: Vec::new(),
+            tunnel_ip: None,
+            source,
+            max_token_lifetime: Duration::from_secs(600),
+            dial_timeout: Duration::from_secs(3),
+            policies: Policies::server(),
+            registry_policies: nsm_registry::Policies::default(),
+            excluded_prefixes: DEFAULT_FILE.into(),
+            keep_alive: true,
+            netns,
+        }
+    }
+}
+
+/// Manager, forwarder and the manager's registry.
+#[derive(Clone)]
+pub struct Node {
+    manager: Endpoint,
+    forwarder: Endpoint,
+    registry: ManagerRegistry,
+    config: Arc<NodeConfig>,
+}
+
+/// Why a node cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The identity makes no TLS configuration or no peer.
+    #[error("identity: {0}")]
+    Identity(String),
+}
+
+impl Node {
+    /// Builds the chains; nothing is registered or listened on yet.
+    pub fn new(config: NodeConfig, upstream: Upstream) -> Result<Self, NodeError> {
+        let transport = Transport::new(config.source.clone())
+            .map_err(|cause| NodeError::Identity(cause.to_string()))?
+            .with_max_token_lifetime(config.max_token_lifetime);
+        let leaf = config.source.svid().chain().first().map(|leaf| leaf.to_vec()).unwrap_or_default();
+        let peer = Peer::from_leaf(&leaf).map_err(|cause| NodeError::Identity(cause.to_string()))?;
+        let tokens = token::from_source(config.source.clone(), config.max_token_lifetime);
+
+        let security = Security {
+            source: config.source.clone(),
+            max_token_lifetime: config.max_token_lifetime,
+            policies: config.registry_policies,
+        };
+        let labels = nsm_registry::ClientInfo::new(config.labels.iter().cloned().collect());
+        let registry = ManagerRegistry::new(upstream, &config.public_url, labels, &security);
+        let finder = Finder::new(registry.local_services.clone(), registry.local_endpoints.clone())
+            .settling(SETTLING, PATIENCE);
+
+        let ends = Ends::default();
+        let grpc: Arc<dyn Connector> = Arc::new(Grpc::new(transport));
+        let forwarder = forwarder(&config, tokens.clone(), &finder, grpc.clone(), &ends);
+        let caller = Caller { peer: Some(peer.clone()), tokens: Some(tokens.clone()) };
+        let hops = InProcess::new(caller, Some(grpc));
+        hops.add(forwarder_url(&config), forwarder.local(Some(peer)));
+        let manager = manager(&config, tokens, &finder, Arc::new(hops), &ends);
+        Ok(Self { manager, forwarder, registry, config: Arc::new(config) })
+    }
+
+    /// The gRPC services: network service, monitor, both registries. Health is added by the caller.
+    pub fn routes(&self) -> Routes {
+        let routes = self.manager.service().routes();
+        service::add_routes(routes, self.registry.services.clone(), self.registry.endpoints.clone())
+    }
+
+    /// The manager's chain and monitor.
+    pub fn manager(&self) -> &Endpoint {
+        &self.manager
+    }
+
+    /// The forwarder's chain and monitor.
+    pub fn forwarder(&self) -> &Endpoint {
+        &self.forwarder
+    }
+
+    /// The manager's registry.
+    pub fn registry(&self) -> &ManagerRegistry {
+        &self.registry
+    }
+
+    /// What the forwarder is registered as.
+    fn forwarder_endpoint(&self) -> NetworkServiceEndpoint {
+        let config = &self.config;
+        let labels = NetworkServiceLabels { labels: config.forwarder_labels.iter().cloned().collect() };
+        NetworkServiceEndpoint {
+            name: config.forwarder_name.clone(),
+            network_service_names: vec![config.forwarder_service.clone()],
+            network_service_labels: [(config.forwarder_service.clone(), labels)].into(),
+            url: forwarder_url(config),
+            path_ids: vec![config.source.spiffe_id()],
+            ..Default::default()
+        }
+    }
+
+    /// Registers the forwarder once.
+    pub async fn register_forwarder(&self) -> Result<(), nsm_registry::Error> {
+        let ctx = Context::new().with_timeout(REGISTER_TIMEOUT);
+        self.registry.own_endpoints.register(Call::new(self.forwarder_endpoint(), ctx)).await.map(drop)
+    }
+
+    /// Keeps the forwarder registered until `stop`; `changed` hears whether it is. It is not unregistered then: the node
+    /// comes back under the same name.
+    pub async fn keep_registered(&self, stop: CancellationToken, changed: impl Fn(Result<(), String>)) {
+        let mut before: Option<Result<(), String>> = None;
+        loop {
+            let result = self.register_forwarder().await.map_err(|cause| cause.to_string());
+            if before.as_ref() != Some(&result) {
+                if let Err(cause) = &result {
+                    tracing::warn!(%cause, "the forwarder is not registered");
+                }
+                changed(result.clone());
+            }
+            let pause = if result.is_ok() { REGISTER_INTERVAL } else { REGISTER_RETRY };
+            before = Some(result);
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+}
+
+/// The URL of the forwarder within this process.
+fn forwarder_url(config: &NodeConfig) -> String {
+    format!("inproc://{}", config.forwarder_name)
+}
+
+/// Endpoint chain → clientinfo → discoverforwarder → excludedprefixes → recvfd → connect[recvfd, sendfd] → sendfd.
+fn manager(config: &NodeConfig, tokens: Tokens, finder: &Finder, hops: Arc<dyn Connector>, ends: &Ends) -> Endpoint {
+    let client = Client::builder(&config.name, hops)
+        .passthrough()
+        .dial_timeout(config.dial_timeout)
+        .element(RecvFdClient::new())
+        .element(SendFdClient)
+        .build();
+    let mut builder = Endpoint::builder(&config.name, tokens).policies(config.policies.clone());
+    if config.keep_alive {
+        builder = builder.keep_while(Arc::new(Alive::manager(ends.clone())), KEEP_INTERVAL);
+    }
+    builder
+        .element(ClientInfo::new(config.labels.iter().cloned()))
+        .element(DiscoverForwarder::new(finder.clone(), &config.forwarder_service, &config.public_url))
+        .element(ExcludedPrefixes::new(&config.excluded_prefixes))
+        .element(RecvFdServer::new())
+        .element(ConnectServer::new(client.chain().clone()))
+        .element(SendFdServer)
+        .build()
+}
+
+/// Endpoint chain → recvfd → sendfd → discover → roundrobin → connectioncontext → mechanisms → wire → connect[
+/// mechanismtranslation → connectioncontext → wire → filtermechanisms → recvfd → sendfd ].
+fn forwarder(
+    config: &NodeConfig,
+    tokens: Tokens,
+    finder: &Finder,
+    grpc: Arc<dyn Connector>,
+    ends: &Ends,
+) -> Endpoint {
+    let client = Client::builder(&config.forwarder_name, grpc)
+        .passthrough()
+        .dial_timeout(config.dial_timeout)
+        .element(MechanismTranslation::new())
+        .element(ends.endpoint())
+        .element(ClientContext::new())
+        .element(WireClient::new(config.netns.clone(), config.tunnel_ip))
+        .element(FilterMechanisms)
+        .element(RecvFdClient::new())
+        .element(SendFdClient)
+        .build();
+    let mut mechanisms = Mechanisms::new(Side::Server).with(KERNEL, Null);
+    if let Some(ip) = config.tunnel_ip {
+        mechanisms = mechanisms.with(VXLAN, VxlanServer::new(ip));
+    }
+    let mut builder = Endpoint::builder(&config.forwarder_name, tokens).policies(config.policies.clone());
+    if config.keep_alive {
+        builder = builder.keep_while(Arc::new(Alive::forwarder(ends.clone())), KEEP_INTERVAL);
+    }
+    builder
+        .element(RecvFdServer::new())
+        .element(SendFdServer)
+        .element(Discover::new(finder.clone()))
+        .element(RoundRobin::default())
+        .element(ServerContext::new())
+        .element(mechanisms)
+        .element(ends.client())
+        .element(WireServer)
+        .element(ConnectServer::new(client.chain().clone()))
+        .build()
+}
+
