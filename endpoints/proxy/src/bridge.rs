@@ -47,18 +47,16 @@ impl Bridge {
             }
             None => {
                 netlink.bridge_create(BRIDGE, nsm_kernel::netlink::mac_from_seed(seed)).await?;
-                netlink.link_by_name(BRIDGE).await?.ok_or_else(|| nsm_kernel::Error::Invalid(format!("{BRIDGE} vanished")))?
+                netlink
+                    .link_by_name(BRIDGE)
+                    .await?
+                    .ok_or_else(|| nsm_kernel::Error::Invalid(format!("{BRIDGE} vanished")))?
             }
         };
         if !link.up {
             netlink.link_up(link.index).await?;
         }
         Ok(Self { netns, netlink, families, index: link.index })
-    }
-
-    /// Interface index of the bridge.
-    pub(crate) fn index(&self) -> u32 {
-        self.index
     }
 
     /// Next hops that an earlier run of this proxy has left in use.
@@ -120,7 +118,8 @@ impl Bridge {
         if inputs.bridge.is_empty() {
             return Ok(());
         }
-        let have: Vec<IpNet> = self.netlink.addresses(Some(self.index)).await?.into_iter().filter(|a| a.global).map(|a| a.net).collect();
+        let have: Vec<IpNet> =
+            self.netlink.addresses(Some(self.index)).await?.into_iter().filter(|a| a.global).map(|a| a.net).collect();
         for net in inputs.bridge.iter().filter(|net| !have.contains(net)) {
             tracing::info!(address = %net, "bridge address added");
             self.netlink.address_replace(self.index, *net).await?;
@@ -181,9 +180,10 @@ fn ports<'a>(links: &'a [Link], inputs: &Inputs, bridge: u32, mtu: u32) -> Vec<(
         (change.master.is_some() || change.up.is_some()).then_some((link.index, link.name.as_str(), change))
     });
     // A bridge lowers its MTU with its smallest port but never raises it again by itself.
-    let raise = links.iter().filter(|link| link.index == bridge && link.mtu != mtu).map(|link| {
-        (link.index, link.name.as_str(), LinkChange { mtu: Some(mtu), ..LinkChange::default() })
-    });
+    let raise = links
+        .iter()
+        .filter(|link| link.index == bridge && link.mtu != mtu)
+        .map(|link| (link.index, link.name.as_str(), LinkChange { mtu: Some(mtu), ..LinkChange::default() }));
     attach.chain(raise).collect()
 }
 

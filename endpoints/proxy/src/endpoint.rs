@@ -6,9 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use meridio_common::{Backoff, Health};
-use meridio_proto::nsm::registry::{
-    Destination, Match, NetworkService, NetworkServiceEndpoint, NetworkServiceLabels,
-};
+use meridio_proto::nsm::registry::{Destination, Match, NetworkService, NetworkServiceEndpoint, NetworkServiceLabels};
 use nsm_chain::Endpoint;
 use nsm_registry::RegistryClient;
 use nsm_transport::{Address, Listener, Transport};
@@ -76,7 +74,12 @@ pub(crate) async fn run(
     server.await.context("endpoint")?.context("endpoint")
 }
 
-async fn register(registry: &RegistryClient, service: NetworkService, endpoint: NetworkServiceEndpoint, health: &Health) {
+async fn register(
+    registry: &RegistryClient,
+    service: NetworkService,
+    endpoint: NetworkServiceEndpoint,
+    health: &Health,
+) {
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
     loop {
         let registered = async {

@@ -109,8 +109,7 @@ impl Addresses {
 
     fn child(&self, name: &str, v6: bool) -> Child {
         let family = if v6 { IpFamily::Ipv6 } else { IpFamily::Ipv4 };
-        let subnet =
-            Subnet { conduit: Some(self.conduit.clone()), node: self.node.clone(), ip_family: family.into() };
+        let subnet = Subnet { conduit: Some(self.conduit.clone()), node: self.node.clone(), ip_family: family.into() };
         Child { name: name.to_owned(), subnet: Some(subnet) }
     }
 

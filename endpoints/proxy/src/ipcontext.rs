@@ -35,7 +35,8 @@ pub(crate) fn apply(context: &mut IpContext, allocation: &Allocation, bridge: &[
     if settled {
         return;
     }
-    let old: Vec<IpNet> = context.extra_prefixes.iter().filter_map(|text| text.parse().ok()).map(|net: IpNet| net.trunc()).collect();
+    let old: Vec<IpNet> =
+        context.extra_prefixes.iter().filter_map(|text| text.parse().ok()).map(|net: IpNet| net.trunc()).collect();
     let outdated = |text: &String| address(text).is_some_and(|ip| old.iter().any(|net| net.contains(&ip)));
     for (list, new) in [(&mut context.src_ip_addrs, source), (&mut context.dst_ip_addrs, destination)] {
         list.retain(|text| !outdated(text) && !new.contains(text));

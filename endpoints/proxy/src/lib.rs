@@ -30,9 +30,11 @@ use std::time::Duration;
 use anyhow::Context;
 use meridio_common::{Backoff, Health, Probe};
 use nsm_chain::elements::heal::LivenessCheck;
+use nsm_chain::elements::kernel_mechanism::{KernelClient, KernelServer};
 use nsm_chain::elements::mechanisms::Mechanisms;
 use nsm_chain::elements::mtu::Mtu;
 use nsm_chain::elements::null::Null;
+use nsm_chain::elements::sendfd::{SendFdClient, SendFdServer};
 use nsm_chain::{Client, Endpoint, Side};
 use nsm_identity::X509Source;
 use nsm_registry::RegistryClient;
@@ -75,7 +77,9 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     let inherited = bridge.inherited().await.context("reply routes")?;
     shared.change(|inputs| inputs.inherited = inherited);
 
-    let Some(source) = meridio_common::identity(&settings.spiffe_endpoint_socket, &stop).await else { return Ok(()) };
+    let Some(source) = meridio_common::grpc::identity(&settings.spiffe_endpoint_socket, &stop).await else {
+        return Ok(());
+    };
     let parts = Parts { settings, families, health, shared, source };
     parts.run(bridge, stop).await
 }
@@ -93,10 +97,11 @@ impl Parts {
     async fn run(self, bridge: Bridge, stop: CancellationToken) -> anyhow::Result<()> {
         let settings = &self.settings;
         let keep_alive: Duration = settings.grpc_keepalive_time.into();
-        let connect = |address: &str| meridio_common::connect_with(&self.source, address, keep_alive);
+        let connect = |address: &str| meridio_common::grpc::connect_with(&self.source, address, keep_alive);
         let addresses = Addresses::new(connect(&settings.ipam_service)?, settings, self.families);
         let nsp = connect(&settings.nsp_address())?;
-        let transport = Transport::new(self.source.clone())?.with_max_token_lifetime(settings.max_token_lifetime.into());
+        let transport =
+            Transport::new(self.source.clone())?.with_max_token_lifetime(settings.max_token_lifetime.into());
         let registry = RegistryClient::builder(settings.connect_to.clone(), self.source.clone())
             .max_token_lifetime(settings.max_token_lifetime.into())
             .dial_timeout(settings.dial_timeout.into())
@@ -128,27 +133,28 @@ impl Parts {
     }
 
     fn client(&self, transport: &Transport, addresses: &Addresses) -> Client {
-        let liveness = LivenessCheck { misses: DEAD_AFTER, ..LivenessCheck::new(Arc::new(mesh::Probed(self.shared.clone()))) };
+        let liveness =
+            LivenessCheck { misses: DEAD_AFTER, ..LivenessCheck::new(Arc::new(mesh::Probed(self.shared.clone()))) };
         Client::builder(&self.settings.name, Arc::new(nsm_chain::remote::Grpc::new(transport.clone())))
             .url(&self.settings.connect_to)
             .dial_timeout(self.settings.dial_timeout.into())
             .liveness(liveness)
             .reselect(mesh::reselect_pinned())
-            .element(Mechanisms::new(Side::Client).with("KERNEL", nsm_chain::elements::kernel_mechanism::KernelClient::new()))
+            .element(Mechanisms::new(Side::Client).with("KERNEL", KernelClient::new()))
             .element(elements::BalancerAddresses::new(addresses.clone()))
-            .element(Mtu::new(self.settings.mtu))
-            .element(nsm_chain::elements::sendfd::SendFdClient::new())
+            .element(Mtu(self.settings.mtu))
+            .element(SendFdClient)
             .build()
     }
 
     fn endpoint(&self, addresses: &Addresses) -> Endpoint {
         let tokens = nsm_chain::token::from_source(self.source.clone(), self.settings.max_token_lifetime.into());
-        let kernel = nsm_chain::elements::kernel_mechanism::KernelServer::new();
+        let kernel = KernelServer::new();
         Endpoint::builder(&self.settings.name, tokens)
             .element(Mechanisms::new(Side::Server).with("KERNEL", kernel).with("NOOP", Null))
             .element(elements::TargetAddresses::new(addresses.clone(), self.shared.clone()))
-            .element(Mtu::new(self.settings.mtu))
-            .element(nsm_chain::elements::sendfd::SendFdServer::new())
+            .element(Mtu(self.settings.mtu))
+            .element(SendFdServer)
             .build()
     }
 }
@@ -172,7 +178,11 @@ async fn bridge_addresses(
                     tokio::time::sleep(renew).await;
                 }
                 Err(status) => {
-                    health.waiting("IPAMCli", &format!("addresses for the bridge ({})", status.message()), "is the IPAM running?");
+                    health.waiting(
+                        "IPAMCli",
+                        &format!("addresses for the bridge ({})", status.message()),
+                        "is the IPAM running?",
+                    );
                     backoff.wait().await;
                 }
             }

@@ -91,26 +91,29 @@ pub(crate) fn desired(inputs: &Inputs, families: Families, bridge: u32, links: &
 
 /// The difference between `desired` and what was read back.
 pub(crate) fn plan(desired: &Routing, rules: &[Rule], routes: &[Route]) -> RoutingPlan {
-    let mut plan = RoutingPlan::default();
-    plan.replace_routes =
+    let replace_routes =
         desired.routes.iter().filter(|wanted| !routes.iter().any(|have| wanted.same(have))).cloned().collect();
-    plan.delete_routes = routes
+    let delete_routes = routes
         .iter()
         .filter(|have| have.table == TABLE && have.kind != RouteKind::Other)
         .filter(|have| !desired.routes.iter().any(|wanted| wanted.key() == have.key()))
         .cloned()
         .collect();
-    if let Some(wanted_rules) = &desired.rules {
-        plan.add_rules =
-            wanted_rules.iter().filter(|wanted| !rules.iter().any(|have| wanted.matches(have))).cloned().collect();
-        plan.delete_rules = rules
-            .iter()
-            .filter(|have| have.lookup && have.table == TABLE && have.from.is_some())
-            .filter(|have| !wanted_rules.iter().any(|wanted| wanted.matches(have)))
-            .cloned()
-            .collect();
-    }
-    plan
+    let (add_rules, delete_rules) =
+        desired.rules.as_ref().map_or_else(Default::default, |wanted| plan_rules(wanted, rules));
+    RoutingPlan { replace_routes, add_rules, delete_rules, delete_routes }
+}
+
+/// Rules to add, and rules to delete.
+fn plan_rules(wanted: &[Rule], existing: &[Rule]) -> (Vec<Rule>, Vec<Rule>) {
+    let add = wanted.iter().filter(|rule| !existing.iter().any(|have| rule.matches(have))).cloned().collect();
+    let delete = existing
+        .iter()
+        .filter(|have| have.lookup && have.table == TABLE && have.from.is_some())
+        .filter(|have| !wanted.iter().any(|rule| rule.matches(have)))
+        .cloned()
+        .collect();
+    (add, delete)
 }
 
 /// The next hops of the default routes in `routes`: what a proxy finds at its start.

@@ -123,9 +123,11 @@ impl Settings {
                 }
             }
         }
-        for (name, url) in
-            [("NSM_CONNECT_TO", &self.connect_to), ("NSM_IPAM_SERVICE", &self.ipam_service), ("NSM_NSP_SERVICE_NAME", &self.nsp_address())]
-        {
+        for (name, url) in [
+            ("NSM_CONNECT_TO", &self.connect_to),
+            ("NSM_IPAM_SERVICE", &self.ipam_service),
+            ("NSM_NSP_SERVICE_NAME", &self.nsp_address()),
+        ] {
             if let Err(error) = nsm_transport::Address::parse(url) {
                 faults.push(format!("{name} {url:?}: {error}"));
             }
