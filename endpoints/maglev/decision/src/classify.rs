@@ -1,0 +1,225 @@
+//! Which flow: one bit vector per dimension, AND-ed word by word; the first bit left is the flow of highest priority.
+
+use crate::decide::Tables;
+use crate::layout::*;
+use crate::packet::{Kind, Packet, Transport, protocol};
+
+/// The vectors of one packet. A dimension that no flow uses repeats the destination's: AND does not mind.
+pub(crate) struct Dimensions<'a> {
+    proto: &'a Vector,
+    dst: &'a Vector,
+    src: &'a Vector,
+    dport: &'a Vector,
+    sport: &'a Vector,
+}
+
+impl<'a> Dimensions<'a> {
+    #[inline(always)]
+    pub(crate) fn of<T: Tables>(
+        tables: &'a T,
+        generation: u32,
+        flags: u32,
+        dst_class: u32,
+        transport: &Transport,
+        prefix: &PrefixKey,
+    ) -> Option<Self> {
+        let kind = transport.kind;
+        let base = generation * VECTORS;
+        let dst = tables.vector(base + DST_BASE + dst_class)?;
+        let proto_class = match kind {
+            Kind::Ping => class::PING,
+            Kind::Ports => match transport.protocol {
+                protocol::TCP => class::TCP,
+                protocol::UDP => class::UDP,
+                _ => class::SCTP,
+            },
+            _ => class::OTHER,
+        };
+        let src_vector = if flags & flag::SOURCES != 0 {
+            let class = tables.source(prefix).unwrap_or(0);
+            tables.vector(base + SRC_BASE + class)?
+        } else {
+            dst
+        };
+        let (dport_vector, sport_vector) = match kind {
+            // A ping belongs to the first flow by addresses, whatever its ports are.
+            Kind::Ping => (dst, dst),
+            Kind::Ports => (
+                tables.vector(base + DPORT_BASE + tables.dport(generation, transport.dport))?,
+                if flags & flag::SOURCE_PORTS != 0 {
+                    tables.vector(base + SPORT_BASE + tables.sport(generation, transport.sport))?
+                } else {
+                    dst
+                },
+            ),
+            _ => (tables.vector(base + DPORT_BASE)?, tables.vector(base + SPORT_BASE)?),
+        };
+        Some(Dimensions {
+            proto: tables.vector(base + PROTO_BASE + proto_class)?,
+            dst,
+            src: src_vector,
+            dport: dport_vector,
+            sport: sport_vector,
+        })
+    }
+
+    #[inline(always)]
+    fn summary(&self) -> u64 {
+        self.proto.summary & self.dst.summary & self.src.summary & self.dport.summary & self.sport.summary
+    }
+
+    #[inline(always)]
+    fn word(&self, index: usize) -> u64 {
+        word(self.proto, index)
+            & word(self.dst, index)
+            & word(self.src, index)
+            & word(self.dport, index)
+            & word(self.sport, index)
+    }
+}
+
+#[inline(always)]
+fn word(vector: &Vector, index: usize) -> u64 {
+    match vector.words.get(index) {
+        Some(word) => *word,
+        None => 0,
+    }
+}
+
+/// Index of the lowest bit set; the value is not 0. By hand because eBPF has no such instruction and LLVM's
+/// replacement may read a table.
+#[inline(always)]
+fn lowest(value: u64) -> u32 {
+    let below = core::hint::black_box(value & value.wrapping_neg()).wrapping_sub(1);
+    let a = below - ((below >> 1) & 0x5555_5555_5555_5555);
+    let b = (a & 0x3333_3333_3333_3333) + ((a >> 2) & 0x3333_3333_3333_3333);
+    let c = (b + (b >> 4)) & 0x0f0f_0f0f_0f0f_0f0f;
+    ((c.wrapping_mul(0x0101_0101_0101_0101)) >> 56) as u32
+}
+
+/// Index of the flow that the packet belongs to. `use_excluded` is all ones when the flows in `asked` are out of
+/// question.
+#[inline(always)]
+pub(crate) fn search(dimensions: &Dimensions<'_>, asked: &Asked, use_excluded: u64) -> Option<u32> {
+    let mut summary = dimensions.summary();
+    for _ in 0..WORDS {
+        if summary == 0 {
+            return None;
+        }
+        let index = lowest(summary) & (WORDS as u32 - 1);
+        summary &= summary - 1;
+        let excluded = asked.excluded.get(index as usize).copied().unwrap_or(0) & use_excluded;
+        let bits = dimensions.word(index as usize) & !excluded;
+        if bits != 0 {
+            return Some(index * 64 + (lowest(bits) & 63));
+        }
+    }
+    None
+}
+
+/// Whether all byte matches of a list hold: 0, else 1.
+///
+/// Statements about another protocol than the packet's do not count. For an ICMP error they are asked of the
+/// quoted packet turned round, of which only the ports are known: statements about anything else are taken as met, so
+/// that errors do reach the flow of the packet that they are about.
+///
+/// Without a branch, because the verifier would follow each of them for each list.
+#[inline(always)]
+fn missed(list: &ByteList, asked: &Asked) -> u64 {
+    let mut missed = 0u64;
+    for statement in &list.statements {
+        let at = (statement.offset & 31) as usize;
+        let byte = |i: usize| asked.bytes.get(at + i).copied().unwrap_or(0) as u32;
+        let word = (byte(0) << 24) | (byte(1) << 16) | (byte(2) << 8) | byte(3);
+        let value = word >> (32u32.wrapping_sub(8 * statement.size as u32) & 31);
+        let differs = not_zero((value & statement.mask) ^ statement.value);
+        let other = not_zero((statement.protocol ^ asked.protocol) as u32);
+        let unknown = (asked.known as u64).wrapping_sub(statement.offset as u64 + statement.size as u64) >> 63;
+        missed |= differs & !other & !unknown;
+    }
+    missed & 1
+}
+
+/// 1 for anything but 0, by arithmetic: this machine's comparisons are branches.
+#[inline(always)]
+fn not_zero(value: u32) -> u64 {
+    core::hint::black_box(value as u64).wrapping_neg() >> 63
+}
+
+/// What byte matches are asked of, and the answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    /// Flows whose byte matches do not hold.
+    excluded: [u64; WORDS],
+    /// The beginning of the L4 header.
+    bytes: [u8; 36],
+    /// Bytes known; statements beyond are taken as met.
+    known: u32,
+    /// IP protocol.
+    protocol: u8,
+}
+
+impl Default for Asked {
+    fn default() -> Self {
+        Asked { excluded: [0; WORDS], bytes: [0; 36], known: 0, protocol: 0 }
+    }
+}
+
+impl Asked {
+    /// Asks each list of byte matches once; `false`: the packet or the tables cannot be read.
+    #[inline(always)]
+    pub(crate) fn ask<P: Packet, T: Tables>(
+        &mut self,
+        packet: &P,
+        tables: &T,
+        generation: u32,
+        transport: &Transport,
+    ) -> bool {
+        if !self.read(packet, transport) {
+            return false;
+        }
+        self.excluded = [0; WORDS];
+        for n in 0..MAX_BYTE_LISTS as u32 {
+            let Some(list) = tables.byte_list(generation, n) else { return false };
+            let Some(flows) = tables.vector(generation * VECTORS + BYTES_BASE + n) else { return false };
+            let mask = missed(list, self).wrapping_neg();
+            for (out, flows) in self.excluded.iter_mut().zip(&flows.words) {
+                *out |= flows & mask;
+            }
+        }
+        true
+    }
+
+    /// Reads the header, which was found to be complete.
+    #[inline(always)]
+    fn read<P: Packet>(&mut self, packet: &P, transport: &Transport) -> bool {
+        self.protocol = transport.protocol;
+        if transport.quote != 0 {
+            let ([a, b], [c, d]) = (transport.sport.to_be_bytes(), transport.dport.to_be_bytes());
+            self.known = 4;
+            self.fill([a, b, c, d]);
+            return true;
+        }
+        match transport.protocol {
+            protocol::TCP => {
+                self.known = 20;
+                packet.read::<20>(transport.offset).map(|h| self.fill(h)).is_some()
+            }
+            protocol::UDP => {
+                self.known = 8;
+                packet.read::<8>(transport.offset).map(|h| self.fill(h)).is_some()
+            }
+            _ => {
+                self.known = 12;
+                packet.read::<12>(transport.offset).map(|h| self.fill(h)).is_some()
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn fill<const N: usize>(&mut self, header: [u8; N]) {
+        for (to, from) in self.bytes.iter_mut().zip(header) {
+            *to = from;
+        }
+    }
+}

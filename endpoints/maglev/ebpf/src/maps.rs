@@ -1,0 +1,187 @@
+//! The maps, and the decision's view of them. All are pinned: they outlive the process that loaded them.
+
+use aya_ebpf::{
+    helpers::bpf_ktime_get_ns,
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
+};
+use meridio_decision::{Decision, Scratch, Tables, layout::*};
+
+const NO_PREALLOC: u32 = 1;
+/// A [`PrefixKey`] without its length, as the map's type wants it.
+type Prefix = [u8; 20];
+
+#[map]
+pub static CONFIG: Array<Config> = Array::pinned(1, 0);
+#[map]
+pub static VIPS: LpmTrie<Prefix, u32> = LpmTrie::pinned(2 * DST_CLASSES as u32, NO_PREALLOC);
+#[map]
+pub static SOURCES: LpmTrie<Prefix, u32> = LpmTrie::pinned(2 * 65_536, NO_PREALLOC);
+#[map]
+pub static PORTS: Array<PortMap> = Array::pinned(4, 0);
+#[map]
+pub static VECTORS_MAP: Array<Vector> = Array::pinned(2 * VECTORS, 0);
+#[map]
+pub static FLOWS: Array<FlowEntry> = Array::pinned(2 * MAX_FLOWS as u32, 0);
+#[map]
+pub static BYTE_LISTS: Array<ByteList> = Array::pinned(2 * MAX_BYTE_LISTS as u32, 0);
+#[map]
+pub static STREAMS: Array<StreamEntry> = Array::pinned(MAX_STREAMS as u32, 0);
+#[map]
+pub static ROWS: Array<Chunk> = Array::pinned(DEFAULT_CHUNKS as u32, 0);
+#[map]
+pub static TARGETS: Array<TargetEntry> = Array::pinned(2 * MAX_TARGETS as u32, 0);
+#[map]
+pub static NATS: HashMap<NatKey, u32> = HashMap::pinned(8192, NO_PREALLOC);
+#[map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue> = LruHashMap::pinned(8192, 0);
+#[map]
+pub static FLOW_HITS: PerCpuArray<Counter> = PerCpuArray::pinned(2 * MAX_FLOWS as u32, 0);
+#[map]
+pub static TARGET_HITS: PerCpuArray<Counter> = PerCpuArray::pinned(MAX_TARGETS as u32, 0);
+#[map]
+pub static REASONS: PerCpuArray<Counter> = PerCpuArray::pinned(MAX_REASONS as u32, 0);
+/// Working memory of one packet. Not pinned: it means nothing to user space.
+#[map]
+pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+/// The same for the egress program, which may interrupt the ingress one.
+#[map]
+pub static EGRESS_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+pub static LAST: PerCpuArray<Decision> = PerCpuArray::pinned(1, 0);
+/// Names of streams (by slot) and of flows (by counter), so that a new process knows what it adopted.
+#[map]
+pub static STREAM_NAMES: Array<[u8; 128]> = Array::pinned(MAX_STREAMS as u32, 0);
+#[map]
+pub static FLOW_NAMES: Array<[u8; 128]> = Array::pinned(2 * MAX_FLOWS as u32, 0);
+
+/// The maps as the decision sees them.
+pub struct Maps;
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn generation(&self) -> (u32, u32) {
+        let Some(config) = CONFIG.get_ptr(0) else { return (0, 0) };
+        // SAFETY: the pointer is into a map value; volatile because user space switches it at any time.
+        unsafe {
+            let active = (&raw const (*config).active).read_volatile() & 1;
+            let flags = if active == 0 {
+                (&raw const (*config).flags[0]).read_volatile()
+            } else {
+                (&raw const (*config).flags[1]).read_volatile()
+            };
+            (active, flags)
+        }
+    }
+
+    #[inline(always)]
+    fn destination(&self, key: &PrefixKey) -> Option<u32> {
+        VIPS.get(prefix(key)).copied()
+    }
+
+    #[inline(always)]
+    fn source(&self, key: &PrefixKey) -> Option<u32> {
+        SOURCES.get(prefix(key)).copied()
+    }
+
+    #[inline(always)]
+    fn dport(&self, generation: u32, port: u16) -> u32 {
+        port_class(generation * 2, port)
+    }
+
+    #[inline(always)]
+    fn sport(&self, generation: u32, port: u16) -> u32 {
+        port_class(generation * 2 + 1, port)
+    }
+
+    #[inline(always)]
+    fn vector(&self, index: u32) -> Option<&Vector> {
+        VECTORS_MAP.get(index)
+    }
+
+    #[inline(always)]
+    fn flow(&self, generation: u32, index: u32) -> Option<&FlowEntry> {
+        FLOWS.get(generation * MAX_FLOWS as u32 + index)
+    }
+
+    #[inline(always)]
+    fn byte_list(&self, generation: u32, index: u32) -> Option<&ByteList> {
+        BYTE_LISTS.get(generation * MAX_BYTE_LISTS as u32 + index)
+    }
+
+    #[inline(always)]
+    fn stream(&self, slot: u32) -> Option<&StreamEntry> {
+        STREAMS.get(slot)
+    }
+
+    #[inline(always)]
+    fn active(&self, stream: &StreamEntry) -> u32 {
+        // SAFETY: as in `generation`.
+        unsafe { (&raw const stream.active).read_volatile() & 1 }
+    }
+
+    #[inline(always)]
+    fn row(&self, chunk: u32, index: u32) -> Option<u16> {
+        let rows = ROWS.get_ptr(chunk)?;
+        // Without the black box the bound is folded away, and with it the verifier's knowledge of it.
+        let index = core::hint::black_box(index);
+        if index >= CHUNK_ROWS as u32 {
+            return None;
+        }
+        // SAFETY: index is below the number of rows of the map's value.
+        Some(unsafe { *rows.cast::<u16>().add(index as usize) })
+    }
+
+    #[inline(always)]
+    fn target(&self, index: u32) -> Option<&TargetEntry> {
+        TARGETS.get(index)
+    }
+
+    #[inline(always)]
+    fn nat(&self, key: &NatKey) -> Option<u16> {
+        // SAFETY: the value is copied at once; entries of the generation in use are not rewritten.
+        unsafe { NATS.get(key) }.map(|port| *port as u16)
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentValue> {
+        // SAFETY: the value is copied at once; a torn copy could only come from two packets of one key.
+        unsafe { FRAGMENTS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn remember(&self, key: &FragmentKey, value: &FragmentValue) {
+        let _ = FRAGMENTS.insert(key, value, 0);
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_ktime_get_ns() }
+    }
+}
+
+#[inline(always)]
+fn prefix(key: &PrefixKey) -> &Key<Prefix> {
+    // SAFETY: both are a u32 followed by 20 bytes, and `Key` is packed.
+    unsafe { &*(key as *const PrefixKey).cast() }
+}
+
+#[inline(always)]
+fn port_class(index: u32, port: u16) -> u32 {
+    let Some(ports) = PORTS.get_ptr(index) else { return 0 };
+    // SAFETY: a port is below 65,536, the number of entries of the map's value.
+    unsafe { *ports.cast::<u16>().add(core::hint::black_box(port) as usize) as u32 }
+}
+
+/// Adds a packet to a per-CPU counter.
+#[inline(always)]
+pub fn count(map: &PerCpuArray<Counter>, index: u32, bytes: u32) {
+    if let Some(counter) = map.get_ptr_mut(index) {
+        // SAFETY: a per-CPU value; the program does not migrate between CPUs.
+        unsafe {
+            (*counter).packets += 1;
+            (*counter).bytes += bytes as u64;
+        }
+    }
+}

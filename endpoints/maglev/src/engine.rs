@@ -1,0 +1,611 @@
+//! The engine: takes configurations and targets, keeps the kernel's maps in step, and never shows a packet anything
+//! half-written. What is in use is not touched: the other generation (classifier) or copy (stream) is written, then one byte
+//! switches.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use meridio_decision::layout::{Config as MapConfig, *};
+use meridio_decision::{Decision, Reason, target_index};
+
+use crate::classifier::{Classifier, compile};
+use crate::config::{Config, Stream, Target, Targets};
+use crate::error::Error;
+use crate::kernel::{Kernel, Options, remove_pins};
+use crate::sys::{self, RawMap, TestRun};
+use crate::table::{Table, chunks_for};
+
+/// A retired copy older than this is read by nobody; a younger one is waited for.
+const CALM: Duration = Duration::from_secs(2);
+/// Set in every mark, so that one rule can tell packets that this program marked.
+pub const MARK_FLAG: u32 = 0x4d00_0000;
+/// The part of a mark that is identifier plus offset.
+pub const MARK_MASK: u32 = 0x00ff_ffff;
+
+/// How the engine is set up.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Maps and their place.
+    pub kernel: Options,
+    /// Smallest firewall mark and routing table number of a target (`NSM_IDENTIFIER_OFFSET_START`).
+    pub offset_start: u32,
+}
+
+/// A stream as it lies in the maps.
+#[derive(Debug)]
+struct Slot {
+    stream: Stream,
+    entry: StreamEntry,
+    table: Table,
+    targets: [BTreeMap<u32, TargetEntry>; 2],
+    switched: Instant,
+}
+
+/// Counters of one flow or target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hits {
+    /// Stream name.
+    pub stream: String,
+    /// Flow name, or the target's identifier as text.
+    pub name: String,
+    /// Targets: identifier plus offset, as in the firewall mark.
+    pub mark: u32,
+    /// Packets and bytes.
+    pub counter: Counter,
+}
+
+/// The load balancer in the kernel.
+#[derive(Debug)]
+pub struct Engine {
+    kernel: Kernel,
+    settings: Settings,
+    config: MapConfig,
+    slots: BTreeMap<u32, Slot>,
+    counters: HashMap<String, u32>,
+    flows: Vec<(String, String)>,
+    generations: [Option<Classifier>; 2],
+    classifier_switched: Instant,
+    adopted: bool,
+}
+
+/// The map entry of a target; `number` is offset from the start of marks.
+pub(crate) fn target_entry(target: &Target, mark: u32) -> TargetEntry {
+    TargetEntry {
+        v4: target.v4.map(|(a, _)| a.octets()).unwrap_or_default(),
+        ifindex4: target.v4.map(|(_, i)| i).unwrap_or_default(),
+        v6: target.v6.map(|(a, _)| a.octets()).unwrap_or_default(),
+        ifindex6: target.v6.map(|(_, i)| i).unwrap_or_default(),
+        mark,
+        mtu: target.mtu,
+    }
+}
+
+fn failed(map: &RawMap) -> impl Fn(std::io::Error) -> Error + use<> {
+    let name = map.name;
+    move |e| Error::Map { name, reason: e.to_string() }
+}
+
+fn text(name: &str) -> [u8; 128] {
+    let mut bytes = [0; 128];
+    for (to, from) in bytes.iter_mut().zip(name.bytes().take(127)) {
+        *to = from;
+    }
+    bytes
+}
+
+fn untext(bytes: &[u8; 128]) -> String {
+    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+impl Engine {
+    /// Loads the programs; adopts the maps of an earlier process when they hold a complete configuration.
+    ///
+    /// # Errors
+    /// No BPF file system, no rights, or a refusal of the kernel.
+    pub fn open(settings: Settings) -> Result<Self, Error> {
+        let kernel = Kernel::load(&settings.kernel)?;
+        let config: MapConfig = kernel.config.get(&0u32, Default::default()).map_err(failed(&kernel.config))?.unwrap_or_default();
+        let mut engine = Engine {
+            adopted: config.version == LAYOUT_VERSION,
+            kernel,
+            settings,
+            config,
+            slots: BTreeMap::new(),
+            counters: HashMap::new(),
+            flows: Vec::new(),
+            generations: [None, None],
+            classifier_switched: Instant::now(),
+        };
+        if engine.adopted {
+            engine.adopt()?;
+        }
+        Ok(engine)
+    }
+
+    /// Whether the maps held a complete configuration when this engine was opened.
+    pub fn adopted(&self) -> bool {
+        self.adopted
+    }
+
+    /// Whether the maps hold a complete configuration now.
+    pub fn configured(&self) -> bool {
+        self.config.version == LAYOUT_VERSION
+    }
+
+    /// Attaches the programs to an interface, or replaces what was attached before, without a gap.
+    ///
+    /// # Errors
+    /// The interface does not exist or the kernel refuses.
+    pub fn attach(&mut self, interface: &str) -> Result<(), Error> {
+        self.kernel.attach(interface)?;
+        // Programs of another layout are gone from here now, so are their maps.
+        remove_pins(&self.settings.kernel.directory, true)
+    }
+
+    /// Removes programs and maps: the end of forwarding, on request only.
+    ///
+    /// # Errors
+    /// What could not be removed.
+    pub fn remove(directory: &std::path::Path, interfaces: &[&str]) -> Result<(), Error> {
+        for interface in interfaces {
+            Kernel::detach(interface)?;
+        }
+        remove_pins(directory, false)
+    }
+
+    fn adopt(&mut self) -> Result<(), Error> {
+        let now = Instant::now();
+        for slot in 0..MAX_STREAMS as u32 {
+            let streams = &self.kernel.streams;
+            let entry = streams.get(&slot, StreamEntry::default()).map_err(failed(streams))?.unwrap_or_default();
+            if entry.rows == 0 {
+                continue;
+            }
+            let names = &self.kernel.stream_names;
+            let name = names.get(&slot, [0u8; 128]).map_err(failed(names))?.unwrap_or([0; 128]);
+            let Some(mut table) = Table::new(entry.max_targets) else { continue };
+            let mut targets = [BTreeMap::new(), BTreeMap::new()];
+            for identifier in 1..=entry.max_targets {
+                for copy in 0..2 {
+                    let index = target_index(entry.target_base, identifier, copy);
+                    let map = &self.kernel.targets;
+                    let found = map.get(&index, TargetEntry::default()).map_err(failed(map))?.unwrap_or_default();
+                    if found.mark != 0 {
+                        targets[copy as usize].insert(identifier, found);
+                    }
+                }
+            }
+            table.set(targets[(entry.active & 1) as usize].keys().copied());
+            let stream = Stream {
+                name: untext(&name),
+                max_targets: entry.max_targets,
+                sctp_ports_only: entry.flags & stream_flag::SCTP_PORTS_ONLY != 0,
+            };
+            self.slots.insert(slot, Slot { stream, entry, table, targets, switched: now });
+        }
+        let generation = self.config.active & 1;
+        for index in 0..2 * MAX_FLOWS as u32 {
+            let names = &self.kernel.flow_names;
+            let name = untext(&names.get(&index, [0u8; 128]).map_err(failed(names))?.unwrap_or([0; 128]));
+            if !name.is_empty() {
+                self.counters.insert(name, index);
+            }
+        }
+        tracing::info!(streams = self.slots.len(), generation, "adopted the load balancer's maps");
+        Ok(())
+    }
+
+    /// Ready targets of a stream as packets see them: identifier and next hops.
+    pub fn targets(&self, stream: &str) -> Option<Vec<(u32, TargetEntry)>> {
+        let slot = self.slots.values().find(|s| s.stream.name == stream)?;
+        let copy = &slot.targets[(slot.entry.active & 1) as usize];
+        Some(copy.iter().map(|(id, t)| (*id, *t)).collect())
+    }
+
+    /// Names of the streams in the maps.
+    pub fn streams(&self) -> Vec<String> {
+        self.slots.values().map(|s| s.stream.name.clone()).collect()
+    }
+
+    /// Identifier offset of a stream: firewall mark and table number of a target are this plus its identifier.
+    pub fn offset(&self, stream: &str) -> Option<u32> {
+        let slot = self.slots.values().find(|s| s.stream.name == stream)?;
+        Some(self.settings.offset_start + slot.entry.target_base)
+    }
+
+    /// Takes a configuration and the ready targets by stream name. Packets see the old or the new one whole.
+    ///
+    /// # Errors
+    /// Every fault of the configuration; the previous one goes on forwarding.
+    pub fn apply(&mut self, config: &Config, targets: &BTreeMap<String, Targets>) -> Result<(), Vec<Error>> {
+        let faults = config.faults();
+        if !faults.is_empty() {
+            return Err(faults);
+        }
+        let one = |e| vec![e];
+        let empty = Targets::new();
+        let mut places = HashMap::new();
+        for stream in &config.streams {
+            let ready = targets.get(&stream.name).unwrap_or(&empty);
+            let found = self.slots.iter().find(|(_, s)| s.stream == *stream).map(|(n, _)| *n);
+            let number = match found {
+                Some(number) => {
+                    self.swap(number, ready).map_err(one)?;
+                    number
+                }
+                None => self.create(stream, ready).map_err(one)?,
+            };
+            places.insert(stream.name.clone(), number);
+        }
+        self.switch_classifier(config, &places).map_err(one)?;
+        let gone: Vec<u32> = self.slots.keys().copied().filter(|n| !places.values().any(|p| p == n)).collect();
+        if !gone.is_empty() {
+            sys::grace_period();
+        }
+        for number in gone {
+            self.release(number).map_err(one)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the ready targets of one stream.
+    ///
+    /// # Errors
+    /// The stream is unknown or an identifier is outside its range; nothing has changed then.
+    pub fn set_targets(&mut self, stream: &str, targets: &Targets) -> Result<(), Error> {
+        let number = self.slots.iter().find(|(_, s)| s.stream.name == stream).map(|(n, _)| *n);
+        let number = number.ok_or_else(|| Error::config(format!("stream {stream:?}"), "unknown"))?;
+        self.swap(number, targets)
+    }
+
+    fn create(&mut self, stream: &Stream, ready: &Targets) -> Result<u32, Error> {
+        let object = format!("stream {:?}", stream.name);
+        let table =
+            Table::new(stream.max_targets).ok_or_else(|| Error::config(&object, "max-targets is not in 1..10000"))?;
+        let number = (0..MAX_STREAMS as u32).find(|n| !self.slots.contains_key(n));
+        let number = number.ok_or_else(|| Error::config(&object, format!("more than {MAX_STREAMS} streams")))?;
+        let rows = table.rows().len() as u32;
+        let size = chunks_for(rows);
+        let used = self.slots.values().flat_map(|s| s.entry.chunk.map(|c| (c, chunks_for(s.entry.rows)))).collect();
+        let chunks = first_fit(used, 2 * size, self.kernel.chunks)
+            .ok_or_else(|| Error::config(&object, "no room for its table: raise the number of chunks"))?;
+        let used = self.slots.values().map(|s| (s.entry.target_base, s.entry.max_targets)).collect();
+        let target_base = first_fit(used, stream.max_targets, MAX_TARGETS as u32 - 1)
+            .ok_or_else(|| Error::config(&object, format!("more than {MAX_TARGETS} targets in all streams")))?;
+        let entry = StreamEntry {
+            rows,
+            chunk: [chunks, chunks + size],
+            target_base,
+            max_targets: stream.max_targets,
+            flags: if stream.sctp_ports_only { stream_flag::SCTP_PORTS_ONLY } else { 0 },
+            ..StreamEntry::default()
+        };
+        for identifier in 1..=stream.max_targets {
+            let map = &self.kernel.target_hits;
+            map.zero(target_base + identifier, self.kernel.cpus).map_err(failed(map))?;
+        }
+        let names = &self.kernel.stream_names;
+        names.set(&number, &text(&stream.name)).map_err(failed(names))?;
+        let never = Instant::now().checked_sub(CALM).unwrap_or_else(Instant::now);
+        let targets = [BTreeMap::new(), BTreeMap::new()];
+        self.slots.insert(number, Slot { stream: stream.clone(), entry, table, targets, switched: never });
+        self.swap(number, ready)?;
+        if ready.is_empty() {
+            self.write_entry(number)?;
+        }
+        Ok(number)
+    }
+
+    fn write_entry(&self, number: u32) -> Result<(), Error> {
+        let Some(slot) = self.slots.get(&number) else { return Ok(()) };
+        self.kernel.streams.set(&number, &slot.entry).map_err(failed(&self.kernel.streams))
+    }
+
+    /// Writes table and targets of a stream to the copy that is not in use and switches to it.
+    fn swap(&mut self, number: u32, ready: &Targets) -> Result<(), Error> {
+        let start = self.settings.offset_start;
+        let Some(slot) = self.slots.get_mut(&number) else { return Ok(()) };
+        if let Some(id) = ready.keys().find(|id| !(1..=slot.stream.max_targets).contains(id)) {
+            let reason = format!("identifier {id} is not in 1..{}", slot.stream.max_targets);
+            return Err(Error::config(format!("stream {:?}", slot.stream.name), reason));
+        }
+        let base = slot.entry.target_base;
+        let wanted: BTreeMap<u32, TargetEntry> =
+            ready.iter().map(|(id, t)| (*id, target_entry(t, MARK_FLAG | (start + base + id)))).collect();
+        let old = (slot.entry.active & 1) as usize;
+        if slot.targets[old] == wanted {
+            return Ok(());
+        }
+        let new = 1 - old;
+        if slot.switched.elapsed() < CALM {
+            sys::grace_period();
+        }
+        let map = &self.kernel.targets;
+        for id in slot.targets[new].keys().filter(|id| !wanted.contains_key(id)) {
+            map.set(&target_index(base, *id, new as u32), &TargetEntry::default()).map_err(failed(map))?;
+        }
+        for (id, entry) in &wanted {
+            if slot.targets[new].get(id) != Some(entry) {
+                map.set(&target_index(base, *id, new as u32), entry).map_err(failed(map))?;
+            }
+        }
+        slot.targets[new] = wanted;
+        slot.table.set(ready.keys().copied());
+        write_rows(&self.kernel.rows, slot.entry.chunk[new], slot.table.rows())?;
+        // Two writes: first what describes the copy that nobody reads, then the one byte that packets go by.
+        slot.entry.ready[new] = !ready.is_empty() as u32;
+        self.kernel.streams.set(&number, &slot.entry).map_err(failed(&self.kernel.streams))?;
+        slot.entry.active = new as u32;
+        slot.entry.swaps = slot.entry.swaps.wrapping_add(1);
+        self.kernel.streams.set(&number, &slot.entry).map_err(failed(&self.kernel.streams))?;
+        slot.switched = Instant::now();
+        Ok(())
+    }
+
+    fn release(&mut self, number: u32) -> Result<(), Error> {
+        let Some(slot) = self.slots.remove(&number) else { return Ok(()) };
+        let streams = &self.kernel.streams;
+        streams.set(&number, &StreamEntry::default()).map_err(failed(streams))?;
+        let names = &self.kernel.stream_names;
+        names.set(&number, &[0u8; 128]).map_err(failed(names))?;
+        for (copy, targets) in slot.targets.iter().enumerate() {
+            for id in targets.keys() {
+                let index = target_index(slot.entry.target_base, *id, copy as u32);
+                let map = &self.kernel.targets;
+                map.set(&index, &TargetEntry::default()).map_err(failed(map))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn switch_classifier(&mut self, config: &Config, places: &HashMap<String, u32>) -> Result<(), Error> {
+        let mut fresh = Vec::new();
+        let classifier = {
+            let counters = &mut self.counters;
+            let mut counter = |name: &str| match counters.get(name) {
+                Some(index) => *index,
+                None => {
+                    let used: std::collections::HashSet<u32> = counters.values().copied().collect();
+                    let index = (0..2 * MAX_FLOWS as u32).find(|n| !used.contains(n)).unwrap_or(0);
+                    counters.insert(name.to_owned(), index);
+                    fresh.push((index, name.to_owned()));
+                    index
+                }
+            };
+            compile(config, &|name| places.get(name).copied().unwrap_or(0), &mut counter)?
+        };
+        for (index, name) in fresh {
+            let (hits, names) = (&self.kernel.flow_hits, &self.kernel.flow_names);
+            hits.zero(index, self.kernel.cpus).map_err(failed(hits))?;
+            names.set(&index, &text(&name)).map_err(failed(names))?;
+        }
+        let new = 1 - (self.config.active & 1);
+        if self.classifier_switched.elapsed() < CALM {
+            sys::grace_period();
+        }
+        self.write_generation(new, &classifier)?;
+        self.config.flags[new as usize] = classifier.flags;
+        self.config.version = LAYOUT_VERSION;
+        let map = &self.kernel.config;
+        map.set(&0u32, &self.config).map_err(failed(map))?;
+        self.config.active = new;
+        self.config.switches = self.config.switches.wrapping_add(1);
+        map.set(&0u32, &self.config).map_err(failed(map))?;
+        self.classifier_switched = Instant::now();
+        self.flows = config.flows.iter().map(|f| (f.name.clone(), f.stream.clone())).collect();
+        self.generations[new as usize] = Some(classifier);
+        self.forget_counters()
+    }
+
+    /// Frees the counters of flows that are in neither generation.
+    fn forget_counters(&mut self) -> Result<(), Error> {
+        let used = |name: &String| self.generations.iter().flatten().any(|g| g.names.contains(name));
+        let gone: Vec<String> = self.counters.keys().filter(|n| !used(n)).cloned().collect();
+        for name in gone {
+            if let Some(index) = self.counters.remove(&name) {
+                let map = &self.kernel.flow_names;
+                map.set(&index, &[0u8; 128]).map_err(failed(map))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_generation(&mut self, generation: u32, c: &Classifier) -> Result<(), Error> {
+        let k = &self.kernel;
+        let before = self.generations[generation as usize].as_ref();
+        write_prefixes(&k.vips, generation, &c.vips)?;
+        write_prefixes(&k.sources, generation, &c.sources)?;
+        for (n, (map, old)) in
+            [(&c.dports, before.map(|b| &b.dports)), (&c.sports, before.map(|b| &b.sports))].into_iter().enumerate()
+        {
+            if old != Some(map) {
+                k.ports.set(&(generation * 2 + n as u32), map.as_ref()).map_err(failed(&k.ports))?;
+            }
+        }
+        for (index, vector) in &c.vectors {
+            if before.is_none_or(|b| b.vectors.get(index) != Some(vector)) {
+                k.vectors.set(&(generation * VECTORS + index), vector).map_err(failed(&k.vectors))?;
+            }
+        }
+        for (index, flow) in c.flows.iter().enumerate() {
+            if before.is_none_or(|b| b.flows.get(index) != Some(flow)) {
+                let index = generation * MAX_FLOWS as u32 + index as u32;
+                k.flows.set(&index, flow).map_err(failed(&k.flows))?;
+            }
+        }
+        for index in 0..MAX_BYTE_LISTS {
+            let list = c.byte_lists.get(index).copied().unwrap_or_default();
+            let index = generation * MAX_BYTE_LISTS as u32 + index as u32;
+            k.byte_lists.set(&index, &list).map_err(failed(&k.byte_lists))?;
+        }
+        let stale = k.nats.keys(NatKey::default()).map_err(failed(&k.nats))?;
+        for key in stale.iter().filter(|key| key.generation == generation) {
+            if !c.nats.contains_key(&NatKey { generation: 0, ..*key }) {
+                k.nats.delete(key).map_err(failed(&k.nats))?;
+            }
+        }
+        for (key, port) in &c.nats {
+            k.nats.set(&NatKey { generation, ..*key }, &(*port as u32)).map_err(failed(&k.nats))?;
+        }
+        Ok(())
+    }
+
+    /// Packets and bytes of each flow.
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub fn flow_hits(&self) -> Result<Vec<Hits>, Error> {
+        let map = &self.kernel.flow_hits;
+        let mut hits = Vec::new();
+        for (name, stream) in &self.flows {
+            let Some(index) = self.counters.get(name) else { continue };
+            let counter = map.sum(*index, self.kernel.cpus).map_err(failed(map))?;
+            hits.push(Hits { stream: stream.clone(), name: name.clone(), mark: 0, counter });
+        }
+        Ok(hits)
+    }
+
+    /// Packets and bytes of each ready target.
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub fn target_hits(&self) -> Result<Vec<Hits>, Error> {
+        let map = &self.kernel.target_hits;
+        let mut hits = Vec::new();
+        for slot in self.slots.values() {
+            for id in slot.targets[(slot.entry.active & 1) as usize].keys() {
+                let number = slot.entry.target_base + id;
+                let counter = map.sum(number, self.kernel.cpus).map_err(failed(map))?;
+                let mark = self.settings.offset_start + number;
+                hits.push(Hits { stream: slot.stream.name.clone(), name: id.to_string(), mark, counter });
+            }
+        }
+        Ok(hits)
+    }
+
+    /// Packets and bytes by reason (see [`Reason`]).
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub fn reasons(&self) -> Result<Vec<(Reason, Counter)>, Error> {
+        let map = &self.kernel.reasons;
+        let sum = |reason: Reason| {
+            let counter = map.sum(reason as u32, self.kernel.cpus).map_err(failed(map))?;
+            Ok((reason, counter))
+        };
+        Reason::ALL.into_iter().skip(1).map(sum).collect()
+    }
+
+    /// Runs a program on a packet with its Ethernet header, without sending it anywhere.
+    ///
+    /// # Errors
+    /// The kernel cannot.
+    pub fn test_run(&mut self, ingress: bool, packet: &[u8], repeat: u32) -> Result<TestRun, Error> {
+        let fd = self.kernel.program_fd(ingress)?;
+        sys::test_run(fd, packet, repeat).map_err(|e| Error::Load(format!("test run: {e}")))
+    }
+
+    /// Makes the program write down each decision, for [`Engine::last_decisions`].
+    ///
+    /// # Errors
+    /// The map cannot be written.
+    pub fn record(&mut self, on: bool) -> Result<(), Error> {
+        self.config.record = on as u32;
+        let map = &self.kernel.config;
+        map.set(&0u32, &self.config).map_err(failed(map))
+    }
+
+    /// The last recorded decision of each CPU, as words in the order of [`Decision`]'s fields.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn last_decisions(&self) -> Result<Vec<Decision>, Error> {
+        let map = &self.kernel.last;
+        let raw = map.decisions(self.kernel.cpus).map_err(failed(map))?;
+        Ok(raw.iter().map(decision).collect())
+    }
+
+    /// Instructions of the ingress program, and instructions that the verifier walked.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn program_size(&mut self) -> Result<(u32, u32), Error> {
+        self.kernel.program_size()
+    }
+}
+
+fn decision(bytes: &[u8; 40]) -> Decision {
+    let mut words = [0u32; 9];
+    for (word, raw) in words.iter_mut().zip(bytes.chunks_exact(4)) {
+        *word = raw.try_into().map(u32::from_ne_bytes).unwrap_or_default();
+    }
+    let [verdict, reason, flow, counter, slot, row, identifier, target, nat_port] = words;
+    Decision { verdict, reason, flow, counter, slot, row, identifier, target, nat_port }
+}
+
+/// First place for `size` consecutive numbers below `limit` between what is used (start, size).
+fn first_fit(mut used: Vec<(u32, u32)>, size: u32, limit: u32) -> Option<u32> {
+    used.sort_unstable();
+    let mut at = 0;
+    for (start, length) in used {
+        if start >= at + size {
+            break;
+        }
+        at = at.max(start + length);
+    }
+    (at + size <= limit).then_some(at)
+}
+
+fn write_rows(map: &RawMap, first: u32, rows: &[u16]) -> Result<(), Error> {
+    let mut padded = vec![0u16; CHUNK_ROWS];
+    for (n, rows) in rows.chunks(CHUNK_ROWS).enumerate() {
+        let chunk: &[u16; CHUNK_ROWS] = match rows.try_into() {
+            Ok(whole) => whole,
+            Err(_) => {
+                padded[..rows.len()].copy_from_slice(rows);
+                match padded.as_slice().try_into() {
+                    Ok(whole) => whole,
+                    Err(_) => continue,
+                }
+            }
+        };
+        map.set_slice(first + n as u32, chunk).map_err(failed(map))?;
+    }
+    Ok(())
+}
+
+fn write_prefixes(map: &RawMap, generation: u32, wanted: &BTreeMap<PrefixKey, u32>) -> Result<(), Error> {
+    for key in map.keys(PrefixKey::default()).map_err(failed(map))? {
+        if key.space & 1 == generation && !wanted.contains_key(&PrefixKey { space: key.space & !1, ..key }) {
+            map.delete(&key).map_err(failed(map))?;
+        }
+    }
+    for (key, class) in wanted {
+        map.set(&PrefixKey { space: key.space | generation, ..*key }, class).map_err(failed(map))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::first_fit;
+
+    #[test]
+    fn offsets_are_first_fit() {
+        let mut used = vec![];
+        let mut take = |used: &mut Vec<(u32, u32)>, size| {
+            let at = first_fit(used.clone(), size, 10_000).unwrap();
+            used.push((at, size));
+            at
+        };
+        assert_eq!(take(&mut used, 200), 0);
+        assert_eq!(take(&mut used, 100), 200);
+        assert_eq!(take(&mut used, 1), 300);
+        assert_eq!(take(&mut used, 1), 301);
+        used.retain(|u| u.0 != 200);
+        assert_eq!(take(&mut used, 50), 200);
+        assert_eq!(take(&mut used, 55), 302);
+        assert_eq!(take(&mut used, 50), 250);
+    }
+}

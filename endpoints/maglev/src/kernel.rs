@@ -1,0 +1,264 @@
+//! Loading: maps pinned on a BPF file system, programs attached by clsact. Both outlive the process that made them.
+#![allow(unsafe_code)] // SAFETY: one use below: statfs of a path.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfLoader};
+use meridio_decision::layout::{CHUNK_ROWS, DEFAULT_CHUNKS, LAYOUT_VERSION};
+
+use crate::error::Error;
+use crate::sys::RawMap;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/meridio.bpf.o"));
+
+/// Priority and handle of the filters: fixed, so that a new process replaces what an old one attached.
+const PRIORITY: u16 = 0x4d;
+const HANDLE: TcHandle = TcHandle::new(0, 1);
+const INGRESS: &str = "meridio_ingress";
+const EGRESS: &str = "meridio_egress";
+
+/// Where and how to load.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Directory on a BPF file system; maps are pinned in a directory of the layout's version below it.
+    pub directory: PathBuf,
+    /// Chunks of the row map (128 KiB each); only used when the maps are made.
+    pub chunks: u32,
+}
+
+impl Options {
+    /// Default sizes.
+    pub fn new(directory: impl Into<PathBuf>) -> Self {
+        Options { directory: directory.into(), chunks: DEFAULT_CHUNKS as u32 }
+    }
+}
+
+/// The loaded programs and their maps.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    ebpf: Ebpf,
+    pub(crate) config: RawMap,
+    pub(crate) vips: RawMap,
+    pub(crate) sources: RawMap,
+    pub(crate) ports: RawMap,
+    pub(crate) vectors: RawMap,
+    pub(crate) flows: RawMap,
+    pub(crate) byte_lists: RawMap,
+    pub(crate) streams: RawMap,
+    pub(crate) rows: RawMap,
+    pub(crate) targets: RawMap,
+    pub(crate) nats: RawMap,
+    pub(crate) flow_hits: RawMap,
+    pub(crate) target_hits: RawMap,
+    pub(crate) reasons: RawMap,
+    pub(crate) last: RawMap,
+    pub(crate) stream_names: RawMap,
+    pub(crate) flow_names: RawMap,
+    pub(crate) chunks: u32,
+    pub(crate) cpus: usize,
+}
+
+fn versioned(directory: &Path) -> PathBuf {
+    directory.join(format!("v{LAYOUT_VERSION}"))
+}
+
+fn check_bpffs(path: &Path) -> Result<(), Error> {
+    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let c_path = CString::new(path.as_os_str().as_bytes()).map_err(|e| io(e.into()))?;
+    // SAFETY: a zeroed statfs is a valid buffer for the call to fill, and the path is NUL-terminated.
+    let (result, stat) = unsafe {
+        let mut stat: libc::statfs = std::mem::zeroed();
+        (libc::statfs(c_path.as_ptr(), &raw mut stat), stat)
+    };
+    if result != 0 {
+        return Err(io(std::io::Error::last_os_error()));
+    }
+    if stat.f_type as i64 & 0xffff_ffff != BPF_FS_MAGIC {
+        return Err(Error::NotBpfFs { path: path.to_owned() });
+    }
+    Ok(())
+}
+
+fn has_check_mtu() -> bool {
+    match aya::util::KernelVersion::current() {
+        Ok(version) => version >= aya::util::KernelVersion::new(5, 12, 0),
+        Err(_) => false,
+    }
+}
+
+impl Kernel {
+    /// Loads the programs, with the maps pinned in the directory if they are there, else with new ones.
+    pub(crate) fn load(options: &Options) -> Result<Self, Error> {
+        let directory = versioned(&options.directory);
+        std::fs::create_dir_all(&directory)
+            .map_err(|source| Error::Io { path: directory.clone(), source })?;
+        check_bpffs(&directory)?;
+        let check_mtu: u32 = has_check_mtu() as u32;
+        let mut loader = EbpfLoader::new();
+        let mut ebpf = loader
+            .default_map_pin_directory(&directory)
+            .override_global("HAS_CHECK_MTU", &check_mtu, true)
+            .map_max_entries("ROWS", options.chunks)
+            .load(OBJECT)
+            .map_err(|e| Error::Load(chain(&e)))?;
+        for name in [INGRESS, EGRESS] {
+            program(&mut ebpf, name)?.load().map_err(|e| Error::Load(chain(&e)))?;
+        }
+        let map = |name: &'static str| raw(&ebpf, name);
+        let kernel = Kernel {
+            config: map("CONFIG")?,
+            vips: map("VIPS")?,
+            sources: map("SOURCES")?,
+            ports: map("PORTS")?,
+            vectors: map("VECTORS_MAP")?,
+            flows: map("FLOWS")?,
+            byte_lists: map("BYTE_LISTS")?,
+            streams: map("STREAMS")?,
+            rows: map("ROWS")?,
+            targets: map("TARGETS")?,
+            nats: map("NATS")?,
+            flow_hits: map("FLOW_HITS")?,
+            target_hits: map("TARGET_HITS")?,
+            reasons: map("REASONS")?,
+            last: map("LAST")?,
+            stream_names: map("STREAM_NAMES")?,
+            flow_names: map("FLOW_NAMES")?,
+            chunks: options.chunks,
+            cpus: aya::util::nr_cpus().map_err(|(what, e)| Error::Load(format!("{what}: {e}")))?,
+            ebpf,
+        };
+        const _: () = assert!(CHUNK_ROWS * 2 < 4 << 20, "a chunk must fit a map value");
+        Ok(kernel)
+    }
+
+    /// Attaches both programs to an interface of this network namespace, or replaces the ones attached before.
+    pub(crate) fn attach(&mut self, interface: &str) -> Result<(), Error> {
+        let fault = |reason: String| Error::Attach { interface: interface.to_owned(), reason };
+        match tc::qdisc_add_clsact(interface) {
+            Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
+            Err(error) if chain(&error).contains("File exists") => {}
+            Err(error) => return Err(fault(chain(&error))),
+        }
+        for (name, direction) in [(INGRESS, TcAttachType::Ingress), (EGRESS, TcAttachType::Egress)] {
+            let program = program(&mut self.ebpf, name)?;
+            replace(program, interface, direction).map_err(|e| fault(chain(&e)))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the programs off an interface.
+    pub(crate) fn detach(interface: &str) -> Result<(), Error> {
+        let fault = |e: &dyn std::error::Error| Error::Attach { interface: interface.to_owned(), reason: chain(e) };
+        for (name, direction) in [(INGRESS, TcAttachType::Ingress), (EGRESS, TcAttachType::Egress)] {
+            match tc::qdisc_detach_program(interface, direction, name) {
+                Ok(()) => {}
+                Err(tc::TcError::IoError(e)) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(fault(&error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// File descriptor of a program, for test runs.
+    pub(crate) fn program_fd(&mut self, ingress: bool) -> Result<i32, Error> {
+        let program = program(&mut self.ebpf, if ingress { INGRESS } else { EGRESS })?;
+        Ok(program.fd().map_err(|e| Error::Load(chain(&e)))?.as_fd().as_raw_fd())
+    }
+
+    /// Translated instructions and verified instructions of the ingress program.
+    pub(crate) fn program_size(&mut self) -> Result<(u32, u32), Error> {
+        let info = program(&mut self.ebpf, INGRESS)?.info().map_err(|e| Error::Load(chain(&e)))?;
+        Ok((info.size_translated().unwrap_or(0) / 8, info.verified_instruction_count().unwrap_or(0)))
+    }
+}
+
+/// Removes everything pinned by any version of this layout below `directory`.
+pub(crate) fn remove_pins(directory: &Path, keep_current: bool) -> Result<(), Error> {
+    let io = |path: &Path, source| Error::Io { path: path.to_owned(), source };
+    let entries = match std::fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(io(directory, e)),
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let ours = name.to_str().and_then(|n| n.strip_prefix('v')).is_some_and(|n| n.parse::<u32>().is_ok());
+        if !ours || (keep_current && entry.path() == versioned(directory)) {
+            continue;
+        }
+        for pin in std::fs::read_dir(entry.path()).map_err(|e| io(&entry.path(), e))?.flatten() {
+            std::fs::remove_file(pin.path()).map_err(|e| io(&pin.path(), e))?;
+        }
+        std::fs::remove_dir(entry.path()).map_err(|e| io(&entry.path(), e))?;
+    }
+    Ok(())
+}
+
+fn replace(
+    program: &mut SchedClassifier,
+    interface: &str,
+    direction: TcAttachType,
+) -> Result<(), ProgramError> {
+    let id = match SchedClassifierLink::attached(interface, direction, PRIORITY, HANDLE, None)
+        .map_err(ProgramError::from)
+        .and_then(|link| program.attach_to_link(link))
+    {
+        Ok(id) => id,
+        Err(_) => {
+            let options = NlOptions { priority: PRIORITY, handle: HANDLE, ..NlOptions::default() };
+            program.attach_with_options(interface, direction, TcAttachOptions::Netlink(options))?
+        }
+    };
+    // Dropping the link would detach the program; it has to survive this process.
+    std::mem::forget(program.take_link(id)?);
+    Ok(())
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, Error> {
+    let program = ebpf.program_mut(name).ok_or_else(|| Error::Load(format!("no program {name}")))?;
+    program.try_into().map_err(|e: ProgramError| Error::Load(chain(&e)))
+}
+
+fn raw(ebpf: &Ebpf, name: &'static str) -> Result<RawMap, Error> {
+    use aya::maps::Map;
+    let fault = |reason: String| Error::Map { name, reason };
+    let map = ebpf.map(name).ok_or_else(|| fault("not in the object".into()))?;
+    let data = match map {
+        Map::Array(data)
+        | Map::LpmTrie(data)
+        | Map::HashMap(data)
+        | Map::LruHashMap(data)
+        | Map::PerCpuArray(data) => data,
+        _ => return Err(fault("of another type".into())),
+    };
+    let fd = data.fd().as_fd().try_clone_to_owned().map_err(|e| fault(e.to_string()))?;
+    Ok(RawMap { fd, name })
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    // A verifier's log has a megabyte, of which the end says why.
+    const ROOM: usize = 1500;
+    if text.len() > 2 * ROOM {
+        let head: String = text.chars().take(200).collect();
+        let tail: Vec<char> = text.chars().rev().take(ROOM).collect();
+        text = format!("{head} ... {}", tail.into_iter().rev().collect::<String>());
+    }
+    text
+}

@@ -1,0 +1,184 @@
+//! The bpf system call for what the loader library has no call for: maps of large values, and test runs.
+#![allow(unsafe_code)] // SAFETY: bpf(2) takes pointers; each call below states why they are valid.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use meridio_decision::{Decision, layout::*};
+
+const LOOKUP: libc::c_long = 1;
+const UPDATE: libc::c_long = 2;
+const DELETE: libc::c_long = 3;
+const NEXT_KEY: libc::c_long = 4;
+const TEST_RUN: libc::c_long = 10;
+
+/// Values that are plain bytes: `repr(C)`, no padding, every bit pattern valid.
+///
+/// # Safety
+/// As the name says: the kernel reads and writes them as bytes.
+pub(crate) unsafe trait Plain: Copy {}
+
+macro_rules! plain {
+    ($($t:ty),* $(,)?) => { $(
+        // SAFETY: integers, arrays of them, and the `repr(C)` structs of the layout, which have no padding.
+        unsafe impl Plain for $t {}
+    )* };
+}
+plain!(u16, u32, u64, [u8; 128], Config, Vector, FlowEntry, StreamEntry, TargetEntry, NatKey, PrefixKey, Counter);
+plain!(ByteList, FragmentKey, FragmentValue, Decision, PortMap, Chunk);
+
+#[repr(C)]
+#[derive(Default)]
+struct ElementAttr {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct TestRunAttr {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    ctx_size_in: u32,
+    ctx_size_out: u32,
+    ctx_in: u64,
+    ctx_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    pad: u32,
+}
+
+fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<()> {
+    // SAFETY: attr is a live, properly sized attribute block; the pointers in it are live for the call (callers).
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attr as *mut T, size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A map by its file descriptor; sizes are fixed by the types of the calls, which [`crate::kernel`] pairs with names.
+#[derive(Debug)]
+pub(crate) struct RawMap {
+    pub(crate) fd: OwnedFd,
+    pub(crate) name: &'static str,
+}
+
+impl RawMap {
+    fn element(&self, key: u64, value: u64) -> ElementAttr {
+        ElementAttr { map_fd: self.fd.as_raw_fd() as u32, key, value, ..ElementAttr::default() }
+    }
+
+    /// Writes one element.
+    pub(crate) fn set<K: Plain, V: Plain>(&self, key: &K, value: &V) -> io::Result<()> {
+        bpf(UPDATE, &mut self.element(key as *const K as u64, value as *const V as u64))
+    }
+
+    /// Writes one element from a slice that is as long as the map's value; `None` for another length.
+    pub(crate) fn set_slice(&self, key: u32, value: &[u16; CHUNK_ROWS]) -> io::Result<()> {
+        bpf(UPDATE, &mut self.element(&raw const key as u64, value.as_ptr() as u64))
+    }
+
+    /// Reads one element; `None`: no such key.
+    pub(crate) fn get<K: Plain, V: Plain>(&self, key: &K, mut value: V) -> io::Result<Option<V>> {
+        match bpf(LOOKUP, &mut self.element(key as *const K as u64, &raw mut value as u64)) {
+            Ok(()) => Ok(Some(value)),
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Sums a per-CPU element over all CPUs.
+    pub(crate) fn sum(&self, index: u32, cpus: usize) -> io::Result<Counter> {
+        let mut values = vec![Counter::default(); cpus];
+        bpf(LOOKUP, &mut self.element(&raw const index as u64, values.as_mut_ptr() as u64))?;
+        Ok(values.iter().fold(Counter::default(), |a, b| Counter {
+            packets: a.packets + b.packets,
+            bytes: a.bytes + b.bytes,
+        }))
+    }
+
+    /// Sets a per-CPU counter to zero.
+    pub(crate) fn zero(&self, index: u32, cpus: usize) -> io::Result<()> {
+        let values = vec![Counter::default(); cpus];
+        bpf(UPDATE, &mut self.element(&raw const index as u64, values.as_ptr() as u64))
+    }
+
+    /// Reads a per-CPU array of decisions (for tests).
+    pub(crate) fn decisions(&self, cpus: usize) -> io::Result<Vec<[u8; 40]>> {
+        // Per-CPU values are padded to 8 bytes each.
+        let mut values = vec![[0u8; 40]; cpus];
+        let index = 0u32;
+        bpf(LOOKUP, &mut self.element(&raw const index as u64, values.as_mut_ptr() as u64))?;
+        Ok(values)
+    }
+
+    /// Removes one element; a missing one is fine.
+    pub(crate) fn delete<K: Plain>(&self, key: &K) -> io::Result<()> {
+        match bpf(DELETE, &mut self.element(key as *const K as u64, 0)) {
+            Err(e) if e.raw_os_error() != Some(libc::ENOENT) => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// All keys.
+    pub(crate) fn keys<K: Plain>(&self, zero: K) -> io::Result<Vec<K>> {
+        let mut keys = Vec::new();
+        let mut next = zero;
+        let mut at: Option<K> = None;
+        loop {
+            let from = at.as_ref().map_or(0, |k| k as *const K as u64);
+            match bpf(NEXT_KEY, &mut self.element(from, &raw mut next as u64)) {
+                Ok(()) => keys.push(next),
+                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(keys),
+                Err(e) => return Err(e),
+            }
+            at = Some(next);
+        }
+    }
+}
+
+/// What a test run of a program gave.
+#[derive(Debug)]
+pub struct TestRun {
+    /// Return value of the program.
+    pub result: u32,
+    /// The packet afterwards.
+    pub packet: Vec<u8>,
+    /// Average time of one run, ns.
+    pub nanoseconds: u32,
+}
+
+/// Runs a program `repeat` times on `packet` (with its Ethernet header); each run sees what the last one left.
+pub(crate) fn test_run(program: i32, packet: &[u8], repeat: u32) -> io::Result<TestRun> {
+    let mut out = vec![0u8; packet.len() + 256];
+    let mut attr = TestRunAttr {
+        prog_fd: program as u32,
+        data_size_in: packet.len() as u32,
+        data_size_out: out.len() as u32,
+        data_in: packet.as_ptr() as u64,
+        data_out: out.as_mut_ptr() as u64,
+        repeat,
+        ..TestRunAttr::default()
+    };
+    bpf(TEST_RUN, &mut attr)?;
+    out.truncate(attr.data_size_out as usize);
+    Ok(TestRun { result: attr.retval, packet: out, nanoseconds: attr.duration })
+}
+
+/// Waits until no packet that was being processed at the time of the call is any more: the kernel's own grace period.
+pub(crate) fn grace_period() {
+    const GLOBAL: libc::c_long = 1;
+    // SAFETY: membarrier takes no pointers.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) };
+    if result != 0 {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+}
