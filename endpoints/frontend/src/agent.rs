@@ -233,7 +233,7 @@ impl Agent {
     }
 
     fn ensure_sysctls(&mut self) {
-        self.sysctl_faults = sysctl::ensure(&self.options.base.interface).iter().map(ToString::to_string).collect();
+        self.sysctl_faults = sysctl::ensure(&self.options.base.interface);
         for fault in &self.sysctl_faults {
             tracing::error!("{fault}");
         }

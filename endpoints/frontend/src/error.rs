@@ -59,16 +59,4 @@ pub enum Error {
     /// The netlink socket could not be opened.
     #[error("netlink socket: {0}")]
     NetlinkSocket(std::io::Error),
-    /// A kernel setting that has to be set, and could not.
-    #[error("sysctl {name} is {actual}, has to be {wanted}, and cannot be written: {cause}")]
-    Sysctl {
-        /// Name with dots.
-        name: String,
-        /// Value found.
-        actual: String,
-        /// Value needed.
-        wanted: String,
-        /// Why it cannot be written.
-        cause: std::io::Error,
-    },
 }

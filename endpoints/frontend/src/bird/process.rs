@@ -107,6 +107,7 @@ pub struct Bird {
     paths: Paths,
     control: Option<Control>,
     child: Option<Child>,
+    pid: Option<i32>,
     started: Option<Instant>,
     quick_deaths: u32,
     retry_at: Option<Instant>,
@@ -116,8 +117,8 @@ pub struct Bird {
 impl Bird {
     /// Nothing is looked for or started yet.
     pub fn new(paths: Paths) -> Self {
-        let (control, child, started, retry_at, silent_since) = (None, None, None, None, None);
-        Self { paths, control, child, started, quick_deaths: 0, retry_at, silent_since }
+        let (started, retry_at, silent_since) = (None, None, None);
+        Self { paths, control: None, child: None, pid: None, started, quick_deaths: 0, retry_at, silent_since }
     }
 
     /// The connection to a BIRD that runs, `None` while it is away.
@@ -158,13 +159,13 @@ impl Bird {
                 self.attach(control).await;
                 return Ok(());
             }
-            Err(Error::Control { cause, .. }) if cause.kind() == std::io::ErrorKind::TimedOut => {
+            Err(Error::Control { cause, .. }) if is_silence(&cause) => {
                 let since = *self.silent_since.get_or_insert_with(Instant::now);
                 if since.elapsed() < HUNG_LIMIT {
                     self.retry_at = Some(Instant::now() + Duration::from_secs(1));
                     return Err(Error::Control { socket: self.paths.socket.clone(), cause });
                 }
-                self.kill_silent();
+                self.kill_silent().await;
             }
             Err(_) => {}
         }
@@ -264,18 +265,23 @@ impl Bird {
         }
         self.silent_since = None;
         self.retry_at = None;
+        self.pid = control.pid();
         self.control = Some(control);
     }
 
-    fn kill_silent(&mut self) {
-        let pid = std::os::unix::net::UnixStream::connect(&self.paths.socket)
-            .ok()
-            .and_then(|stream| tokio::net::UnixStream::from_std(stream).ok())
-            .and_then(|stream| stream.peer_cred().ok()?.pid());
+    async fn kill_silent(&mut self) {
+        // A full backlog refuses even the question who is there.
+        let peer = tokio::net::UnixStream::connect(&self.paths.socket).await;
+        let pid = peer.ok().and_then(|stream| stream.peer_cred().ok()?.pid()).or(self.pid);
         tracing::error!(pid, "BIRD answers nothing, it is replaced");
         kill(pid, rustix::process::Signal::KILL);
         self.silent_since = None;
     }
+}
+
+/// Somebody holds the socket, but does not answer, or has stopped to take connections.
+fn is_silence(cause: &std::io::Error) -> bool {
+    matches!(cause.kind(), std::io::ErrorKind::TimedOut | std::io::ErrorKind::WouldBlock)
 }
 
 /// Signals the process at the other end of the control socket.

@@ -1,0 +1,20 @@
+# Each target calls one tool; the tools can be called without make too.
+#   sudo make demo [ARGS="--once --report target/demo.json"]
+#   sudo make test [ARGS="-p meridio-frontend"]
+
+.PHONY: demo test bench lint setup
+
+demo:
+	@tools/demo $(ARGS)
+
+test:
+	@tools/test $(ARGS)
+
+bench:
+	@tools/bench $(ARGS)
+
+lint:
+	@tools/lint
+
+setup:
+	@tools/setup
