@@ -12,6 +12,7 @@
 pub mod core;
 pub mod elements;
 pub mod path;
+pub mod registry;
 pub mod remote;
 pub mod serve;
 pub mod stock;

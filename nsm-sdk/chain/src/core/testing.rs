@@ -1,5 +1,6 @@
 //! What the tests of elements share.
 
+use crate::registry::{NetworkService, NetworkServiceEndpoint, Registry};
 use crate::{Call, Chain, CloseCall, Connection, Context, Element, Error, NetworkServiceRequest, Next, RequestCall};
 use std::{
     sync::{
@@ -96,4 +97,70 @@ impl Element for Spy {
         }
         next.close(call).await
     }
+}
+
+/// A registry of two lists.
+#[derive(Default)]
+pub(crate) struct MemoryRegistry(Mutex<(Vec<NetworkService>, Vec<NetworkServiceEndpoint>)>);
+
+impl MemoryRegistry {
+    pub(crate) fn add_ns(&self, ns: NetworkService) {
+        self.0.lock().unwrap().0.push(ns);
+    }
+
+    pub(crate) fn add_nse(&self, nse: NetworkServiceEndpoint) {
+        self.0.lock().unwrap().1.push(nse);
+    }
+
+    pub(crate) fn remove_nse(&self, name: &str) {
+        self.0.lock().unwrap().1.retain(|nse| nse.name != name);
+    }
+}
+
+type Labels = std::collections::BTreeMap<String, String>;
+
+#[async_trait::async_trait]
+impl Registry for MemoryRegistry {
+    async fn find_ns(&self, query: NetworkService) -> Result<Vec<NetworkService>, Error> {
+        // Generous on purpose: elements have to look for the exact name themselves.
+        Ok(self.0.lock().unwrap().0.iter().filter(|ns| ns.name.contains(&query.name)).cloned().collect())
+    }
+
+    async fn find_nse(&self, query: NetworkServiceEndpoint) -> Result<Vec<NetworkServiceEndpoint>, Error> {
+        let serves = |nse: &NetworkServiceEndpoint| {
+            query.network_service_names.iter().all(|name| nse.network_service_names.contains(name))
+        };
+        let all = &self.0.lock().unwrap().1;
+        Ok(all.iter().filter(|nse| nse.name.contains(&query.name) && serves(nse)).cloned().collect())
+    }
+
+    fn match_endpoints(
+        &self,
+        service: &NetworkService,
+        labels: &Labels,
+        endpoints: &[NetworkServiceEndpoint],
+    ) -> Vec<NetworkServiceEndpoint> {
+        nsm_registry::matching::match_endpoints(service, labels, endpoints)
+    }
+
+    fn match_forwarders(
+        &self,
+        service: &NetworkService,
+        labels: &Labels,
+        forwarders: &[NetworkServiceEndpoint],
+        forwarder_service: &str,
+    ) -> Vec<NetworkServiceEndpoint> {
+        nsm_registry::matching::match_forwarders(service, labels, forwarders, forwarder_service)
+    }
+}
+
+/// A network service without matches.
+pub(crate) fn ns(name: &str) -> NetworkService {
+    NetworkService { name: name.into(), ..Default::default() }
+}
+
+/// An endpoint of one service.
+pub(crate) fn nse(name: &str, service: &str, url: &str) -> NetworkServiceEndpoint {
+    let network_service_names = vec![service.to_owned()];
+    NetworkServiceEndpoint { name: name.into(), network_service_names, url: url.into(), ..Default::default() }
 }

@@ -2,7 +2,7 @@
 
 use crate::{Connection, Element, Error, Next, RequestCall};
 
-/// Caps the MTU of requests at a value (bytes); zero leaves them alone.
+/// Sets the MTU of each request (bytes); zero leaves it alone.
 #[derive(Clone, Copy, Debug)]
 pub struct Mtu(pub u32);
 
@@ -14,7 +14,7 @@ impl Element for Mtu {
 
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
         let context = call.connection_mut().context.get_or_insert_default();
-        if self.0 > 0 && (context.mtu == 0 || context.mtu > self.0) {
+        if self.0 > 0 {
             context.mtu = self.0;
         }
         next.request(call).await
@@ -27,8 +27,8 @@ mod tests {
     use crate::{Chain, Context, core::testing::request_id};
 
     #[tokio::test]
-    async fn caps() {
-        for (own, asked, result) in [(1450, 0, 1450), (1450, 9000, 1450), (1450, 1400, 1400), (0, 9000, 9000)] {
+    async fn is_set() {
+        for (own, asked, result) in [(1450, 0, 1450), (1450, 9000, 1450), (0, 9000, 9000)] {
             let mut call = request_id("c", Context::new());
             call.connection_mut().context.get_or_insert_default().mtu = asked;
             let connection = Chain::builder().element(Mtu(own)).build().request(call).await.unwrap();

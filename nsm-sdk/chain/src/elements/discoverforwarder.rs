@@ -1,0 +1,186 @@
+//! Finds a forwarder for a request.
+
+use super::roundrobin::all_failed;
+use crate::{
+    CloseCall, Connection, Element, Error, Key, Next, RequestCall, Side, State, path,
+    registry::{NetworkServiceEndpoint, Registry, endpoint, service},
+};
+use std::sync::Arc;
+use tonic::Code;
+
+/// Tries the forwarders that the service allows, and stays with the one that served a connection until it is to be
+/// reselected.
+pub struct DiscoverForwarder {
+    registry: Arc<dyn Registry>,
+    service: String,
+    url: String,
+    /// The forwarder of a connection.
+    sticky: Key<String>,
+}
+
+const NAME: &str = "discoverforwarder";
+
+impl DiscoverForwarder {
+    /// Looks for endpoints of `service` ("forwarder") whose URL contains `url` (that of the manager, as registered).
+    pub fn new(registry: Arc<dyn Registry>, service: impl Into<String>, url: impl Into<String>) -> Self {
+        Self { registry, service: service.into(), url: url.into(), sticky: Key::new(Side::Server) }
+    }
+
+    async fn candidates(
+        &self,
+        connection: &Connection,
+        sticky: Option<&str>,
+    ) -> Result<Vec<NetworkServiceEndpoint>, Error> {
+        let missing = |text: String| Error::new(NAME, &connection.id, text).with_code(Code::NotFound);
+        let name = &connection.network_service;
+        let network_service = service(&*self.registry, name, "")
+            .await?
+            .ok_or_else(|| missing(format!("network service {name} is not found")))?;
+        let query = NetworkServiceEndpoint {
+            name: sticky.unwrap_or_default().to_owned(),
+            network_service_names: vec![self.service.clone()],
+            url: self.url.clone(),
+            ..Default::default()
+        };
+        let found = self.registry.find_nse(query).await?;
+        let mut found = self.registry.match_forwarders(&network_service, &connection.labels, &found, &self.service);
+        found.retain(|forwarder| sticky.is_none_or(|name| forwarder.name == name));
+        match (found.is_empty(), sticky) {
+            (false, _) => Ok(found),
+            (true, Some(name)) => Err(missing(format!("forwarder {name} is not available"))),
+            (true, None) => Err(missing("no candidates found".to_owned())),
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Element for DiscoverForwarder {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let metadata = call.ctx.metadata(NAME, call.id())?.clone();
+        let connection = call.connection().into_owned();
+        let reselect = connection.state() == State::ReselectRequested;
+        if reselect {
+            metadata.remove(&self.sticky);
+        }
+        let sticky = metadata.get(&self.sticky);
+        let mut candidates = self.candidates(&connection, sticky.as_deref()).await?;
+        if let Some(before) = path::segment(&connection, 1).filter(|_| sticky.is_none() && !reselect) {
+            // We have forgotten it (restart), the path has not.
+            candidates.sort_by_key(|forwarder| forwarder.name != before.name);
+        }
+        let mut errors = Vec::new();
+        for forwarder in candidates {
+            let mut attempt = call.clone();
+            attempt.ctx.client_url = Some(forwarder.url);
+            match next.request(attempt).await {
+                Ok(connection) => {
+                    metadata.insert(&self.sticky, forwarder.name);
+                    return Ok(connection);
+                }
+                Err(error) => errors.push(error),
+            }
+        }
+        Err(all_failed(NAME, call.id(), "all forwarders have failed", &errors))
+    }
+
+    async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
+        let sticky = call.ctx.metadata(NAME, call.id())?.remove(&self.sticky);
+        let name = sticky.or_else(|| path::segment(&call.message, 1).map(|forwarder| forwarder.name.clone()));
+        if let Some(name) = name.filter(|name| !name.is_empty()) {
+            match endpoint(&*self.registry, &name, &self.url).await {
+                Ok(Some(forwarder)) => call.ctx.client_url = Some(forwarder.url),
+                Ok(None) => tracing::info!(id = call.id(), name, "closing: the forwarder is not registered"),
+                Err(error) => tracing::info!(%error, name, "closing: cannot look up the forwarder"),
+            }
+        }
+        next.close(call).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Chain, Context, Path, PathSegment,
+        core::testing::{MemoryRegistry, Spy, ns, nse, request_with},
+        elements::metadata::MetadataElement,
+    };
+    use std::sync::Mutex;
+
+    /// Remembers the URLs it was called with.
+    #[derive(Default)]
+    struct Urls(Mutex<Vec<String>>);
+
+    #[async_trait::async_trait]
+    impl Element for Urls {
+        fn name(&self) -> &'static str {
+            "urls"
+        }
+
+        async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+            self.0.lock().unwrap().push(call.ctx.client_url.clone().unwrap_or_default());
+            next.request(call).await
+        }
+
+        async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
+            self.0.lock().unwrap().push(format!("x{}", call.ctx.client_url.clone().unwrap_or_default()));
+            next.close(call).await
+        }
+    }
+
+    fn setup() -> (Chain, Arc<Urls>, Arc<Spy>, Arc<MemoryRegistry>) {
+        let (registry, urls, spy) = (Arc::<MemoryRegistry>::default(), Arc::<Urls>::default(), Arc::<Spy>::default());
+        registry.add_ns(ns("svc"));
+        for n in 1..=3 {
+            registry.add_nse(nse(&format!("fwd-{n}"), "forwarder", &format!("unix:///fwd-{n}")));
+        }
+        let chain = Chain::builder()
+            .element(MetadataElement::new())
+            .element(DiscoverForwarder::new(registry.clone(), "forwarder", ""))
+            .element(urls.clone())
+            .element(spy.clone())
+            .build();
+        (chain, urls, spy, registry)
+    }
+
+    fn connection(state: State, forwarder: &str) -> Connection {
+        let names = ["nsc", "mgr", forwarder];
+        let path_segments = names.map(|name| PathSegment { name: name.into(), ..Default::default() }).to_vec();
+        let path = Some(Path { index: 1, path_segments });
+        Connection { id: "c".into(), network_service: "svc".into(), state: state.into(), path, ..Default::default() }
+    }
+
+    // Conformance 51, 68
+    #[tokio::test]
+    async fn the_forwarder_on_the_path_is_kept() {
+        let (chain, urls, _, registry) = setup();
+        let request = |state| chain.request(request_with(connection(state, "fwd-2")));
+        request(State::Up).await.unwrap();
+        request(State::Up).await.unwrap();
+        assert_eq!(*urls.0.lock().unwrap(), ["unix:///fwd-2"; 2]);
+        // Gone: no other one is taken behind the client's back.
+        registry.remove_nse("fwd-2");
+        let error = request(State::Up).await.unwrap_err();
+        assert_eq!(error.message(), "forwarder fwd-2 is not available");
+        request(State::ReselectRequested).await.unwrap();
+        assert_eq!(urls.0.lock().unwrap()[2], "unix:///fwd-1");
+    }
+
+    // Conformance 66
+    #[tokio::test]
+    async fn close_uses_the_same_forwarder_and_forgets_it() {
+        let (chain, urls, spy, _) = setup();
+        chain.request(request_with(connection(State::Up, "fwd-3"))).await.unwrap();
+        chain.close(CloseCall::new(connection(State::Up, ""), Context::new())).await.unwrap();
+        chain.request(request_with(connection(State::Up, "fwd-1"))).await.unwrap();
+        assert_eq!(*urls.0.lock().unwrap(), ["unix:///fwd-3", "xunix:///fwd-3", "unix:///fwd-1"]);
+        spy.fail_requests(true);
+        let error = chain.request(request_with(connection(State::ReselectRequested, ""))).await.unwrap_err();
+        assert!(error.message().starts_with("all forwarders have failed"));
+        assert_eq!(spy.requests(), 5);
+    }
+}
