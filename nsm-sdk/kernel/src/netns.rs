@@ -144,8 +144,11 @@ impl Netns {
         let runtime = tokio::runtime::Handle::current();
         let body = move || {
             let _guard = runtime.enter();
+            let result = this.enter().map(|()| f());
+            // Whoever gets the result may expect that nothing else holds the namespace.
+            drop(this);
             // The receiver may have left; the work is done all the same.
-            let _ = tx.send(this.enter().map(|()| f()));
+            let _ = tx.send(result);
         };
         std::thread::Builder::new().name("netns".into()).spawn(body).map_err(|e| Error::io("start a thread", e))?;
         rx.await.unwrap_or_else(|_| Err(Error::Invalid(format!("work in {} panicked", self.0.id))))

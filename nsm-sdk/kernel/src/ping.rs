@@ -39,7 +39,16 @@ impl Drop for Pinger {
     }
 }
 
-fn open_here(v6: bool, source: Option<IpAddr>) -> io::Result<(Socket, bool)> {
+/// Where requests leave from; by default routing chooses.
+#[derive(Clone, Debug, Default)]
+pub struct From {
+    /// Source address.
+    pub source: Option<IpAddr>,
+    /// Interface, whatever routing says.
+    pub device: Option<String>,
+}
+
+fn open_here(v6: bool, from: &From) -> io::Result<(Socket, bool)> {
     let (domain, protocol) = if v6 { (Domain::IPV6, Protocol::ICMPV6) } else { (Domain::IPV4, Protocol::ICMPV4) };
     // Raw sockets need a privilege, ICMP sockets a group in ping_group_range: whichever is there.
     let (socket, raw) = match Socket::new(domain, Type::DGRAM, Some(protocol)) {
@@ -47,7 +56,10 @@ fn open_here(v6: bool, source: Option<IpAddr>) -> io::Result<(Socket, bool)> {
         Err(_) => (Socket::new(domain, Type::RAW, Some(protocol))?, true),
     };
     socket.set_nonblocking(true)?;
-    if let Some(source) = source {
+    if let Some(device) = &from.device {
+        socket.bind_device(Some(device.as_bytes()))?;
+    }
+    if let Some(source) = from.source {
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
     Ok((socket, raw))
@@ -109,8 +121,14 @@ async fn read_replies(socket: Arc<UdpSocket>, v6: bool, raw_id: Option<u16>, wai
 impl Pinger {
     /// Opens a socket for one family, sending from `source` or from what routing chooses.
     pub async fn open(netns: &Netns, v6: bool, source: Option<IpAddr>) -> Result<Self, Error> {
+        Self::open_from(netns, v6, From { source, device: None }).await
+    }
+
+    /// As [`open`](Self::open), also from a fixed interface: ports of a bridge carry addresses of the bridge's own network, and
+    /// routing might choose one of them.
+    pub async fn open_from(netns: &Netns, v6: bool, from: From) -> Result<Self, Error> {
         let opened = netns.run(move || {
-            let (socket, raw) = open_here(v6, source)?;
+            let (socket, raw) = open_here(v6, &from)?;
             // A socket of packets is a socket of packets: the runtime's UDP type sends and receives on it.
             io::Result::Ok((UdpSocket::from_std(socket.into())?, raw))
         });

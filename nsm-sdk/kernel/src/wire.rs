@@ -73,7 +73,7 @@ pub struct WirePlan {
     pub delete_first: Vec<u32>,
     /// Indexes of stale interfaces in the second end's namespace.
     pub delete_second: Vec<u32>,
-    /// The ends that can be adopted; otherwise the wire has to be made.
+    /// The ends that can be adopted, under whatever name; otherwise the wire has to be made.
     pub adopt: Option<(u32, Option<u32>)>,
 }
 
@@ -95,27 +95,33 @@ fn ours<'a>(end: &End, links: &'a [Link]) -> Result<Vec<&'a Link>, Error> {
     Ok(links.iter().filter(|l| l.alias == end.alias).collect())
 }
 
-/// Compares a veth wire with the interfaces of both namespaces.
+/// The interface that may be this end: ours by alias, or one without an alias that we may have been interrupted at.
+fn candidates<'a>(end: &'a End, links: &'a [Link]) -> impl Iterator<Item = &'a Link> {
+    let unfinished = |l: &Link| l.name == end.name && l.alias.is_empty();
+    links.iter().filter(move |l| l.kind == VETH && (l.alias == end.alias || unfinished(l)))
+}
+
+/// Compares a veth wire with the interfaces of both namespaces. A pair of ours under another name is adopted too, and renamed:
+/// the name is the endpoint's choice and may differ after one of the two has been restarted.
 pub fn plan_veth(a: &End, b: &End, in_a: &[Link], in_b: &[Link]) -> Result<WirePlan, Error> {
-    let named = |end: &End, links: &[Link]| {
-        // No alias yet: made by us, and interrupted before the alias was set, if the whole pair looks like it.
-        let fits = |l: &&Link| l.name == end.name && l.kind == VETH && (l.alias == end.alias || l.alias.is_empty());
-        links.iter().find(fits).cloned()
-    };
-    if let (Some(la), Some(lb)) = (named(a, in_a), named(b, in_b))
-        && la.peer == Some(lb.index)
-        && lb.peer == Some(la.index)
-    {
-        return Ok(WirePlan { adopt: Some((la.index, Some(lb.index))), ..Default::default() });
+    let (ours_a, ours_b) = (ours(a, in_a), ours(b, in_b));
+    for la in candidates(a, in_a) {
+        let joined = |lb: &&Link| la.peer == Some(lb.index) && lb.peer == Some(la.index);
+        if let Some(lb) = candidates(b, in_b).find(joined)
+            && (ours_a.is_ok() || la.name == a.name)
+            && (ours_b.is_ok() || lb.name == b.name)
+        {
+            return Ok(WirePlan { adopt: Some((la.index, Some(lb.index))), ..Default::default() });
+        }
     }
     let index = |links: Vec<&Link>| links.iter().map(|l| l.index).collect();
-    Ok(WirePlan { delete_first: index(ours(a, in_a)?), delete_second: index(ours(b, in_b)?), adopt: None })
+    Ok(WirePlan { delete_first: index(ours_a?), delete_second: index(ours_b?), adopt: None })
 }
 
 /// Compares a VXLAN wire with the interfaces of the end's namespace.
 pub fn plan_vxlan(end: &End, tunnel: &VxlanParameters, links: &[Link]) -> Result<WirePlan, Error> {
     let ours = ours(end, links)?;
-    let fits = |l: &&&Link| l.name == end.name && l.kind == VXLAN && l.vxlan.as_ref() == Some(tunnel);
+    let fits = |l: &&&Link| l.kind == VXLAN && l.vxlan.as_ref() == Some(tunnel);
     if let Some(link) = ours.iter().find(fits) {
         return Ok(WirePlan { adopt: Some((link.index, None)), ..Default::default() });
     }
@@ -145,9 +151,9 @@ async fn ensure_veth(a: &End, b: &End) -> Result<Made, Error> {
         let end = |e: &End| VethEnd { netns: e.netns.clone(), name: e.name.clone(), mac: mac_from_seed(&e.alias) };
         na.veth_create(&end(a), &end(b), None).await?;
     }
-    let created = plan.adopt.is_none();
-    let (first, second) = (activate(a, created).await?, activate(b, created).await?);
-    Ok(Made { created, first, second: Some(second) })
+    let found = plan.adopt.map_or((None, None), |(first, second)| (Some(first), second));
+    let (first, second) = (activate(a, found.0).await?, activate(b, found.1).await?);
+    Ok(Made { created: plan.adopt.is_none(), first, second: Some(second) })
 }
 
 /// Name that a VXLAN device has in the node's namespace between being made and being moved: always the same for one
@@ -162,8 +168,8 @@ async fn ensure_vxlan(end: &End, underlay: &Netns, tunnel: &VxlanParameters) -> 
     let netlink = end.netns.netlink().await?;
     let plan = plan_vxlan(end, tunnel, &netlink.links().await?)?;
     if let Some((index, _)) = plan.adopt {
-        activate(end, false).await?;
-        return Ok(Made { created: false, first: index, second: None });
+        let first = activate(end, Some(index)).await?;
+        return Ok(Made { created: false, first, second: None });
     }
     for index in &plan.delete_first {
         ignore_missing(netlink.link_delete(*index).await)?;
@@ -184,18 +190,25 @@ async fn ensure_vxlan(end: &End, underlay: &Netns, tunnel: &VxlanParameters) -> 
         ignore_missing(node.link_delete(made.index).await)?;
         return Err(e);
     }
-    let first = activate(end, true).await?;
+    let first = activate(end, None).await?;
     Ok(Made { created: true, first, second: None })
 }
 
-/// Sets alias and "up" where they are missing; returns the interface's index.
-async fn activate(end: &End, created: bool) -> Result<u32, Error> {
+/// Sets name, alias and "up" where they differ; returns the interface's index. `adopted` is the index of one that was there.
+async fn activate(end: &End, adopted: Option<u32>) -> Result<u32, Error> {
     let netlink = end.netns.netlink().await?;
-    if created {
-        let name = end.name.clone();
-        end.netns.run(move || sysctl::prepare_interface_here(&name)).await?;
+    let link = match adopted {
+        Some(index) => netlink.link_by_index(index).await?,
+        None => {
+            let name = end.name.clone();
+            end.netns.run(move || sysctl::prepare_interface_here(&name)).await?;
+            netlink.link_by_name(&end.name).await?
+        }
+    };
+    let link = link.ok_or_else(|| Error::NoLink(end.name.clone()))?;
+    if link.name != end.name {
+        netlink.link_rename(link.index, &end.name).await?;
     }
-    let link = netlink.link_by_name(&end.name).await?.ok_or_else(|| Error::NoLink(end.name.clone()))?;
     if !link.up || link.alias != end.alias {
         let change = LinkChange { up: Some(true), alias: Some(end.alias.clone()), ..Default::default() };
         netlink.link_change(link.index, &change).await?;

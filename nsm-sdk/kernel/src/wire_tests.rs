@@ -34,12 +34,15 @@ fn right_pair_is_adopted_and_wrong_one_replaced() {
     // Interrupted before the aliases were set.
     let plan = plan_veth(&a, &b, &[link(5, "nsm-0", "", Some(7))], &[link(7, "conduit-a", "", Some(5))]).unwrap();
     assert_eq!(plan.adopt, Some((5, Some(7))));
-    // Leads elsewhere: replaced. Another name: recreated.
+    // Leads elsewhere: replaced. Another name: adopted, to be renamed.
     let plan = plan_veth(&a, &b, std::slice::from_ref(&la), &[]).unwrap();
     assert_eq!(plan, WirePlan { delete_first: vec![5], ..Default::default() });
     let renamed = link(5, "nsm-9", "server-id", Some(7));
-    let plan = plan_veth(&a, &b, &[renamed], &[lb]).unwrap();
-    assert_eq!(plan, WirePlan { delete_first: vec![5], delete_second: vec![7], adopt: None });
+    let plan = plan_veth(&a, &b, std::slice::from_ref(&renamed), std::slice::from_ref(&lb)).unwrap();
+    assert_eq!(plan.adopt, Some((5, Some(7))));
+    // ... unless the wanted name is somebody else's.
+    let taken = link(6, "nsm-0", "server-other", Some(8));
+    assert!(matches!(plan_veth(&a, &b, &[renamed, taken], &[lb]), Err(Error::Foreign { .. })));
 }
 
 #[test]
@@ -65,6 +68,14 @@ async fn veth_is_made_once_and_adopted_after() {
     assert_eq!(link.mac, Some(mac_from_seed("server-id")));
     let again = ensure(&wire).await.unwrap();
     assert_eq!(again, Made { created: false, ..made });
+    // Another name on one side: the same interface.
+    let renamed = End { name: "conduit-b".into(), ..endpoint.clone() };
+    assert_eq!(ensure(&Wire::Veth { client: client.clone(), endpoint: renamed }).await.unwrap(), again);
+    let netlink = endpoint.netns.netlink().await.unwrap();
+    assert_eq!(
+        netlink.link_by_name("conduit-b").await.unwrap().map(|l| (l.index, l.up)),
+        made.second.map(|i| (i, true))
+    );
     // One end in another namespace now: the pair is made anew.
     let elsewhere = End { netns: Netns::anonymous().unwrap(), ..endpoint };
     let moved = ensure(&Wire::Veth { client: client.clone(), endpoint: elsewhere.clone() }).await.unwrap();

@@ -15,10 +15,12 @@
 //!     filtermechanisms recvfd(C) sendfd(C) connect ]
 //! ```
 //!
+//! [`liveness::KernelLiveness`] asks the data path of a connection, for `heal` and for what would close a connection by expiry.
 //! An endpoint or client that wants to know its interfaces has [`interface_monitor::InterfaceMonitor`] below `mechanisms`.
 
 pub mod context;
 pub mod interface_monitor;
+pub mod liveness;
 pub mod vxlan;
 pub mod wire;
 

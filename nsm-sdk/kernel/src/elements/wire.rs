@@ -145,9 +145,8 @@ impl WireClient {
 
     /// Makes the wire; returns what exists then and, for a tunnel, its MTU.
     async fn establish(&self, wire: &Wire, before: &[Known]) -> Result<(Vec<Known>, Option<u32>), crate::Error> {
-        let place = |k: &Known| (k.netns, k.name.clone());
-        let wanted: Vec<_> = wire_ends(wire).iter().map(|e| (e.netns.id(), e.name.clone())).collect();
-        let moved: Vec<_> = before.iter().filter(|k| !wanted.contains(&place(k))).cloned().collect();
+        let stays = |k: &&Known| wire_ends(wire).iter().any(|e| (e.netns.id(), &e.alias) == (k.netns, &k.alias));
+        let moved: Vec<_> = before.iter().filter(|k| !stays(k)).cloned().collect();
         self.remove(&moved).await?;
         let made = wire::ensure(wire).await?;
         let indexes = [Some(made.first), made.second];

@@ -116,9 +116,10 @@ async fn local_connection_from_request_to_close() {
     let restarted = forwarder(&node, None, hop.clone());
     request(&restarted, answer.clone()).await.unwrap();
     assert_eq!(link(&client, "nsm-0").await.unwrap(), made);
-    // Another name: the interface is made anew, rules included.
+    // Another name: the same interface, rules included.
     request(&restarted, connection(kernel(&client, "nsm-7"))).await.unwrap();
     assert!(link(&client, "nsm-0").await.is_none());
+    assert_eq!(link(&client, "nsm-7").await.map(|l| l.index), Some(made.index));
     let rules = client.netlink().await.unwrap().rules().await.unwrap();
     assert_eq!(rules.iter().filter(|r| r.table == 1).count(), 1);
     assert!(answers(&client, "172.16.1.1").await);
@@ -164,4 +165,26 @@ async fn remote_connection_over_vxlan() {
         assert!(link(&client, "nsm-0").await.is_none());
         assert!(link(&endpoint, "lb-1").await.is_some());
     }
+}
+
+/// Nothing accumulates: interfaces, rules and descriptors are as before after many connections.
+#[tokio::test]
+async fn many_cycles_leave_nothing() {
+    let (node, client, endpoint) =
+        (Netns::anonymous().unwrap(), Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+    let hop = Arc::new(NextHop(Mutex::new(kernel(&endpoint, "lb-1")), Mutex::default()));
+    let chain = forwarder(&node, None, hop);
+    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let asked = || connection(kernel(&client, "nsm-0"));
+    request(&chain, asked()).await.unwrap();
+    chain.close(Call::new(asked(), Context::new())).await.unwrap();
+    let before = descriptors();
+    for _ in 0..50 {
+        request(&chain, asked()).await.unwrap();
+        chain.close(Call::new(asked(), Context::new())).await.unwrap();
+    }
+    let links = client.netlink().await.unwrap().links().await.unwrap();
+    assert_eq!(links.len(), 1, "{links:?}");
+    // Other tests of this process open and close some as well.
+    assert!(descriptors() < before + 40, "{} descriptors, {before} before", descriptors());
 }

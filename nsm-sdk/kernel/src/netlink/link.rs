@@ -6,7 +6,8 @@ use std::os::fd::AsRawFd;
 
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{
-    InfoBridge, InfoData, InfoKind, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    InfoBridge, InfoData, InfoKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo,
+    LinkMessage,
 };
 
 use super::{CREATE, Netlink};
@@ -231,7 +232,10 @@ fn vxlan_data(parameters: &VxlanParameters) -> Vec<InfoVxlan> {
 impl Netlink {
     /// All interfaces.
     pub async fn links(&self) -> Result<Vec<Link>, Error> {
-        let found = self.dump("list interfaces", RouteNetlinkMessage::GetLink(LinkMessage::default())).await?;
+        let mut message = LinkMessage::default();
+        // Statistics are most of an answer and nobody here reads them.
+        message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+        let found = self.dump("list interfaces", RouteNetlinkMessage::GetLink(message)).await?;
         Ok(links_in(&found))
     }
 
@@ -308,6 +312,22 @@ impl Netlink {
     /// Sets an interface up.
     pub async fn link_up(&self, index: u32) -> Result<(), Error> {
         self.link_change(index, &LinkChange { up: Some(true), ..Default::default() }).await
+    }
+
+    /// Renames an interface. Kernels before 6.2 rename only what is down: there it is down for an instant, and routes over it
+    /// are lost.
+    pub async fn link_rename(&self, index: u32, name: &str) -> Result<(), Error> {
+        let what = || format!("rename interface {index} to {name}");
+        let rename = || self.change(what, RouteNetlinkMessage::SetLink(named(index, name)), 0);
+        match rename().await {
+            Err(e) if e.errno() == Some(libc::EBUSY) => {
+                self.link_change(index, &LinkChange { up: Some(false), ..Default::default() }).await?;
+                let renamed = rename().await;
+                self.link_up(index).await?;
+                renamed
+            }
+            other => other,
+        }
     }
 
     /// Deletes an interface (a veth pair dies with either end).
