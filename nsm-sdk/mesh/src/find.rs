@@ -1,11 +1,15 @@
-//! Looking things up in the registry of the node, for the elements that route.
+//! The registry of the node, as the elements of routing see it.
 
 use meridio_proto::nsm::registry::{NetworkService, NetworkServiceEndpoint};
-use nsm_chain::Error;
-use nsm_registry::{Chain, Context};
-use std::time::{Duration, SystemTime};
+use nsm_chain::{Error, registry::Registry};
+use nsm_registry::{
+    Chain, Context,
+    matching::{self, Labels},
+};
+use std::time::Duration;
 use tokio::time::Instant;
 
+const NAME: &str = "registry";
 /// What one look-up may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause between look-ups for an endpoint that is expected back.
@@ -35,64 +39,83 @@ impl Finder {
         self.patience = patience;
         self
     }
+}
 
-    fn context(deadline: Option<Instant>) -> Context {
-        Context { deadline, ..Context::new() }.with_timeout(TIMEOUT)
+fn failed(cause: nsm_registry::Error) -> Error {
+    let code = cause.code();
+    Error::new(NAME, "", "the registry cannot be asked").with_cause(cause).with_code(code)
+}
+
+#[async_trait::async_trait]
+impl Registry for Finder {
+    async fn find_ns(&self, query: NetworkService) -> Result<Vec<NetworkService>, Error> {
+        self.services.list(query, Context::new().with_timeout(TIMEOUT)).await.map_err(failed)
     }
 
-    /// The service of exactly that name and, if given, payload.
-    pub async fn service(
-        &self,
-        element: &'static str,
-        id: &str,
-        name: &str,
-        payload: &str,
-        deadline: Option<Instant>,
-    ) -> Result<NetworkService, Error> {
-        let template = NetworkService { name: name.into(), payload: payload.into(), ..Default::default() };
-        let found = self.services.list(template, Self::context(deadline)).await;
-        let found = found.map_err(|cause| Error::new(element, id, "cannot ask the registry").with_cause(cause))?;
-        found
-            .into_iter()
-            .find(|service| service.name == name)
-            .ok_or_else(|| Error::new(element, id, format!("network service {name} is not found")))
-    }
-
-    /// The endpoints like `template` that have not expired.
-    pub async fn endpoints(
-        &self,
-        element: &'static str,
-        id: &str,
-        template: NetworkServiceEndpoint,
-        deadline: Option<Instant>,
-    ) -> Result<Vec<NetworkServiceEndpoint>, Error> {
-        let found = self.endpoints.list(template, Self::context(deadline)).await;
-        let mut found = found.map_err(|cause| Error::new(element, id, "cannot ask the registry").with_cause(cause))?;
-        let now = SystemTime::now();
-        found.retain(|endpoint| nsm_registry::Object::expiration(endpoint).is_none_or(|end| end > now));
-        Ok(found)
-    }
-
-    /// The endpoint of exactly that name.
-    pub async fn endpoint(
-        &self,
-        element: &'static str,
-        id: &str,
-        name: &str,
-        deadline: Option<Instant>,
-    ) -> Result<NetworkServiceEndpoint, Error> {
-        let patience = (Instant::now() + self.patience).min(deadline.unwrap_or(Instant::now() + TIMEOUT));
+    async fn find_nse(&self, query: NetworkServiceEndpoint) -> Result<Vec<NetworkServiceEndpoint>, Error> {
+        let named = !query.name.is_empty() && query.network_service_names.is_empty() && query.url.is_empty();
+        let patience = self.settled.min(Instant::now() + self.patience);
         loop {
-            let template = NetworkServiceEndpoint { name: name.into(), ..Default::default() };
-            let found = self.endpoints(element, id, template, deadline).await?;
-            if let Some(endpoint) = found.into_iter().find(|endpoint| endpoint.name == name) {
-                return Ok(endpoint);
-            }
-            let now = Instant::now();
-            if now >= self.settled || now >= patience {
-                return Err(Error::new(element, id, format!("network service endpoint {name} not found")));
+            let ctx = Context::new().with_timeout(TIMEOUT);
+            let found = self.endpoints.list(query.clone(), ctx).await.map_err(failed)?;
+            if !found.is_empty() || !named || Instant::now() >= patience {
+                return Ok(found);
             }
             tokio::time::sleep(AGAIN).await;
         }
+    }
+
+    fn match_endpoints(
+        &self,
+        service: &NetworkService,
+        labels: &Labels,
+        endpoints: &[NetworkServiceEndpoint],
+    ) -> Vec<NetworkServiceEndpoint> {
+        matching::match_endpoints(service, labels, endpoints)
+    }
+
+    fn match_forwarders(
+        &self,
+        service: &NetworkService,
+        labels: &Labels,
+        forwarders: &[NetworkServiceEndpoint],
+        forwarder_service: &str,
+    ) -> Vec<NetworkServiceEndpoint> {
+        matching::match_forwarders(service, labels, forwarders, forwarder_service)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nsm_registry::{
+        Call,
+        elements::memory::Memory,
+        store::{MemoryStore, Store},
+    };
+    use std::sync::Arc;
+
+    fn named(name: &str) -> NetworkServiceEndpoint {
+        NetworkServiceEndpoint { name: name.into(), ..Default::default() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_restart_a_named_endpoint_is_waited_for() {
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+        let memory = || Memory::new(store.clone());
+        let finder = Finder::new(Chain::new(vec![Arc::new(memory())]), Chain::new(vec![Arc::new(memory())]))
+            .settling(Duration::from_secs(10), Duration::from_secs(3));
+        let (found, ()) = tokio::join!(finder.find_nse(named("a")), async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            finder.endpoints.register(Call::new(named("a"), Context::new())).await.unwrap();
+        });
+        assert_eq!(found.unwrap().len(), 1);
+        let before = Instant::now();
+        assert!(finder.find_nse(named("b")).await.unwrap().is_empty());
+        assert!(before.elapsed() >= Duration::from_secs(3));
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        let before = Instant::now();
+        assert!(finder.find_nse(named("b")).await.unwrap().is_empty());
+        assert!(before.elapsed() < Duration::from_secs(1));
     }
 }

@@ -7,12 +7,9 @@
 //!                             +-- registry (upstream, embedded, or built in)
 //! ```
 //!
-//! Both are real chains with path segments of their own: 4 segments on one node, 6 across nodes. [`Node`] builds them;
-//! the elements of routing are usable by themselves.
+//! Both are real chains with path segments of their own: 4 segments on one node, 6 across nodes. [`Node`] builds them.
 
 pub mod alive;
-pub mod discover;
-pub mod discover_forwarder;
 pub mod excluded;
 pub mod find;
 mod node;

@@ -2,9 +2,7 @@
 
 use crate::{
     alive::{Alive, Ends},
-    discover::{Discover, RoundRobin},
-    discover_forwarder::DiscoverForwarder,
-    excluded::{DEFAULT_FILE, ExcludedPrefixes},
+    excluded::{self, DEFAULT_FILE},
     find::Finder,
 };
 use meridio_proto::nsm::registry::{NetworkServiceEndpoint, NetworkServiceLabels};
@@ -14,11 +12,14 @@ use nsm_chain::{
         authorize::Policies,
         clientinfo::ClientInfo,
         connect::ConnectServer,
+        discover::Discover,
+        discoverforwarder::DiscoverForwarder,
         filtermechanisms::FilterMechanisms,
         mechanisms::Mechanisms,
         mechanismtranslation::MechanismTranslation,
         null::Null,
         recvfd::{RecvFdClient, RecvFdServer},
+        roundrobin::RoundRobin,
         sendfd::{SendFdClient, SendFdServer},
     },
     remote::{Caller, Grpc, InProcess},
@@ -117,6 +118,8 @@ pub struct Node {
     config: Arc<NodeConfig>,
 }
 
+type Lookup = Arc<dyn nsm_chain::registry::Registry>;
+
 /// Why a node cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
@@ -142,8 +145,8 @@ impl Node {
         };
         let labels = nsm_registry::ClientInfo::new(config.labels.iter().cloned().collect());
         let registry = ManagerRegistry::new(upstream, &config.public_url, labels, &security);
-        let finder = Finder::new(registry.local_services.clone(), registry.local_endpoints.clone())
-            .settling(SETTLING, PATIENCE);
+        let finder = Finder::new(registry.local_services.clone(), registry.local_endpoints.clone());
+        let finder: Lookup = Arc::new(finder.settling(SETTLING, PATIENCE));
 
         let ends = Ends::default();
         let grpc: Arc<dyn Connector> = Arc::new(Grpc::new(transport));
@@ -224,7 +227,7 @@ fn forwarder_url(config: &NodeConfig) -> String {
 }
 
 /// Endpoint chain → clientinfo → discoverforwarder → excludedprefixes → recvfd → connect[recvfd, sendfd] → sendfd.
-fn manager(config: &NodeConfig, tokens: Tokens, finder: &Finder, hops: Arc<dyn Connector>, ends: &Ends) -> Endpoint {
+fn manager(config: &NodeConfig, tokens: Tokens, finder: &Lookup, hops: Arc<dyn Connector>, ends: &Ends) -> Endpoint {
     let client = Client::builder(&config.name, hops)
         .passthrough()
         .dial_timeout(config.dial_timeout)
@@ -238,7 +241,7 @@ fn manager(config: &NodeConfig, tokens: Tokens, finder: &Finder, hops: Arc<dyn C
     builder
         .element(ClientInfo::new(config.labels.iter().cloned()))
         .element(DiscoverForwarder::new(finder.clone(), &config.forwarder_service, &config.public_url))
-        .element(ExcludedPrefixes::new(&config.excluded_prefixes))
+        .element(excluded::from_file(config.excluded_prefixes.clone()))
         .element(RecvFdServer::new())
         .element(ConnectServer::new(client.chain().clone()))
         .element(SendFdServer)
@@ -250,7 +253,7 @@ fn manager(config: &NodeConfig, tokens: Tokens, finder: &Finder, hops: Arc<dyn C
 fn forwarder(
     config: &NodeConfig,
     tokens: Tokens,
-    finder: &Finder,
+    finder: &Lookup,
     grpc: Arc<dyn Connector>,
     ends: &Ends,
 ) -> Endpoint {

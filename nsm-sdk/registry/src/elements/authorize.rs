@@ -38,6 +38,19 @@ impl Default for Policies {
 }
 
 impl Policies {
+    /// The policies whose file in NSM's tree is covered by a mask, in which `.*` stands for anything.
+    pub fn from_masks<S: AsRef<str>>(masks: &[S]) -> Self {
+        let covered = |file: &str| masks.iter().any(|mask| covers(mask.as_ref().trim_start_matches('/'), file));
+        Self {
+            tokens_valid: covered("etc/nsm/opa/common/tokens_valid.rego"),
+            tokens_expired: covered("etc/nsm/opa/common/tokens_expired.rego"),
+            tokens_chained: covered("etc/nsm/opa/common/tokens_chained.rego"),
+            prev_token_signed: covered("etc/nsm/opa/server/prev_token_signed.rego"),
+            client_allowed: covered("etc/nsm/opa/registry/client_allowed.rego"),
+            equal_services: false,
+        }
+    }
+
     /// No policy: everybody may do everything.
     pub fn none() -> Self {
         Self {
@@ -48,6 +61,16 @@ impl Policies {
             client_allowed: false,
             equal_services: false,
         }
+    }
+}
+
+/// Whether `mask` matches all of `path`.
+fn covers(mask: &str, path: &str) -> bool {
+    match mask.split_once(".*") {
+        None => mask == path,
+        Some((start, rest)) => path
+            .strip_prefix(start)
+            .is_some_and(|tail| tail.char_indices().map(|(at, _)| at).chain([tail.len()]).any(|at| covers(rest, &tail[at..]))),
     }
 }
 
@@ -210,6 +233,16 @@ mod tests {
         object.set_name(name.into());
         object.path_ids_mut().push(owner.into());
         object
+    }
+
+    // Conformance 25
+    #[test]
+    fn masks_select_policies() {
+        let stock = ["etc/nsm/opa/common/.*.rego", "etc/nsm/opa/registry/.*.rego", "etc/nsm/opa/server/.*.rego"];
+        assert_eq!(Policies::from_masks(&stock), Policies::default());
+        assert_eq!(Policies::from_masks::<&str>(&[]), Policies::none());
+        let tokens = Policies::from_masks(&["etc/nsm/opa/common/tokens_.*.rego"]);
+        assert!(tokens.tokens_chained && !tokens.client_allowed);
     }
 
     // Conformance 22

@@ -1,0 +1,194 @@
+//! The process: identity, store, chains, sockets.
+
+use crate::Settings;
+use anyhow::Context as _;
+use meridio_common::{Health, Probe, grpc};
+use nsm_identity::X509Source;
+use nsm_kernel::Netns;
+use nsm_mesh::{Node, NodeConfig};
+use nsm_registry::{
+    Dialer, Policies, Registry, Security, Upstream, service,
+    store::{MemoryStore, SqliteStore, Store},
+};
+use nsm_transport::{Address, Listener, Transport};
+use std::{net::IpAddr, path::Path, sync::Arc, time::Duration};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+const IDENTITY: &str = "Identity";
+const MANAGER: &str = "Manager";
+const FORWARDER: &str = "Forwarder";
+/// How long the sockets wait for the forwarder to be registered: clients that come back find everything in place then.
+const HEAD_START: Duration = Duration::from_secs(1);
+
+/// Runs the node until `stop`. Nothing that was made for a connection is removed then.
+///
+/// # Errors
+/// The store, the network namespace or a socket cannot be opened.
+pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<()> {
+    let health = Health::start("Meridio-nsm", &settings.health_socket, &stop)?;
+    health.register(Probe::Startup, &[IDENTITY, MANAGER]);
+    health.register(Probe::Readiness, &[IDENTITY, MANAGER, FORWARDER]);
+    health.register(Probe::Liveness, &[]);
+    health.waiting(IDENTITY, "an SVID of the Workload API", "check SPIFFE_ENDPOINT_SOCKET and its server");
+    let Some(source) = grpc::identity(&settings.spiffe_endpoint_socket, &stop).await else { return Ok(()) };
+    health.serving(IDENTITY);
+
+    let netns = Netns::current().context("the node's network namespace")?;
+    let transport = Transport::new(source.clone())?.with_max_token_lifetime(settings.max_token_lifetime.get());
+    let security = Security {
+        source: source.clone(),
+        max_token_lifetime: settings.max_token_lifetime.get(),
+        policies: registry_policies(&settings),
+    };
+    // The state is loaded before anybody can ask for it.
+    let registry = match settings.registry_url.is_empty() {
+        true => Some(Registry::open(store(&settings.state_dir)?, &security).await.context("registry")?),
+        false => None,
+    };
+    let upstream = match &registry {
+        Some(registry) => Upstream::Local(registry.clone()),
+        None => {
+            let address = Address::parse(&settings.registry_url)?;
+            Upstream::Remote(Dialer::new(transport.clone(), address, settings.dial_timeout.get()))
+        }
+    };
+    let public_url = public_url(&settings.listen_on, &netns).await?;
+    let node = Node::new(node_config(&settings, &public_url, source, netns), upstream)?;
+
+    let mut tasks = JoinSet::new();
+    let registered = CancellationToken::new();
+    let (keeper, health_, registered_, stop_) = (node.clone(), health.clone(), registered.clone(), stop.clone());
+    tasks.spawn(async move {
+        let changed = |result: Result<(), String>| match result {
+            Ok(()) => {
+                health_.serving(FORWARDER);
+                registered_.cancel();
+            }
+            Err(cause) => health_.waiting(FORWARDER, &format!("its registration: {cause}"), "check NSM_REGISTRY_URL"),
+        };
+        keeper.keep_registered(stop_, changed).await;
+        Ok(())
+    });
+    if let Some(registry) = registry.filter(|_| !settings.registry_listen_on.is_empty()) {
+        let listener = Listener::bind(&Address::parse(&settings.registry_listen_on)?).await?;
+        let routes = service::add_routes(health_routes().await, registry.services, registry.endpoints);
+        serve(&mut tasks, &transport, vec![listener], routes, &stop);
+    }
+    let _ = tokio::time::timeout(HEAD_START, registered.cancelled()).await;
+
+    let mut listeners = Vec::new();
+    for url in settings.listen_on.iter().filter(|url| !url.is_empty()) {
+        listeners.push(Listener::bind(&Address::parse(url)?).await?);
+    }
+    let routes = add_health(node.routes()).await;
+    serve(&mut tasks, &transport, listeners, routes, &stop);
+    health.serving(MANAGER);
+    tracing::info!(name = settings.name, public_url, "manager and forwarder started");
+    join(tasks, &stop).await
+}
+
+/// Every task ends with `stop`; one that fails ends them all.
+async fn join(mut tasks: JoinSet<anyhow::Result<()>>, stop: &CancellationToken) -> anyhow::Result<()> {
+    let mut result = Ok(());
+    while let Some(ended) = tasks.join_next().await {
+        let ended = ended.context("a task has failed").and_then(|ended| ended);
+        if ended.is_err() && result.is_ok() {
+            result = ended;
+        }
+        stop.cancel();
+    }
+    result
+}
+
+fn serve(
+    tasks: &mut JoinSet<anyhow::Result<()>>,
+    transport: &Transport,
+    listeners: Vec<Listener>,
+    routes: Routes,
+    stop: &CancellationToken,
+) {
+    let (transport, stop) = (transport.clone(), stop.clone());
+    tasks.spawn(async move { Ok(transport.serve(listeners, routes, stop).await?) });
+}
+
+/// Names of the services that NSM's peers ask the health of.
+const SERVICES: [&str; 4] = [
+    "networkservice.NetworkService",
+    "connection.MonitorConnection",
+    "registry.NetworkServiceRegistry",
+    "registry.NetworkServiceEndpointRegistry",
+];
+
+async fn health_routes() -> Routes {
+    add_health(Routes::default()).await
+}
+
+async fn add_health(routes: Routes) -> Routes {
+    let (reporter, server) = tonic_health::server::health_reporter();
+    for name in SERVICES {
+        reporter.set_service_status(name, tonic_health::ServingStatus::Serving).await;
+    }
+    routes.add_service(server)
+}
+
+fn store(state_dir: &str) -> anyhow::Result<Arc<dyn Store>> {
+    if state_dir.is_empty() {
+        return Ok(Arc::new(MemoryStore::default()));
+    }
+    let file = Path::new(state_dir).join("registry.db");
+    Ok(Arc::new(SqliteStore::open(&file).with_context(|| format!("NSM_STATE_DIR {state_dir}"))?))
+}
+
+fn registry_policies(settings: &Settings) -> Policies {
+    Policies {
+        equal_services: settings.registry_equal_services,
+        ..Policies::from_masks(&settings.registry_server_policies)
+    }
+}
+
+fn node_config(settings: &Settings, public_url: &str, source: X509Source, netns: Netns) -> NodeConfig {
+    let stock = NodeConfig::new(&settings.name, public_url, source, netns);
+    let forwarder_name = match settings.forwarder_name.as_str() {
+        "" => stock.forwarder_name.clone(),
+        name => name.to_owned(),
+    };
+    NodeConfig {
+        forwarder_name,
+        forwarder_service: settings.forwarder_network_service_name.clone(),
+        forwarder_labels: settings.labels_of_forwarder(),
+        labels: settings.labels_of_node(),
+        tunnel_ip: settings.tunnel_ip.parse().ok(),
+        max_token_lifetime: settings.max_token_lifetime.get(),
+        dial_timeout: settings.dial_timeout.get(),
+        registry_policies: registry_policies(settings),
+        excluded_prefixes: settings.excluded_prefixes_file.clone(),
+        keep_alive: settings.keep_while_alive,
+        ..stock
+    }
+}
+
+/// Where other nodes reach the manager: its first tcp:// URL, else its first URL. A URL without a host gets the first
+/// address of the node, IPv4 preferred.
+async fn public_url(urls: &[String], netns: &Netns) -> anyhow::Result<String> {
+    let tcp = urls.iter().find(|url| url.starts_with("tcp://"));
+    let url = tcp.or_else(|| urls.iter().find(|url| !url.is_empty())).context("NSM_LISTEN_ON: empty")?;
+    let Some(port) = url.strip_prefix("tcp://:") else { return Ok(url.clone()) };
+    let mut own: Vec<IpAddr> = netns
+        .netlink()
+        .await?
+        .addresses(None)
+        .await?
+        .iter()
+        .filter(|address| address.global)
+        .map(|address| address.net.addr())
+        .filter(|ip| !ip.is_loopback())
+        .collect();
+    own.sort_by_key(IpAddr::is_ipv6);
+    let ip = own.first().with_context(|| format!("NSM_LISTEN_ON: {url} has no host, and this node no address"))?;
+    Ok(match ip {
+        IpAddr::V4(ip) => format!("tcp://{ip}:{port}"),
+        IpAddr::V6(ip) => format!("tcp://[{ip}]:{port}"),
+    })
+}
