@@ -1,6 +1,6 @@
 //! The mechanism KERNEL: an interface in a network namespace.
 
-use crate::{Connection, Element, Error, Mechanism, Next, RequestCall, core::inode_of};
+use crate::{Connection, Element, Error, Key, Mechanism, Next, RequestCall, Side, core::inode_of};
 use rand::{Rng, distr::Alphanumeric};
 use rustix::fs::{Mode, OFlags};
 use std::os::fd::OwnedFd;
@@ -97,20 +97,29 @@ impl Element for KernelClient {
 }
 
 /// Accepts an interface in this process's namespace. Others make it.
-#[derive(Clone, Debug, Default)]
+///
+/// A name that was made up stays with its connection: a forwarder that has forgotten it (restart) finds its interface again.
+#[derive(Clone, Debug)]
 pub struct KernelServer {
     client: KernelClient,
+    given: Key<String>,
+}
+
+impl Default for KernelServer {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl KernelServer {
     /// Names interfaces after their service.
     pub fn new() -> Self {
-        Self::default()
+        Self { client: KernelClient::new(), given: Key::new(Side::Server) }
     }
 
     /// Gives each interface this name, cut to 15 bytes.
     pub fn with_name(name: &str) -> Self {
-        Self { client: KernelClient::with_name(name) }
+        Self { client: KernelClient::with_name(name), ..Self::new() }
     }
 }
 
@@ -123,10 +132,21 @@ impl Element for KernelServer {
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
         let connection = call.connection_mut();
         let service = connection.network_service.clone();
-        if let Some(mechanism) = connection.mechanism.as_mut().filter(|mechanism| mechanism.r#type == KERNEL) {
-            self.client.complete(&mut mechanism.parameters, &service);
+        let Some(mechanism) = connection.mechanism.as_mut().filter(|mechanism| mechanism.r#type == KERNEL) else {
+            return next.request(call).await;
+        };
+        let metadata = call.ctx.metadata.clone();
+        let given = metadata.as_ref().and_then(|metadata| metadata.get(&self.given));
+        if let Some(name) = given.filter(|_| mechanism.parameters.get(NAME).is_none_or(String::is_empty)) {
+            mechanism.parameters.insert(NAME.into(), name);
         }
-        next.request(call).await
+        self.client.complete(&mut mechanism.parameters, &service);
+        let name = mechanism.parameters.get(NAME).cloned();
+        let connection = next.request(call).await?;
+        if let (Some(metadata), Some(name)) = (metadata, name) {
+            metadata.insert(&self.given, name);
+        }
+        Ok(connection)
     }
 }
 
@@ -185,6 +205,23 @@ mod tests {
         let parameters = connection.mechanism.unwrap().parameters;
         assert_eq!(parameters[INODE_URL], OWN_NETNS);
         assert!(parameters[NAME].starts_with("svc-"));
+    }
+
+    #[tokio::test]
+    async fn a_made_up_name_stays_with_its_connection() {
+        let metadata = crate::elements::metadata::MetadataElement::new();
+        let chain = Chain::builder().element(metadata).element(KernelServer::new()).build();
+        let request = async |id: &str, name: Option<&str>| {
+            let parameters = name.map(|name| (NAME.to_owned(), name.to_owned())).into_iter().collect();
+            let mechanism = Some(Mechanism { r#type: KERNEL.into(), parameters, ..Default::default() });
+            let connection = Connection { id: id.into(), network_service: "svc".into(), mechanism, ..Default::default() };
+            chain.request(request_with(connection)).await.unwrap().mechanism.unwrap().parameters[NAME].clone()
+        };
+        let first = request("c", None).await;
+        assert_eq!(request("c", None).await, first);
+        assert_ne!(request("d", None).await, first);
+        assert_eq!(request("c", Some("nsm-1")).await, "nsm-1");
+        assert_eq!(request("c", None).await, "nsm-1");
     }
 
     #[test]

@@ -226,7 +226,8 @@ impl Entry {
             return Ok(Fired::Skipped);
         }
         let connection = self.record().request.connection.clone().unwrap_or_default();
-        let ctx = Context { cancel: None, ..self.event_context() };
+        // It is this process that closes: its client's tokens may have ended long ago (a connection kept while alive).
+        let ctx = Context { cancel: None, peer: None, ..self.event_context() };
         let result = self.next.close(CloseCall::new(connection, ctx)).await;
         self.forget();
         result.map(|()| Fired::Closed)
