@@ -6,8 +6,9 @@ use std::path::PathBuf;
 
 use crate::{Error, Netns};
 
+/// File of a setting; the leading `net/` of its full name may be left out.
 fn path(key: &str) -> PathBuf {
-    PathBuf::from("/proc/sys/net").join(key)
+    PathBuf::from("/proc/sys/net").join(key.strip_prefix("net/").unwrap_or(key))
 }
 
 /// Reads one setting of the calling thread's namespace; `key` is a path such as `ipv4/conf/all/rp_filter`.
@@ -89,6 +90,7 @@ mod tests {
         for (value, fault) in [("1", Some("default".to_string())), ("0", None)] {
             write(&ns, vec![(key.into(), value.into())]).await.unwrap();
             assert_eq!(read(&ns, key).await.unwrap(), value);
+            assert_eq!(read(&ns, &format!("net/{key}")).await.unwrap(), value);
             assert_eq!(faulty_rp_filter(&ns, vec!["nope".into()]).await.unwrap(), fault);
         }
         allow_ping(&ns).await.unwrap();
