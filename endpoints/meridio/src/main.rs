@@ -45,7 +45,7 @@ fn run(cli: cli::Cli) -> anyhow::Result<()> {
     let runtime = builder.worker_threads(cli.workers.into()).enable_all().build().context("cannot start threads")?;
     let outcome = runtime.block_on(async {
         if let Some(log) = cli.command.log() {
-            meridio_common::logging::init(log.service_id, log.level);
+            meridio_common::logging::init(log.service_id, &log.level);
         }
         let stop = meridio_common::shutdown::token().context("cannot listen to signals")?;
         watched(cli.command.run(stop.clone()), stop).await
