@@ -220,14 +220,21 @@ impl Cluster {
     pub fn unexpected(&self) -> Vec<String> {
         let mut all = self.unexpected.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         for pod in self.lock_pods().values() {
-            all.extend(pod.processes.iter().flat_map(|process| process.unexpected()));
+            all.extend(pod.processes.iter().filter_map(|process| process.unexpected()));
         }
         all
     }
 
+    /// Components that do not accept their settings.
+    pub fn refused(&self) -> Vec<String> {
+        let pods = self.lock_pods();
+        let processes = pods.values().flat_map(|pod| &pod.processes).filter(|process| process.refused());
+        processes.map(|process| format!("{} does not accept its settings; log: {}", process.label(), process.log().display())).collect()
+    }
+
     fn collect_unexpected(&self, pod: &Pod) {
         let mut all = self.unexpected.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        all.extend(pod.processes.iter().flat_map(|process| process.unexpected()));
+        all.extend(pod.processes.iter().filter_map(|process| process.unexpected()));
     }
 
     fn lock_pods(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Pod>>> {

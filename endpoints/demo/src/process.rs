@@ -13,6 +13,9 @@ use crate::namespace::Namespace;
 /// Environment variable that marks every process of a demo; its value is the demo's id.
 pub const MARKER: &str = "MERIDIO_DEMO";
 
+/// How a component ends that does not accept its settings (`EX_USAGE`).
+const REFUSED: &str = "exit status 64";
+
 /// What to run in a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProcessPlan {
@@ -71,9 +74,16 @@ impl Process {
         self.state().child.as_ref().map(Child::id)
     }
 
-    /// Exits that nobody asked for, in words.
-    pub fn unexpected(&self) -> Vec<String> {
-        self.state().unexpected.clone()
+    /// Exits that nobody asked for, in words: one line, with the last of them.
+    pub fn unexpected(&self) -> Option<String> {
+        let state = self.state();
+        let last = state.unexpected.last()?;
+        Some(format!("{} ended by itself {} times, last with {last}; log: {}", self.label(), state.unexpected.len(), self.log.display()))
+    }
+
+    /// Whether its settings are not accepted: starting it again is of no use.
+    pub fn refused(&self) -> bool {
+        self.state().unexpected.iter().filter(|how| *how == REFUSED).count() > 1
     }
 
     /// Starts it, unless it runs.
@@ -144,14 +154,17 @@ impl Process {
                     (Some(code), _) => format!("exit status {code}"),
                     (None, signal) => format!("signal {}", signal.unwrap_or_default()),
                 };
-                state.unexpected.push(format!("{} ended by itself ({how}); log: {}", self.label(), self.log.display()));
+                state.unexpected.push(how);
             }
         }
         let due = state.died.is_none_or(|died| died.elapsed() >= Duration::from_secs(1));
         if state.wanted && state.child.is_none() && due {
             match self.spawn(namespace) {
                 Ok(child) => state.child = Some(child),
-                Err(error) => state.unexpected.push(format!("{}: {error:#}", self.label())),
+                Err(error) => {
+                    state.died = Some(Instant::now());
+                    state.unexpected.push(format!("{error:#}"));
+                }
             }
         }
     }

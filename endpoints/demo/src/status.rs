@@ -80,6 +80,8 @@ impl Observer {
 
     fn ambassador(&self, target: &str) -> Result<Ambassador> {
         let socket = self.cluster.ambassador_socket(target);
+        // Its channel wants a runtime when it is made.
+        let _inside = self.runtime.enter();
         Ambassador::new(&socket.to_string_lossy()).with_context(|| format!("ambassador of {target}"))
     }
 
@@ -98,8 +100,10 @@ impl Observer {
             match outcome {
                 Ok(()) => return Ok(called),
                 Err(error) if Instant::now() >= deadline => return Err(error.context(format!("open {} on {target}", self.trench.stream()))),
-                Err(_) if self.stop.is_cancelled() => bail!("interrupted"),
-                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+                Err(_) => {
+                    self.go_on()?;
+                    std::thread::sleep(Duration::from_millis(50));
+                }
             }
         }
     }
@@ -153,9 +157,7 @@ impl Observer {
             if missing.is_empty() {
                 return Ok(start.elapsed());
             }
-            if self.stop.is_cancelled() {
-                bail!("interrupted");
-            }
+            self.go_on()?;
             if start.elapsed() >= patience {
                 bail!("the trench is not whole after {patience:?}: {}", missing.join("; "));
             }
@@ -165,6 +167,18 @@ impl Observer {
             }
             std::thread::sleep(Duration::from_millis(100));
         }
+    }
+
+    /// Whether there is reason to wait any longer.
+    fn go_on(&self) -> Result<()> {
+        let refused = self.cluster.refused();
+        if self.stop.is_cancelled() {
+            bail!("interrupted");
+        }
+        if !refused.is_empty() {
+            bail!("{}", refused.join("; "));
+        }
+        Ok(())
     }
 
     fn mine(&self, kind: Kind) -> Vec<Arc<Pod>> {

@@ -1,6 +1,6 @@
 //! Watches the primary network for packets that carry a VIP: there must be none, ever.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -59,7 +59,11 @@ impl Sniffer {
     pub fn prove(&mut self, pod: &Namespace, vips: [IpAddr; 2], neighbours: [IpAddr; 2]) -> Result<()> {
         for (vip, neighbour) in vips.into_iter().zip(neighbours) {
             let before = self.shared.count.load(Ordering::Relaxed);
-            pod.run(move || send_from(vip, neighbour))??;
+            let address = format!("{vip}/{} dev lo", if vip.is_ipv4() { 32 } else { 128 });
+            pod.ip(&format!("addr add {address}\n"))?;
+            let sent = pod.run(move || send_from(vip, neighbour))?;
+            pod.ip(&format!("addr del {address}\n"))?;
+            sent.with_context(|| format!("send from {vip}"))?;
             std::thread::sleep(Duration::from_millis(50));
             if self.shared.count.load(Ordering::Relaxed) == before {
                 bail!("the watch over the primary network does not see a packet from {vip}");
@@ -144,9 +148,7 @@ fn filter(vip4: Ipv4Addr, vip6: Ipv6Addr) -> Vec<SockFilter> {
 }
 
 fn send_from(source: IpAddr, to: IpAddr) -> Result<()> {
-    let socket = Socket::new(Domain::for_address(SocketAddr::new(source, 0)), Type::DGRAM, Some(Protocol::UDP)).context("socket")?;
-    if source.is_ipv4() { socket.set_freebind_v4(true) } else { socket.set_freebind_v6(true) }.context("free bind")?;
-    socket.bind(&SocketAddr::new(source, 0).into()).context("bind to the VIP")?;
-    socket.send_to(b"self-check", &SocketAddr::new(to, 9).into()).context("send")?;
+    let socket = std::net::UdpSocket::bind((source, 0)).context("bind to the VIP")?;
+    socket.send_to(b"self-check", (to, 9)).context("send")?;
     Ok(())
 }
