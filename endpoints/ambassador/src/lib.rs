@@ -107,15 +107,25 @@ impl fmt::Display for StreamName {
 // === impl Ambassador ===
 
 impl Ambassador {
-    /// A client of the TAPA at `socket`: `unix:///path`, or a bare path.
+    /// A client of the TAPA at `socket`: `unix:///path`, or a bare path. Needs a runtime.
     ///
     /// # Errors
     /// [`Error::Address`] if it is neither.
     pub fn new(socket: &str) -> Result<Self, Error> {
+        Ok(Self { client: TapClient::new(Self::endpoint(socket)?.connect_lazy()) })
+    }
+
+    /// Whether `socket` is an address, without a runtime to connect in.
+    ///
+    /// # Errors
+    /// As [`Ambassador::new`].
+    pub fn check(socket: &str) -> Result<(), Error> {
+        Self::endpoint(socket).map(|_| ())
+    }
+
+    fn endpoint(socket: &str) -> Result<Endpoint, Error> {
         let address = if socket.starts_with('/') { format!("unix://{socket}") } else { socket.to_owned() };
-        let endpoint =
-            Endpoint::try_from(address).map_err(|source| Error::Address { address: socket.to_owned(), source })?;
-        Ok(Self { client: TapClient::new(endpoint.connect_lazy()) })
+        Endpoint::try_from(address).map_err(|source| Error::Address { address: socket.to_owned(), source })
     }
 
     /// Asks for the stream. Returns once the TAPA has noted it; [`Ambassador::watch`] tells when it is OPEN.

@@ -37,7 +37,7 @@ impl Settings {
     /// Every fault of the settings, one line each; empty if there is none.
     pub fn validate(&self) -> Vec<String> {
         let mut faults = Vec::new();
-        if let Err(error) = Ambassador::new(&self.socket) {
+        if let Err(error) = Ambassador::check(&self.socket) {
             faults.push(format!("MERIDIO_SOCKET: {error}"));
         }
         if !self.stream.is_empty() && (self.trench.is_empty() || self.conduit.is_empty()) {
