@@ -14,10 +14,15 @@ use std::{
     },
     time::Duration,
 };
+use tokio::time::Instant;
 use tonic::Code;
 
 /// Pauses between attempts to heal grow from here ...
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// A connection that is lost within this time of being established is not healed at once: no storm of requests.
+const YOUNG: Duration = Duration::from_secs(1);
+/// Attempts to open the monitor stream.
+const OPENINGS: u32 = 3;
 /// ... to here.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -46,6 +51,8 @@ pub(super) struct Watch {
     pub(super) factory: EventFactory,
     /// The generation this watch belongs to; any later success makes its news stale.
     pub(super) generation: u64,
+    /// The data path has answered before.
+    pub(super) proven: bool,
     pub(super) check: Option<LivenessCheck>,
     pub(super) gate: Gate,
     pub(super) status: Option<Arc<StatusSender>>,
@@ -60,10 +67,10 @@ enum Loss {
 impl Watch {
     pub(super) async fn run(mut self) {
         let check = self.check.clone();
-        let connection = self.connection.clone();
+        let (connection, proven, born) = (self.connection.clone(), self.proven, Instant::now());
         let loss = tokio::select! {
             cause = self.control() => Loss::Control(cause),
-            () = data(check.as_ref(), &connection) => Loss::Data,
+            () = data(check.as_ref(), &connection, proven) => Loss::Data,
         };
         if !self.gate.heal() {
             return;
@@ -72,13 +79,28 @@ impl Watch {
             status.set(ConnectionStatus::Down(Box::new(self.connection.clone())));
         }
         // From here on it must survive the close that is part of reselecting, which ends this task.
-        tokio::spawn(self.heal(loss));
+        tokio::spawn(self.heal(loss, born.elapsed() < YOUNG));
+    }
+
+    async fn open(&self) -> Result<EventStream, tonic::Status> {
+        let mut attempt = 1;
+        loop {
+            match self.remote.monitor(selector::of(&self.connection)).await {
+                Err(status) if attempt < OPENINGS && status.code() != Code::Unimplemented && self.remote.alive() => {
+                    tokio::time::sleep(jittered(FIRST_PAUSE * attempt)).await;
+                    attempt += 1;
+                }
+                result => return result,
+            }
+        }
     }
 
     /// Returns why the next hop is lost.
     async fn control(&mut self) -> String {
-        let mut events = match self.remote.monitor(selector::of(&self.connection)).await {
+        let mut events = match self.open().await {
             Ok(events) => events,
+            // There are hops without a monitor; the data path is still watched.
+            Err(status) if status.code() == Code::Unimplemented => return std::future::pending().await,
             Err(status) => return format!("cannot monitor {}: {status}", self.remote.url()),
         };
         loop {
@@ -120,13 +142,16 @@ impl Watch {
         }
     }
 
-    async fn heal(self, loss: Loss) {
+    async fn heal(self, loss: Loss, young: bool) {
         let (cause, mut reselect) = match loss {
             Loss::Control(cause) => (cause, !self.alive().await),
             Loss::Data => ("the data path is dead".to_owned(), true),
         };
         tracing::info!(id = self.connection.id, cause, reselect, "healing");
         let mut pause = FIRST_PAUSE;
+        if young {
+            tokio::time::sleep(jittered(2 * FIRST_PAUSE)).await;
+        }
         loop {
             let options = EventOptions { reselect, ..EventOptions::default() }.at_generation(self.generation);
             let error = match self.factory.request(options).await {
@@ -135,7 +160,7 @@ impl Watch {
             };
             tracing::info!(id = self.connection.id, %error, reselect, "healing failed, trying again");
             tokio::select! {
-                () = tokio::time::sleep(pause.mul_f64(rand::rng().random_range(0.75..1.25))) => {}
+                () = tokio::time::sleep(jittered(pause)) => {}
                 () = self.factory.closed() => return,
             }
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -149,17 +174,26 @@ impl Watch {
 async fn next(events: &mut EventStream) -> Result<crate::ConnectionEvent, Code> {
     match events.next().await {
         Some(Ok(event)) => Ok(event),
+        // A status with a cause was made on this side, by a transport that broke: h2 calls that CANCELLED, too.
+        Some(Err(status)) if std::error::Error::source(&status).is_some() => Err(Code::Unavailable),
         Some(Err(status)) => Err(status.code()),
         None => Err(Code::Unavailable),
     }
 }
 
+fn jittered(pause: Duration) -> Duration {
+    pause.mul_f64(rand::rng().random_range(0.75..1.25))
+}
+
 /// Returns when the data path is dead.
-async fn data(check: Option<&LivenessCheck>, connection: &Connection) {
+async fn data(check: Option<&LivenessCheck>, connection: &Connection, mut proven: bool) {
     let Some(check) = check else { return std::future::pending().await };
+    let born = Instant::now();
     let mut misses = 0;
     while misses < check.misses.max(1) {
         tokio::time::sleep(check.interval).await;
-        misses = if check.alive(connection).await { 0 } else { misses + 1 };
+        let alive = check.alive(connection).await;
+        proven |= alive || born.elapsed() >= check.grace;
+        misses = if alive || !proven { 0 } else { misses + 1 };
     }
 }
