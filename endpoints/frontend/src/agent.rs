@@ -122,9 +122,9 @@ impl Agent {
             };
             let lost = tokio::select! {
                 () = stop.cancelled() => break,
-                _ = told.attractor.changed() => None,
-                _ = told.forwarding.changed() => None,
-                _ = told.kernel.recv() => None,
+                Ok(()) = told.attractor.changed() => None,
+                Ok(()) = told.forwarding.changed() => None,
+                Some(_) = told.kernel.recv() => None,
                 () = tokio::time::sleep_until(next) => None,
                 news = news => news.err(),
             };

@@ -49,11 +49,14 @@ impl Kernel {
             MulticastGroup::Ipv6Rule,
             MulticastGroup::Ipv4Ifaddr,
         ];
-        let (monitor, _, messages) = rtnetlink::new_multicast_connection(&groups).map_err(Error::NetlinkSocket)?;
+        let (monitor, monitor_handle, messages) =
+            rtnetlink::new_multicast_connection(&groups).map_err(Error::NetlinkSocket)?;
         tasks.spawn(monitor);
         // One waiting message is enough: it says "look again", and a look sees everything.
         let (sender, receiver) = mpsc::channel(1);
         tasks.spawn(messages.for_each(move |(message, _)| {
+            // The connection ends with its last handle.
+            let _alive = &monitor_handle;
             if let Some(news) = news(&message.payload, table) {
                 let _ = sender.try_send(news);
             }

@@ -196,6 +196,10 @@ impl Frontend {
         let (stop, (crash, crashed)) = (CancellationToken::new(), oneshot::channel());
         let channels = Channels { attractor: attractor.subscribe(), forwarding: forwarding.subscribe(), report: report_to };
         let token = stop.clone();
+        // FRONTEND_LOG=1 shows what the frontend logs.
+        if std::env::var_os("FRONTEND_LOG").is_some() {
+            let _ = tracing_subscriber::fmt().with_max_level(tracing::Level::INFO).try_init();
+        }
         let thread = in_ns(&net.fe, move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
             runtime.block_on(async {
