@@ -1,1 +1,154 @@
 //! Stateless load balancer of a conduit.
+//!
+//! Packets for VIPs are forwarded by the eBPF program of `meridio-maglev`; this process keeps its tables in step. It is an
+//! NSM endpoint for the proxies, through whose interfaces targets are reached.
+//!
+//! ```text
+//!  NSP ── VIPs, conduit, streams, flows ─┐            pure
+//!  NSP ── targets, frontends ────────────┼──► Inputs ─────► Desired ──► engine (tables), rules and routes
+//!  kernel ── interfaces, neighbours ─────┘       │
+//!                                                └─ frontend here? ──► NSM endpoint registered or not
+//! ```
+//!
+//! Nothing that forwards is taken away because this process starts, stops, or hears nothing.
+
+mod availability;
+mod dataplane;
+mod desired;
+mod endpoint;
+mod inputs;
+mod links;
+mod routing;
+mod settings;
+mod watches;
+
+use std::time::Duration;
+
+use anyhow::Context;
+use meridio_common::{Health, Probe, sysctl};
+use nsm_kernel::Netns;
+use nsm_registry::RegistryClient;
+use nsm_transport::Transport;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use crate::availability::Availability;
+use crate::dataplane::Dataplane;
+use crate::inputs::Shared;
+use crate::watches::Watches;
+
+pub use settings::Settings;
+
+/// Time for watchers of the availability to hear the last word.
+const LAST_WORD: Duration = Duration::from_millis(200);
+
+/// Runs the load balancer until `stop`. What it has set up in the kernel stays: the next run adopts it.
+///
+/// # Errors
+/// Faulty settings, no rights, no BPF file system, or a socket that cannot be made.
+pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<()> {
+    let health = Health::start("Meridio-load-balancer", &settings.health_socket, &stop)?;
+    health.register(Probe::Startup, &[]);
+    health.register(
+        Probe::Readiness,
+        &["Sysctl", "DataPlane", "Configuration", "NSPCli", "NSMEndpoint", "Egress", "Stream", "Flow"],
+    );
+    health.register(Probe::Liveness, &["NSMEndpoint"]);
+    let hostname = std::fs::read_to_string("/proc/sys/kernel/hostname").context("hostname")?.trim().to_owned();
+    let netns = Netns::current().context("network namespace")?;
+    prepare(&settings, &netns, &health).await;
+    let availability = Availability::new(&hostname);
+    let dataplane = Dataplane::open(&settings, netns.clone(), health.clone(), availability.clone())?;
+
+    let shared = Shared::new();
+    let mut tasks = JoinSet::new();
+    let (prefix, external) = (settings.interface_prefix(), settings.external_interface.clone());
+    tasks.spawn(links::run(netns, prefix, external, shared.clone(), stop.clone()));
+    // The data plane ends before the socket that tells the frontend about it.
+    let told = CancellationToken::new();
+    let forwarding = tokio::spawn(dataplane.run(shared.clone(), stop.clone()));
+    let result = control(&settings, &hostname, &shared, &health, availability, &mut tasks, &stop, &told).await;
+    // Who cannot serve ends the load balancer, and with it all tasks.
+    stop.cancel();
+    let _ = forwarding.await;
+    tokio::time::sleep(LAST_WORD).await;
+    told.cancel();
+    while tasks.join_next().await.is_some() {}
+    result
+}
+
+/// Everything that needs an identity.
+#[allow(clippy::too_many_arguments)] // the parts of one process, used once
+async fn control(
+    settings: &Settings,
+    hostname: &str,
+    shared: &Shared,
+    health: &Health,
+    availability: Availability,
+    tasks: &mut JoinSet<()>,
+    stop: &CancellationToken,
+    told: &CancellationToken,
+) -> anyhow::Result<()> {
+    let Some(source) = meridio_common::grpc::identity(&settings.spiffe_endpoint_socket, stop).await else {
+        return Ok(());
+    };
+    let server = meridio_common::grpc::Server::bind(&settings.socket, &source).await.context("NSM_SOCKET")?;
+    let serving = server.serve(Routes::new(availability.server()), told.clone());
+    tasks.spawn(async move {
+        if let Err(error) = serving.await {
+            tracing::error!(%error, "stream availability");
+        }
+    });
+    let keep_alive = settings.grpc_keepalive_time.into();
+    let nsp = meridio_common::grpc::connect_with(&source, &settings.nsp_service, keep_alive)?;
+    Watches::new(nsp, settings, hostname, shared.clone(), health.clone(), stop.clone()).spawn(tasks);
+
+    let transport = Transport::new(source.clone())?.with_max_token_lifetime(settings.max_token_lifetime.into());
+    let registry = RegistryClient::builder(settings.connect_to.clone(), source.clone())
+        .max_token_lifetime(settings.max_token_lifetime.into())
+        .dial_timeout(settings.dial_timeout.into())
+        .build()?;
+    let chain = endpoint::chain(settings, source);
+    endpoint::run(settings, &chain, transport, registry, shared.clone(), health.clone(), stop.clone()).await
+}
+
+/// Kernel settings that forwarding needs. What cannot be written (a read-only `/proc/sys`) has to be right already.
+async fn prepare(settings: &Settings, netns: &Netns, health: &Health) {
+    let wanted = [
+        ("net/ipv4/conf/all/rp_filter", "0"),
+        ("net/ipv4/conf/default/rp_filter", "0"),
+        ("net/ipv4/ip_forward", "1"),
+        ("net/ipv6/conf/all/forwarding", "1"),
+        ("net/ipv4/fwmark_reflect", "1"),
+        ("net/ipv6/fwmark_reflect", "1"),
+    ];
+    let mut faults = Vec::new();
+    for (key, value) in wanted {
+        if sysctl::set(key, value).is_err()
+            && let Err(fault) = sysctl::check(key, value)
+        {
+            faults.push(fault.to_string());
+        }
+    }
+    // An interface's own value counts as well; one that does not exist yet inherits the default.
+    let own = format!("net/ipv4/conf/{}/rp_filter", settings.external_interface);
+    if sysctl::read(&own).is_ok() && sysctl::set(&own, "0").is_err()
+        && let Err(fault) = sysctl::check(&own, "0")
+    {
+        faults.push(fault.to_string());
+    }
+    let rules = async {
+        let netlink = netns.netlink().await.map_err(|e| e.to_string())?;
+        routing::errors_to_gateways(netlink, settings.gateway_table).await
+    };
+    if let Err(fault) = rules.await {
+        faults.push(fault);
+    }
+    if faults.is_empty() {
+        health.serving("Sysctl");
+    } else {
+        tracing::error!(faults = faults.join("; "), "kernel settings");
+        health.waiting("Sysctl", &faults.join("; "), "set it in an init container");
+    }
+}

@@ -1,0 +1,214 @@
+//! From what is known to what the engine shall do: a pure function.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use meridio_maglev::config::Bytes;
+use meridio_maglev::{Config, Flow, Nat, Protocol, Stream, Target, Targets};
+use meridio_model as model;
+use meridio_proto::nsp::v1 as nsp;
+
+use crate::inputs::{Inputs, Subnet};
+
+/// The desired state of the engine.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Desired {
+    /// VIPs, streams, flows, port translations: what could be read of them.
+    pub(crate) config: Config,
+    /// Faults of the configuration, one line each; with one the previous configuration stays.
+    pub(crate) faults: Vec<String>,
+    /// Ready targets by stream.
+    pub(crate) targets: BTreeMap<String, Targets>,
+    /// What keeps registered targets out, one line each.
+    pub(crate) notes: Vec<String>,
+    /// Addresses of all registered targets, ready or not.
+    pub(crate) addresses: BTreeSet<IpAddr>,
+}
+
+/// The desired state, once everything has been told at least once.
+pub(crate) fn desired(inputs: &Inputs) -> Option<Desired> {
+    let mut desired = Desired::default();
+    vips(&mut desired, inputs.vips.as_ref()?);
+    let streams = inputs.streams.as_ref()?;
+    for stream in streams {
+        let stream = model::Stream::from_nsp(stream);
+        let stream = Stream { name: stream.name, max_targets: stream.max_targets, sctp_ports_only: false };
+        desired.config.streams.push(stream);
+    }
+    desired.config.streams.sort();
+    for flow in inputs.flows.as_ref()? {
+        add_flow(&mut desired, flow);
+    }
+    desired.config.flows.sort();
+    for conduit in inputs.conduits.as_ref()? {
+        nats(&mut desired, conduit);
+    }
+    desired.faults.extend(desired.config.faults().iter().map(ToString::to_string));
+    targets(&mut desired, inputs.targets.as_ref()?, inputs.subnets.as_ref()?, &inputs.unreachable);
+    Some(desired)
+}
+
+fn vips(desired: &mut Desired, vips: &[nsp::Vip]) {
+    for vip in vips {
+        match model::Vip::from_nsp(vip) {
+            Ok(vip) => desired.config.vips.push(vip.address),
+            Err(faults) => desired.faults.extend(faults.lines()),
+        }
+    }
+    desired.config.vips.sort();
+    desired.config.vips.dedup();
+}
+
+fn addresses(vips: &[nsp::Vip]) -> Vec<IpNet> {
+    // A VIP that cannot be read is a fault of its own list.
+    let mut nets: Vec<IpNet> = vips.iter().filter_map(|vip| Some(vip.address.parse::<IpNet>().ok()?.trunc())).collect();
+    nets.sort();
+    nets.dedup();
+    nets
+}
+
+fn protocol(protocol: model::Protocol) -> Protocol {
+    match protocol {
+        model::Protocol::Tcp => Protocol::Tcp,
+        model::Protocol::Udp => Protocol::Udp,
+        model::Protocol::Sctp => Protocol::Sctp,
+    }
+}
+
+fn add_flow(desired: &mut Desired, message: &nsp::Flow) {
+    let flow = match model::Flow::from_nsp(message) {
+        Ok(flow) => flow,
+        Err(faults) => return desired.faults.extend(faults.lines()),
+    };
+    // The lists come one by one: the stream may be told in a moment, or the flow be gone in one.
+    if !desired.config.streams.iter().any(|s| s.name == flow.stream) {
+        return desired.notes.push(format!("flow {}: its stream {} is not known (yet)", flow.name, flow.stream));
+    }
+    let destinations = addresses(&message.vips);
+    if destinations.is_empty() {
+        return desired.notes.push(format!("flow {}: has no VIP, so it matches nothing", flow.name));
+    }
+    let ranges = |list: &[model::PortRange]| list.iter().map(|r| (r.first(), r.last())).collect();
+    let bytes = |m: &model::ByteMatch| Bytes {
+        protocol: protocol(m.protocol),
+        offset: m.offset,
+        size: m.size,
+        mask: m.mask,
+        value: m.value,
+    };
+    desired.config.flows.push(Flow {
+        name: flow.name.clone(),
+        stream: flow.stream.clone(),
+        priority: flow.priority,
+        destinations,
+        sources: flow.source_subnets.clone(),
+        protocols: flow.protocols.iter().copied().map(protocol).collect(),
+        destination_ports: ranges(&flow.destination_ports),
+        source_ports: ranges(&flow.source_ports),
+        byte_matches: flow.byte_matches.iter().map(bytes).collect(),
+    });
+}
+
+fn nats(desired: &mut Desired, message: &nsp::Conduit) {
+    let conduit = match model::Conduit::from_nsp(message) {
+        Ok(conduit) => conduit,
+        Err(faults) => return desired.faults.extend(faults.lines()),
+    };
+    for (nat, message) in conduit.port_nats.iter().zip(&message.destination_port_nats) {
+        if nat.protocol == model::Protocol::Sctp {
+            let line = format!("port-nat {} of conduit {}: SCTP is not translated", nat.port, conduit.name);
+            desired.notes.push(line);
+            continue;
+        }
+        desired.config.nats.push(Nat {
+            vips: addresses(&message.vips),
+            protocol: protocol(nat.protocol),
+            port: nat.port,
+            target_port: nat.target_port,
+        });
+    }
+}
+
+/// An address as targets register it, with or without a prefix length.
+fn address(text: &str) -> Option<IpAddr> {
+    text.parse().ok().or_else(|| text.parse::<IpNet>().ok().map(|net| net.addr()))
+}
+
+/// The subnet of an address: the most specific one, and among equals the newest interface (a proxy that connects again
+/// leaves the old interface behind for a moment).
+fn subnet(subnets: &BTreeSet<Subnet>, address: IpAddr) -> Option<&Subnet> {
+    let around = subnets.iter().filter(|s| s.net.contains(&address) && s.net.addr() != address);
+    around.max_by_key(|s| (s.net.prefix_len(), s.index))
+}
+
+fn targets(
+    desired: &mut Desired,
+    messages: &[nsp::Target],
+    subnets: &BTreeSet<Subnet>,
+    unreachable: &BTreeSet<IpAddr>,
+) {
+    let mut sorted: Vec<&nsp::Target> = messages.iter().collect();
+    // All load balancers must choose the same one of two that claim one identifier.
+    sorted.sort_by(|a, b| a.ips.cmp(&b.ips));
+    let limits: BTreeMap<String, u32> =
+        desired.config.streams.iter().map(|s| (s.name.clone(), s.max_targets)).collect();
+    for message in sorted {
+        if message.status != nsp::target::Status::Enabled as i32 {
+            continue;
+        }
+        let stream = message.stream.as_ref().map(|s| s.name.as_str()).unwrap_or_default();
+        let name = format!("target {} of stream {stream}", message.ips.join(","));
+        let Some(limit) = limits.get(stream) else { continue };
+        let identifier = message.context.get("identifier").and_then(|id| id.parse::<u32>().ok());
+        let Some(identifier) = identifier.filter(|id| (1..=*limit).contains(id)) else {
+            desired.notes.push(format!("{name}: identifier is not in 1..{limit}"));
+            continue;
+        };
+        match next_hops(message, subnets, unreachable, &mut desired.addresses) {
+            Ok(target) => {
+                let ready = desired.targets.entry(stream.to_owned()).or_default();
+                if ready.contains_key(&identifier) {
+                    desired.notes.push(format!("{name}: identifier {identifier} is taken by another target"));
+                } else {
+                    ready.insert(identifier, target);
+                }
+            }
+            Err(reason) => desired.notes.push(format!("{name}: {reason}")),
+        }
+    }
+}
+
+/// The next hops of a target: all of its addresses must be reachable.
+fn next_hops(
+    message: &nsp::Target,
+    subnets: &BTreeSet<Subnet>,
+    unreachable: &BTreeSet<IpAddr>,
+    all: &mut BTreeSet<IpAddr>,
+) -> Result<Target, String> {
+    let mut target = Target::default();
+    let mut result = Ok(());
+    for text in &message.ips {
+        let Some(ip) = address(text) else { return Err(format!("{text:?} is no address")) };
+        all.insert(ip);
+        if unreachable.contains(&ip) {
+            result = Err(format!("{ip} does not answer on its link"));
+        }
+        match (subnet(subnets, ip), ip) {
+            (None, _) => result = Err(format!("{ip} is in no subnet of an NSM interface")),
+            (Some(s), IpAddr::V4(v4)) => {
+                target.v4 = target.v4.or(Some((v4, s.index)));
+                target.mtu = s.mtu;
+            }
+            (Some(s), IpAddr::V6(v6)) => {
+                target.v6 = target.v6.or(Some((v6, s.index)));
+                target.mtu = s.mtu;
+            }
+        }
+    }
+    result?;
+    if target.v4.is_none() && target.v6.is_none() {
+        return Err("has no address".to_owned());
+    }
+    Ok(target)
+}

@@ -1,0 +1,220 @@
+//! What the kernel tells: NSM interfaces with their subnets, the external interface, and targets that do not answer on
+//! their link.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use nsm_kernel::Netns;
+use nsm_kernel::monitor::{Event, Monitor, Topic};
+use nsm_kernel::netlink::NeighbourState;
+use nsm_kernel::ping::Pinger;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::inputs::{Shared, Subnet};
+
+/// Events come in bursts; this is the time to let one pass.
+const SETTLE: Duration = Duration::from_millis(5);
+/// What no event told is seen after this time at the latest.
+const RESCAN: Duration = Duration::from_secs(10);
+/// How often targets that do not answer are asked again, and for how long each.
+const PROBE: Duration = Duration::from_millis(500);
+/// Shortest and longest time that a target stays out of the tables.
+const HOLD: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// A target that stayed in for this long starts with the shortest time again.
+const FORGIVEN: Duration = Duration::from_secs(60);
+
+/// Follows the kernel until `stop`.
+pub(crate) async fn run(netns: Netns, prefix: String, external: String, shared: Shared, stop: CancellationToken) {
+    let following = async {
+        loop {
+            match Monitor::open(&netns, &[Topic::Links, Topic::Routes, Topic::Neighbours]).await {
+                Ok(monitor) => {
+                    let links = Links { netns: netns.clone(), prefix: prefix.clone(), external: external.clone(), shared: shared.clone() };
+                    links.follow(monitor).await;
+                }
+                Err(error) => tracing::warn!(%error, "kernel events cannot be followed"),
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    };
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = following => {}
+    }
+}
+
+struct Links {
+    netns: Netns,
+    prefix: String,
+    external: String,
+    shared: Shared,
+}
+
+impl Links {
+    async fn follow(&self, mut monitor: Monitor) {
+        let mut suspects = Suspects::default();
+        let mut rescan = tokio::time::interval(RESCAN);
+        let mut probe = tokio::time::interval(PROBE);
+        probe.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut due: Option<Instant> = None;
+        loop {
+            let settle = async {
+                match due {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                event = monitor.next() => match event {
+                    Event::Neighbour(n) if n.state == NeighbourState::Failed => {
+                        if self.is_target(n.ip) && suspects.fail(n.ip, Instant::now()) {
+                            tracing::warn!(ip = %n.ip, "target does not answer on its link: out of the tables");
+                            self.publish(&suspects);
+                        }
+                    }
+                    Event::Neighbour(n) if n.state == NeighbourState::Reachable => {
+                        if suspects.answer(n.ip, Instant::now()) {
+                            tracing::info!(ip = %n.ip, "target answers on its link again");
+                            self.publish(&suspects);
+                        }
+                    }
+                    Event::Neighbour(_) | Event::NeighbourGone(_) => {}
+                    _ => due = due.or(Some(Instant::now() + SETTLE)),
+                },
+                () = settle => {
+                    due = None;
+                    self.scan().await;
+                }
+                _ = rescan.tick() => self.scan().await,
+                _ = probe.tick(), if suspects.any() => {
+                    suspects.retain(|ip| self.is_target(ip));
+                    for ip in self.probe(suspects.out()).await {
+                        if suspects.answer(ip, Instant::now()) {
+                            tracing::info!(%ip, "target answers again");
+                        }
+                    }
+                    self.publish(&suspects);
+                }
+            }
+        }
+    }
+
+    fn is_target(&self, ip: IpAddr) -> bool {
+        let inputs = self.shared.get();
+        let text = ip.to_string();
+        let ours = |t: &str| t == text || t.split('/').next() == Some(text.as_str());
+        inputs.targets.iter().flatten().any(|t| t.ips.iter().any(|i| ours(i)))
+    }
+
+    fn publish(&self, suspects: &Suspects) {
+        let out: BTreeSet<IpAddr> = suspects.out().into_iter().collect();
+        self.shared.change(|inputs| inputs.unreachable = out);
+    }
+
+    /// Asks each address once; asking makes the kernel resolve it anew, which is what counts.
+    async fn probe(&self, addresses: Vec<IpAddr>) -> Vec<IpAddr> {
+        let asking = addresses.into_iter().map(|ip| async move {
+            let pinger = Pinger::open(&self.netns, ip.is_ipv6(), None).await.ok()?;
+            pinger.probe(ip, PROBE * 4 / 5).await.then_some(ip)
+        });
+        futures_util::future::join_all(asking).await.into_iter().flatten().collect()
+    }
+
+    async fn scan(&self) {
+        match self.read().await {
+            Ok((subnets, external)) => self.shared.change(|inputs| {
+                inputs.subnets = Some(subnets);
+                inputs.external = external;
+            }),
+            Err(error) => tracing::warn!(%error, "interfaces cannot be read"),
+        }
+    }
+
+    async fn read(&self) -> Result<(BTreeSet<Subnet>, Option<u32>), nsm_kernel::Error> {
+        let netlink = self.netns.netlink().await?;
+        let links = netlink.links().await?;
+        let external = links.iter().find(|l| l.name == self.external && l.up).map(|l| l.index);
+        let ours: BTreeMap<u32, u32> = links
+            .iter()
+            .filter(|l| l.up && l.name.starts_with(&self.prefix) && l.name != self.external)
+            .map(|l| (l.index, l.mtu))
+            .collect();
+        let addresses = netlink.addresses(None).await?;
+        let subnets = addresses
+            .into_iter()
+            .filter(|a| a.global)
+            .filter_map(|a| Some(Subnet { net: a.net, index: a.index, mtu: *ours.get(&a.index)? }))
+            .collect();
+        Ok((subnets, external))
+    }
+}
+
+/// Targets that do not answer, and how patient to be with each.
+#[derive(Debug, Default)]
+struct Suspects(BTreeMap<IpAddr, Suspect>);
+
+#[derive(Debug)]
+struct Suspect {
+    out: bool,
+    since: Instant,
+    hold: Duration,
+}
+
+impl Suspects {
+    /// The address failed; `true`: it goes out of the tables.
+    fn fail(&mut self, ip: IpAddr, now: Instant) -> bool {
+        let suspect = self.0.entry(ip).or_insert(Suspect { out: false, since: now, hold: Duration::ZERO });
+        if suspect.out {
+            return false;
+        }
+        let forgiven = now.duration_since(suspect.since) > FORGIVEN;
+        suspect.hold = if forgiven { HOLD.0 } else { (suspect.hold * 2).clamp(HOLD.0, HOLD.1) };
+        (suspect.out, suspect.since) = (true, now);
+        true
+    }
+
+    /// The address answers; `true`: it comes back, which takes its time after each failure.
+    fn answer(&mut self, ip: IpAddr, now: Instant) -> bool {
+        match self.0.get_mut(&ip) {
+            Some(suspect) if suspect.out && now.duration_since(suspect.since) >= suspect.hold => {
+                (suspect.out, suspect.since) = (false, now);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn retain(&mut self, keep: impl Fn(IpAddr) -> bool) {
+        self.0.retain(|ip, _| keep(*ip));
+    }
+
+    fn any(&self) -> bool {
+        self.0.values().any(|s| s.out)
+    }
+
+    fn out(&self) -> Vec<IpAddr> {
+        self.0.iter().filter(|(_, s)| s.out).map(|(ip, _)| *ip).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flapping_target_is_held_longer_each_time() {
+        let ip: IpAddr = "172.16.0.9".parse().unwrap();
+        let mut suspects = Suspects::default();
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        assert!(suspects.fail(ip, at(0)) && !suspects.fail(ip, at(1)), "fails once");
+        assert!(!suspects.answer(ip, at(999)) && suspects.answer(ip, at(1000)), "out for a second");
+        assert!(suspects.fail(ip, at(2000)));
+        assert!(!suspects.answer(ip, at(3900)) && suspects.answer(ip, at(4000)), "out for two");
+        assert!(suspects.fail(ip, at(70_000)));
+        assert!(suspects.answer(ip, at(71_000)), "a minute of good conduct is rewarded");
+        assert!(!suspects.answer("172.16.0.10".parse().unwrap(), at(71_000)), "who never failed cannot come back");
+    }
+}

@@ -1,0 +1,112 @@
+//! Settings of the load balancer (environment prefix `NSM_`).
+
+use std::path::PathBuf;
+
+use meridio_common::GoDuration;
+
+/// Settings of the load balancer.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Settings {
+    /// Name of this pod and of its NSM endpoint.
+    #[arg(long, env = "NSM_NAME", default_value = "load-balancer")]
+    pub name: String,
+    /// NSM network service that is offered to proxies; its first ten characters begin the names of NSM interfaces.
+    #[arg(long, env = "NSM_SERVICE_NAME", default_value = "load-balancer")]
+    pub service_name: String,
+    /// NSM manager of this node.
+    #[arg(long, env = "NSM_CONNECT_TO", default_value = "unix:///var/lib/networkservicemesh/nsm.io.sock")]
+    pub connect_to: String,
+    /// Time to connect to the manager.
+    #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "5s")]
+    pub dial_timeout: GoDuration,
+    /// Time for one NSM request.
+    #[arg(long, env = "NSM_REQUEST_TIMEOUT", default_value = "15s")]
+    pub request_timeout: GoDuration,
+    /// Longest life of a path token.
+    #[arg(long, env = "NSM_MAX_TOKEN_LIFETIME", default_value = "24h")]
+    pub max_token_lifetime: GoDuration,
+    /// Address of the NSP.
+    #[arg(long, env = "NSM_NSP_SERVICE", default_value = "nsp-service:7778")]
+    pub nsp_service: String,
+    /// Conduit.
+    #[arg(long, env = "NSM_CONDUIT_NAME", default_value = "load-balancer")]
+    pub conduit_name: String,
+    /// Trench.
+    #[arg(long, env = "NSM_TRENCH_NAME", default_value = "default")]
+    pub trench_name: String,
+    /// Log level.
+    #[arg(long, env = "NSM_LOG_LEVEL", default_value = "DEBUG")]
+    pub log_level: String,
+    /// First firewall mark and routing table of targets (the slow path).
+    #[arg(long, env = "NSM_IDENTIFIER_OFFSET_START", default_value_t = 5000)]
+    pub identifier_offset_start: u32,
+    /// Keep-alive interval towards the NSP.
+    #[arg(long, env = "NSM_GRPC_KEEPALIVE_TIME", default_value = "30s")]
+    pub grpc_keepalive_time: GoDuration,
+    /// Serve metrics.
+    #[arg(long, env = "NSM_METRICS_ENABLED", default_value_t = false, action = clap::ArgAction::Set)]
+    pub metrics_enabled: bool,
+    /// Port of the metrics.
+    #[arg(long, env = "NSM_METRICS_PORT", default_value_t = 2223)]
+    pub metrics_port: u16,
+    /// Socket of the stream-availability service, which the frontend of this pod watches.
+    #[arg(long, env = "NSM_SOCKET", default_value = "unix:///var/lib/meridio/lb.sock")]
+    pub socket: String,
+    /// Interface towards the gateways, where packets for VIPs arrive.
+    #[arg(long, env = "NSM_EXTERNAL_INTERFACE", default_value = "ext-vlan0")]
+    pub external_interface: String,
+    /// Directory on a BPF file system that outlives this process.
+    #[arg(long, env = "NSM_BPF_DIR", default_value = "/sys/fs/bpf/meridio")]
+    pub bpf_dir: PathBuf,
+    /// Table that holds the routes to the gateways (the frontend's `NFE_TABLE_ID`).
+    #[arg(long, env = "NSM_GATEWAY_TABLE", default_value_t = 4096)]
+    pub gateway_table: u32,
+    /// How long what the NSP told before it was lost outweighs an empty list told after.
+    #[arg(long, env = "NSM_EMPTY_HOLD", default_value = "60s")]
+    pub empty_hold: GoDuration,
+    /// Socket of the gRPC health service.
+    #[arg(long, env = "HEALTH_SOCKET", default_value = "unix:///tmp/health.sock")]
+    pub health_socket: String,
+    /// SPIFFE Workload API.
+    #[arg(long, env = "SPIFFE_ENDPOINT_SOCKET", default_value = nsm_identity::DEFAULT_ENDPOINT_SOCKET)]
+    pub spiffe_endpoint_socket: String,
+}
+
+impl Settings {
+    /// Every fault of the settings, one line each; empty if there is none.
+    pub fn validate(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        for (name, value) in [
+            ("NSM_NAME", &self.name),
+            ("NSM_SERVICE_NAME", &self.service_name),
+            ("NSM_CONDUIT_NAME", &self.conduit_name),
+            ("NSM_TRENCH_NAME", &self.trench_name),
+        ] {
+            if value.is_empty() {
+                faults.push(format!("{name} is empty"));
+            }
+        }
+        if let Err(fault) = meridio_common::names::interface_name(&self.external_interface) {
+            faults.push(format!("NSM_EXTERNAL_INTERFACE: {fault}"));
+        }
+        for (name, url) in [
+            ("NSM_CONNECT_TO", &self.connect_to),
+            ("NSM_NSP_SERVICE", &self.nsp_service),
+            ("NSM_SOCKET", &self.socket),
+        ] {
+            if let Err(error) = nsm_transport::Address::parse(url) {
+                faults.push(format!("{name} {url:?}: {error}"));
+            }
+        }
+        // The tables of the kernel and of the frontend lie below, and marks have 24 bits for offset and identifier.
+        if !(256..1 << 23).contains(&self.identifier_offset_start) {
+            faults.push(format!("NSM_IDENTIFIER_OFFSET_START {} is not in 256..8388607", self.identifier_offset_start));
+        }
+        faults
+    }
+
+    /// How the names of this load balancer's NSM interfaces begin.
+    pub(crate) fn interface_prefix(&self) -> String {
+        self.service_name.chars().take(10).collect()
+    }
+}
