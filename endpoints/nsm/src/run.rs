@@ -5,9 +5,9 @@ use anyhow::Context as _;
 use meridio_common::{Health, Probe, grpc};
 use nsm_identity::X509Source;
 use nsm_kernel::Netns;
-use nsm_mesh::{Node, NodeConfig};
+use nsm_mesh::{Forwarder, Node, NodeConfig};
 use nsm_registry::{
-    Dialer, Policies, Registry, Security, Upstream, service,
+    Dialer, Policies, Registry, RegistryClient, Security, Upstream, service,
     store::{MemoryStore, SqliteStore, Store},
 };
 use nsm_transport::{Address, Listener, Transport};
@@ -37,6 +37,9 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
 
     let netns = Netns::current().context("the node's network namespace")?;
     let transport = Transport::new(source.clone())?.with_max_token_lifetime(settings.max_token_lifetime.get());
+    if !settings.connect_to.is_empty() {
+        return forward(&settings, &transport, source, netns, &health, &stop).await;
+    }
     let security = Security {
         source: source.clone(),
         max_token_lifetime: settings.max_token_lifetime.get(),
@@ -87,6 +90,43 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     health.serving(MANAGER);
     tracing::info!(name = settings.name, public_url, "manager and forwarder started");
     join(tasks, &stop).await
+}
+
+/// The forwarder by itself, for a manager in another process.
+async fn forward(
+    settings: &Settings,
+    transport: &Transport,
+    source: X509Source,
+    netns: Netns,
+    health: &Health,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let registry = RegistryClient::builder(&settings.connect_to, source.clone())
+        .max_token_lifetime(settings.max_token_lifetime.get())
+        .dial_timeout(settings.dial_timeout.get())
+        .build()?;
+    let url = settings.listen_on.iter().find(|url| url.starts_with("unix:")).context("NSM_LISTEN_ON: no unix socket")?;
+    let config = NodeConfig { forwarder_name: settings.name.clone(), ..node_config(settings, url, source, netns) };
+    let forwarder = Forwarder::new(config, registry)?;
+    let mut tasks = JoinSet::new();
+    let listener = Listener::bind(&Address::parse(url)?).await?;
+    serve(&mut tasks, transport, vec![listener], add_health(forwarder.routes()).await, stop);
+    health.serving(MANAGER);
+    health.waiting(FORWARDER, "its registration at the manager", "check NSM_CONNECT_TO");
+    let (health, url, stop_) = (health.clone(), url.clone(), stop.clone());
+    tasks.spawn(async move {
+        tokio::select! {
+            () = stop_.cancelled() => return Ok(()),
+            registered = forwarder.register(&url) => registered?,
+        }
+        health.serving(FORWARDER);
+        // It is kept registered as long as the forwarder lives.
+        stop_.cancelled().await;
+        drop(forwarder);
+        Ok(())
+    });
+    tracing::info!(name = settings.name, manager = settings.connect_to, "forwarder started");
+    join(tasks, stop).await
 }
 
 /// Every task ends with `stop`; one that fails ends them all.

@@ -24,6 +24,10 @@ pub struct Settings {
         default_value = "unix:///var/lib/networkservicemesh/nsm.io.sock"
     )]
     pub listen_on: Vec<String>,
+    /// Manager in another process to be the forwarder of; empty to be manager and forwarder. As a forwarder only, the first
+    /// unix:// URL of NSM_LISTEN_ON is where the manager reaches it.
+    #[arg(long, env = "NSM_CONNECT_TO", default_value = "")]
+    pub connect_to: String,
     /// The registry; empty for the one in this process.
     #[arg(long, env = "NSM_REGISTRY_URL", default_value = "")]
     pub registry_url: String,
@@ -97,7 +101,11 @@ impl Settings {
             faults.push("NSM_LISTEN_ON: empty".into());
         }
         let urls = self.listen_on.iter().map(|url| ("NSM_LISTEN_ON", url));
-        let others = [("NSM_REGISTRY_URL", &self.registry_url), ("NSM_REGISTRY_LISTEN_ON", &self.registry_listen_on)];
+        let others = [
+            ("NSM_REGISTRY_URL", &self.registry_url),
+            ("NSM_REGISTRY_LISTEN_ON", &self.registry_listen_on),
+            ("NSM_CONNECT_TO", &self.connect_to),
+        ];
         for (setting, url) in urls.chain(others).filter(|(_, url)| !url.is_empty()) {
             if let Err(cause) = Address::parse(url) {
                 faults.push(format!("{setting}: {cause}"));
@@ -105,6 +113,9 @@ impl Settings {
         }
         if !self.registry_url.is_empty() && !self.registry_listen_on.is_empty() {
             faults.push("NSM_REGISTRY_LISTEN_ON: this process has no registry to serve when NSM_REGISTRY_URL is set".into());
+        }
+        if !self.connect_to.is_empty() && !self.listen_on.iter().any(|url| url.starts_with("unix:")) {
+            faults.push("NSM_LISTEN_ON: a forwarder by itself needs a unix socket, its manager gets the descriptor".into());
         }
         if !self.tunnel_ip.is_empty() && self.tunnel_ip.parse::<IpAddr>().is_err() {
             faults.push(format!("NSM_TUNNEL_IP: {:?} is no IP address", self.tunnel_ip));

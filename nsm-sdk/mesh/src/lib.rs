@@ -7,11 +7,12 @@
 //!                             +-- registry (upstream, embedded, or built in)
 //! ```
 //!
-//! Both are real chains with path segments of their own: 4 segments on one node, 6 across nodes. [`Node`] builds them.
+//! Both are real chains with path segments of their own: 4 segments on one node, 6 across nodes. [`Node`] builds them;
+//! [`Forwarder`] is the forwarder by itself, for a manager in another process.
 
 pub mod alive;
 pub mod excluded;
 pub mod find;
 mod node;
 
-pub use node::{Node, NodeConfig, NodeError};
+pub use node::{Forwarder, Node, NodeConfig, NodeError};

@@ -35,7 +35,7 @@ use nsm_kernel::{
         wire::{WireClient, WireServer},
     },
 };
-use nsm_registry::{Call, Context, ManagerRegistry, Security, Upstream, service};
+use nsm_registry::{Call, Context, ManagerRegistry, RegistryClient, Security, Upstream, service};
 use nsm_transport::Transport;
 use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
@@ -150,11 +150,11 @@ impl Node {
 
         let ends = Ends::default();
         let grpc: Arc<dyn Connector> = Arc::new(Grpc::new(transport));
-        let forwarder = forwarder(&config, tokens.clone(), &finder, grpc.clone(), &ends);
+        let forwarder = forwarder(&config, tokens.clone(), finder.clone(), grpc.clone(), &ends);
         let caller = Caller { peer: Some(peer.clone()), tokens: Some(tokens.clone()) };
         let hops = InProcess::new(caller, Some(grpc));
         hops.add(forwarder_url(&config), forwarder.local(Some(peer)));
-        let manager = manager(&config, tokens, &finder, Arc::new(hops), &ends);
+        let manager = manager(&config, tokens, finder, Arc::new(hops), &ends);
         Ok(Self { manager, forwarder, registry, config: Arc::new(config) })
     }
 
@@ -179,24 +179,11 @@ impl Node {
         &self.registry
     }
 
-    /// What the forwarder is registered as.
-    fn forwarder_endpoint(&self) -> NetworkServiceEndpoint {
-        let config = &self.config;
-        let labels = NetworkServiceLabels { labels: config.forwarder_labels.iter().cloned().collect() };
-        NetworkServiceEndpoint {
-            name: config.forwarder_name.clone(),
-            network_service_names: vec![config.forwarder_service.clone()],
-            network_service_labels: [(config.forwarder_service.clone(), labels)].into(),
-            url: forwarder_url(config),
-            path_ids: vec![config.source.spiffe_id()],
-            ..Default::default()
-        }
-    }
-
     /// Registers the forwarder once.
     pub async fn register_forwarder(&self) -> Result<(), nsm_registry::Error> {
         let ctx = Context::new().with_timeout(REGISTER_TIMEOUT);
-        self.registry.own_endpoints.register(Call::new(self.forwarder_endpoint(), ctx)).await.map(drop)
+        let endpoint = forwarder_registration(&self.config, forwarder_url(&self.config));
+        self.registry.own_endpoints.register(Call::new(endpoint, ctx)).await.map(drop)
     }
 
     /// Keeps the forwarder registered until `stop`; `changed` hears whether it is. It is not unregistered then: the node
@@ -221,13 +208,61 @@ impl Node {
     }
 }
 
+/// What the forwarder of `config` is registered as when it is reached under `url`.
+fn forwarder_registration(config: &NodeConfig, url: String) -> NetworkServiceEndpoint {
+    let labels = NetworkServiceLabels { labels: config.forwarder_labels.iter().cloned().collect() };
+    NetworkServiceEndpoint {
+        name: config.forwarder_name.clone(),
+        network_service_names: vec![config.forwarder_service.clone()],
+        network_service_labels: [(config.forwarder_service.clone(), labels)].into(),
+        url,
+        path_ids: vec![config.source.spiffe_id()],
+        ..Default::default()
+    }
+}
+
+/// A kernel forwarder by itself, for a manager in another process (of whatever implementation).
+#[derive(Clone)]
+pub struct Forwarder {
+    endpoint: Endpoint,
+    registry: RegistryClient,
+    config: Arc<NodeConfig>,
+}
+
+impl Forwarder {
+    /// Finds endpoints in, and registers itself at, the registry of the manager that `registry` is connected to.
+    /// Of the configuration only what concerns the forwarder is used.
+    pub fn new(config: NodeConfig, registry: RegistryClient) -> Result<Self, NodeError> {
+        let transport = Transport::new(config.source.clone())
+            .map_err(|cause| NodeError::Identity(cause.to_string()))?
+            .with_max_token_lifetime(config.max_token_lifetime);
+        let tokens = token::from_source(config.source.clone(), config.max_token_lifetime);
+        let (services, endpoints) = registry.readers();
+        let finder: Lookup = Arc::new(Finder::new(services, endpoints).settling(SETTLING, PATIENCE));
+        let grpc: Arc<dyn Connector> = Arc::new(Grpc::new(transport));
+        let endpoint = forwarder(&config, tokens, finder, grpc, &Ends::default());
+        Ok(Self { endpoint, registry, config: Arc::new(config) })
+    }
+
+    /// The gRPC services: network service and monitor.
+    pub fn routes(&self) -> Routes {
+        self.endpoint.service().routes()
+    }
+
+    /// Registers it under the unix URL it listens on, for good; tries until it works.
+    pub async fn register(&self, url: &str) -> Result<(), nsm_registry::Error> {
+        let endpoint = forwarder_registration(&self.config, url.to_owned());
+        self.registry.register_nse(NetworkServiceEndpoint { path_ids: Vec::new(), ..endpoint }).await.map(drop)
+    }
+}
+
 /// The URL of the forwarder within this process.
 fn forwarder_url(config: &NodeConfig) -> String {
     format!("inproc://{}", config.forwarder_name)
 }
 
 /// Endpoint chain → clientinfo → discoverforwarder → excludedprefixes → recvfd → connect[recvfd, sendfd] → sendfd.
-fn manager(config: &NodeConfig, tokens: Tokens, finder: &Lookup, hops: Arc<dyn Connector>, ends: &Ends) -> Endpoint {
+fn manager(config: &NodeConfig, tokens: Tokens, finder: Lookup, hops: Arc<dyn Connector>, ends: &Ends) -> Endpoint {
     let client = Client::builder(&config.name, hops)
         .passthrough()
         .dial_timeout(config.dial_timeout)
@@ -240,7 +275,7 @@ fn manager(config: &NodeConfig, tokens: Tokens, finder: &Lookup, hops: Arc<dyn C
     }
     builder
         .element(ClientInfo::new(config.labels.iter().cloned()))
-        .element(DiscoverForwarder::new(finder.clone(), &config.forwarder_service, &config.public_url))
+        .element(DiscoverForwarder::new(finder, &config.forwarder_service, &config.public_url))
         .element(excluded::from_file(config.excluded_prefixes.clone()))
         .element(RecvFdServer::new())
         .element(ConnectServer::new(client.chain().clone()))
@@ -253,7 +288,7 @@ fn manager(config: &NodeConfig, tokens: Tokens, finder: &Lookup, hops: Arc<dyn C
 fn forwarder(
     config: &NodeConfig,
     tokens: Tokens,
-    finder: &Lookup,
+    finder: Lookup,
     grpc: Arc<dyn Connector>,
     ends: &Ends,
 ) -> Endpoint {
@@ -279,7 +314,7 @@ fn forwarder(
     builder
         .element(RecvFdServer::new())
         .element(SendFdServer)
-        .element(Discover::new(finder.clone()))
+        .element(Discover::new(finder))
         .element(RoundRobin::default())
         .element(ServerContext::new())
         .element(mechanisms)

@@ -49,6 +49,9 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        // RUST_LOG shows what happened when a test fails.
+        let filter = tracing_subscriber::EnvFilter::from_default_env();
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
         Self { authority: Authority::generate("example.org").unwrap(), folder: tempfile::tempdir().unwrap() }
     }
 

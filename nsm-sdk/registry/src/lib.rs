@@ -32,3 +32,8 @@ pub use meridio_proto::nsm::registry::{NetworkService, NetworkServiceEndpoint, N
 pub use object::{Event, Object, Query};
 pub use path::{PathHandle, RegistryPath};
 pub use stock::{ManagerRegistry, Registry, Security, Upstream};
+
+/// Compiles the example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeExample;

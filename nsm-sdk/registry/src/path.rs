@@ -153,6 +153,31 @@ mod tests {
         assert_eq!(RegistryPath::read(&metadata), Some(path(0, &["t"])));
     }
 
+    proptest::proptest! {
+        #[test]
+        fn any_path_either_advances_by_one_or_is_refused(index in 0usize..12, tokens in proptest::collection::vec(".{0,8}", 0..10)) {
+            let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
+            let before = path(index, &tokens);
+            let mut after = before.clone();
+            match after.advance("peer", "own") {
+                Ok(()) => {
+                    assert_eq!(after.segments[after.index].token, "own");
+                    assert_eq!(after.segments[after.index - 1].token, "peer");
+                    assert!(after.segments.len() >= before.segments.len());
+                    assert_eq!(after.left().len(), after.index + 1);
+                }
+                Err(_) => assert!(index >= before.segments.len() && after == before),
+            }
+        }
+
+        #[test]
+        fn no_header_makes_the_reader_fail(text in "[ -~]{0,64}") {
+            let mut metadata = MetadataMap::new();
+            metadata.insert(KEY, text.parse().unwrap());
+            let _ = RegistryPath::read(&metadata);
+        }
+    }
+
     // Conformance 111
     #[test]
     fn a_path_grows_refreshes_and_rejects_a_wrong_index() {

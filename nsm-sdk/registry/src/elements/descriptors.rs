@@ -42,35 +42,70 @@ fn send(element: &'static str, endpoint: &Endpoint, fds: &FdTransceiver) -> Resu
     Ok(Some(format!("inode://{device}/{inode}")))
 }
 
-/// The URL under which this process reaches a descriptor it holds.
-fn own_url(fd: &OwnedFd) -> String {
-    format!("unix:///proc/{}/fd/{}", std::process::id(), fd.as_raw_fd())
+/// A socket that this process holds for an endpoint.
+struct Held {
+    key: (u64, u64),
+    fd: OwnedFd,
 }
 
-/// The descriptor of each endpoint, by the inode it is for: a newer socket of the same endpoint closes the older one.
-type Files = Table<((u64, u64), Arc<OwnedFd>)>;
-
-/// The held descriptor of that endpoint and inode, or the one that arrives.
-async fn receive(
-    element: &'static str,
-    files: &Files,
-    name: &str,
-    key: (u64, u64),
-    fds: &FdTransceiver,
-    deadline: Option<Instant>,
-) -> Result<Arc<OwnedFd>, Error> {
-    if let Some((_, fd)) = files.get(name).filter(|(held, _)| *held == key) {
-        fds.release(key.0, key.1);
-        return Ok(fd);
+impl Held {
+    /// The URL under which this process reaches it.
+    fn url(&self) -> String {
+        format!("unix:///proc/{}/fd/{}", std::process::id(), self.fd.as_raw_fd())
     }
-    let deadline = deadline.unwrap_or_else(|| Instant::now() + WAIT);
-    let fd = fds
-        .take(key.0, key.1, Some(deadline))
-        .await
-        .map_err(|cause| Error::new(element, name, format_args!("the socket inode://{}/{}: {cause}", key.0, key.1)))?;
-    // The connection would keep a copy open for as long as it lives.
-    fds.release(key.0, key.1);
-    Ok(Arc::new(fd))
+}
+
+/// The sockets of endpoints by name. A newer socket of an endpoint takes the place of the older one under the same number:
+/// its URL stays, and who is connected by it does not take the endpoint for another one.
+#[derive(Default)]
+struct Files(Table<Held>);
+
+impl Files {
+    /// The URL of the endpoint's socket with that inode, which is awaited if it is not held yet.
+    async fn url(
+        &self,
+        element: &'static str,
+        name: &str,
+        key: (u64, u64),
+        fds: &FdTransceiver,
+        deadline: Option<Instant>,
+    ) -> Result<String, Error> {
+        let fail = |cause: std::io::Error| {
+            Error::new(element, name, format_args!("the socket inode://{}/{}: {cause}", key.0, key.1))
+        };
+        let known = self.0.with(|files| files.get(name).filter(|held| held.key == key).map(Held::url));
+        let url = match known {
+            Some(url) => url,
+            None => {
+                let deadline = deadline.unwrap_or_else(|| Instant::now() + WAIT);
+                let fd = fds.take(key.0, key.1, Some(deadline)).await.map_err(fail)?;
+                self.put(name, key, fd).map_err(fail)?
+            }
+        };
+        // The connection would keep a copy open for as long as it lives.
+        fds.release(key.0, key.1);
+        Ok(url)
+    }
+
+    fn put(&self, name: &str, key: (u64, u64), fd: OwnedFd) -> std::io::Result<String> {
+        self.0.with(|files| match files.get_mut(name) {
+            Some(held) => {
+                rustix::io::dup3(&fd, &mut held.fd, rustix::io::DupFlags::CLOEXEC)?;
+                held.key = key;
+                Ok(held.url())
+            }
+            None => {
+                let held = Held { key, fd };
+                let url = held.url();
+                files.insert(name.to_owned(), held);
+                Ok(url)
+            }
+        })
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.0.with(|files| files.contains_key(name))
+    }
 }
 
 /// Server side: takes the sockets that local endpoints register.
@@ -91,23 +126,30 @@ impl Element<Endpoint> for RecvFdServer {
             return next.register(call).await;
         };
         let name = call.message.name.clone();
-        let fd = receive("recvfd", &self.files, &name, key, &fds, call.ctx.deadline).await?;
-        call.message.url = own_url(&fd);
-        // An endpoint that was registered before keeps its socket when a refresh fails: the registry above may be away.
-        let mut answer = next.register(call).await?;
-        self.files.insert(&answer.name, (key, fd));
-        answer.url = outside;
-        Ok(answer)
+        let known = self.files.contains(&name);
+        call.message.url = self.files.url("recvfd", &name, key, &fds, call.ctx.deadline).await?;
+        match next.register(call).await {
+            Ok(mut answer) => {
+                answer.url = outside;
+                Ok(answer)
+            }
+            Err(error) => {
+                // One that was registered before keeps its socket: the registry above may just be away.
+                if !known {
+                    self.files.0.remove(&name);
+                }
+                Err(error)
+            }
+        }
     }
 
     async fn unregister(&self, mut call: Call<Endpoint>, next: Next<Endpoint>) -> Result<(), Error> {
-        let held = self.files.get(&call.message.name);
-        if let Some((_, fd)) = &held {
-            call.message.url = own_url(fd);
-        }
         let name = call.message.name.clone();
+        if let Some(url) = self.files.0.with(|files| files.get(&name).map(Held::url)) {
+            call.message.url = url;
+        }
         next.unregister(call).await?;
-        self.files.remove(&name);
+        self.files.0.remove(&name);
         Ok(())
     }
 }
@@ -200,11 +242,9 @@ impl Element<Endpoint> for RecvFdClient {
                 let mut event = event?;
                 let name = event.object.name.clone();
                 if event.deleted {
-                    files.remove(&name);
+                    files.0.remove(&name);
                 } else if let Some(key) = parse_inode(&event.object.url) {
-                    let fd = receive("recvfd", &files, &name, key, &fds, deadline).await?;
-                    event.object.url = own_url(&fd);
-                    files.insert(&name, (key, fd));
+                    event.object.url = files.url("recvfd", &name, key, &fds, deadline).await?;
                 }
                 Ok(event)
             }
@@ -215,6 +255,38 @@ impl Element<Endpoint> for RecvFdClient {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Context, Next};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    fn open(path: &std::path::Path) -> OwnedFd {
+        rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap()
+    }
+
+    #[test]
+    fn a_newer_socket_takes_the_place_of_the_older_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = Files::default();
+        let mut urls = Vec::new();
+        for inode in 1..=2 {
+            let path = folder.path().join(format!("{inode}.sock"));
+            let listener = UnixListener::bind(&path).unwrap();
+            let url = files.put("e", (1, inode), open(&path)).unwrap();
+            UnixStream::connect(url.strip_prefix("unix://").unwrap()).unwrap();
+            listener.accept().unwrap();
+            urls.push(url);
+        }
+        assert_eq!(urls[0], urls[1]);
+    }
+
+    // Conformance 90
+    #[tokio::test]
+    async fn what_names_no_descriptor_passes() {
+        let chain = Next::new(vec![Arc::new(RecvFdServer::default())]);
+        let endpoint = Endpoint { name: "e".into(), url: "inode://1/2".into(), ..Default::default() };
+        let answer = chain.register(Call::new(endpoint.clone(), Context::new())).await.unwrap();
+        assert_eq!(answer, endpoint);
+        chain.unregister(Call::new(endpoint, Context::new())).await.unwrap();
+    }
 
     #[test]
     fn inode_urls() {

@@ -90,11 +90,12 @@ impl Element<NetworkServiceEndpoint> for LocalBypass {
         mut call: Call<NetworkServiceEndpoint>,
         next: Next<NetworkServiceEndpoint>,
     ) -> Result<(), Error> {
-        let Some(local) = self.urls.remove(&call.message.name) else { return Ok(()) };
+        // One that a former run of this manager has registered is passed on as well: nobody else would remove it.
+        let local = self.urls.remove(&call.message.name);
         let name = call.message.name.clone();
         call.message.url.clone_from(&self.manager_url);
         let result = next.unregister(call).await;
-        if result.is_err() {
+        if let (Some(local), Err(_)) = (local, &result) {
             self.urls.insert(&name, local);
         }
         result
@@ -139,5 +140,9 @@ mod tests {
         restarted.unregister(call("e", "unix:///f")).await.unwrap();
         assert!(registry.list(all(), Context::new()).await.unwrap().is_empty());
         assert!(restarted.register(call("g", "")).await.is_err());
+        // What a former manager has registered can be removed through this one.
+        manager.register(call("h", "unix:///h")).await.unwrap();
+        restarted.unregister(call("h", "")).await.unwrap();
+        assert!(registry.list(all(), Context::new()).await.unwrap().is_empty());
     }
 }
