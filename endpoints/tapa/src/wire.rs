@@ -1,0 +1,233 @@
+//! The NSM connection of a conduit.
+
+use crate::{context, names::ConduitKey, settings::Settings};
+use nsm_chain::{
+    Client, Connection, ConnectionContext, Connector, Error, NetworkServiceRequest, State,
+    elements::{
+        begin::reselect_any,
+        heal::{ConnectionStatus, Liveness, LivenessCheck},
+        kernel_mechanism::{KERNEL, KernelClient},
+        mechanisms::Mechanisms,
+        sendfd::SendFdClient,
+    },
+};
+use nsm_kernel::{Netns, ping::Pinger};
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::{sync::watch, time::Instant};
+
+/// What a conduit needs of NSM; tests replace it.
+#[async_trait::async_trait]
+pub(crate) trait Wire: Send + Sync + 'static {
+    /// The connection that an earlier run of this process had, as the manager knows it.
+    async fn find(&self) -> Result<Option<Connection>, Error>;
+    /// Establishes or changes the connection.
+    async fn request(&self, request: NetworkServiceRequest) -> Result<Connection, Error>;
+    /// Ends it, and with it the interface.
+    async fn close(&self, connection: Connection) -> Result<(), Error>;
+    /// The connection as it is and each change.
+    fn watch(&self) -> watch::Receiver<ConnectionStatus>;
+    /// Whether the bridge answers over the interface.
+    async fn alive(&self, connection: &Connection) -> bool;
+}
+
+/// Pings of the bridge: one second apart, and so many missing ones in a row mean that the wire is dead.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+const PROBE_TIMEOUT: Duration = Duration::from_millis(600);
+const PROBE_MISSES: u32 = 5;
+/// A bridge that has not answered yet may not answer pings at all: it is given this time before that counts.
+const PROBE_GRACE: Duration = Duration::from_secs(30);
+const PROBE_ECHOES: u32 = 3;
+
+/// The connection by a real NSM manager.
+pub(crate) struct NsmWire {
+    client: Client,
+    id: String,
+    timeout: Duration,
+    probe: Arc<BridgeProbe>,
+}
+
+impl NsmWire {
+    pub(crate) fn new(settings: &Settings, key: &ConduitKey, interface: &str, connector: Arc<dyn Connector>) -> Self {
+        let probe = Arc::new(BridgeProbe::default());
+        let check = LivenessCheck {
+            probe: probe.clone(),
+            interval: PROBE_INTERVAL,
+            timeout: PROBE_TIMEOUT,
+            misses: PROBE_MISSES,
+            grace: PROBE_GRACE,
+        };
+        let kernel = Mechanisms::new(nsm_chain::Side::Client).with(KERNEL, KernelClient::with_name(interface));
+        let client = Client::builder(settings.name.clone(), connector)
+            .url(settings.nsm_socket.clone())
+            .dial_timeout(settings.dial_timeout.get())
+            .liveness(check)
+            .element(kernel)
+            .element(SendFdClient)
+            .build();
+        Self { client, id: settings.connection_id(key), timeout: settings.timeout.get(), probe }
+    }
+}
+
+#[async_trait::async_trait]
+impl Wire for NsmWire {
+    async fn find(&self) -> Result<Option<Connection>, Error> {
+        self.client.find(&self.id).await
+    }
+
+    async fn request(&self, request: NetworkServiceRequest) -> Result<Connection, Error> {
+        self.client.request(request, self.timeout).await
+    }
+
+    async fn close(&self, connection: Connection) -> Result<(), Error> {
+        self.client.close(connection, self.timeout).await
+    }
+
+    fn watch(&self) -> watch::Receiver<ConnectionStatus> {
+        self.client.watch(&self.id)
+    }
+
+    async fn alive(&self, connection: &Connection) -> bool {
+        self.probe.alive(connection, PROBE_TIMEOUT).await
+    }
+}
+
+/// Pings the bridge from the target's own addresses. One answer of either family proves the wire: a dead wire is rebuilt, and that
+/// takes the interface away, so doubt speaks for leaving it.
+#[derive(Default)]
+struct BridgeProbe {
+    state: Mutex<ProbeState>,
+}
+
+#[derive(Default)]
+struct ProbeState {
+    answered: bool,
+    first: Option<Instant>,
+}
+
+impl BridgeProbe {
+    fn judge(&self, answered: bool) -> bool {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = *state.first.get_or_insert_with(Instant::now);
+        state.answered |= answered;
+        answered || (!state.answered && first.elapsed() < PROBE_GRACE)
+    }
+}
+
+#[async_trait::async_trait]
+impl Liveness for BridgeProbe {
+    async fn alive(&self, connection: &Connection, timeout: Duration) -> bool {
+        let ip_context = connection.context.as_ref().and_then(|context| context.ip_context.as_ref());
+        let pairs = ip_context.map(context::probe_pairs).unwrap_or_default();
+        let answered = match Netns::current() {
+            Ok(netns) => any_answers(&netns, &pairs, timeout).await,
+            Err(error) => {
+                tracing::debug!(%error, "the wire cannot be probed");
+                false
+            }
+        };
+        self.judge(answered)
+    }
+}
+
+async fn any_answers(netns: &Netns, pairs: &[(IpAddr, IpAddr)], timeout: Duration) -> bool {
+    let checks = pairs.iter().map(|&(source, bridge)| {
+        Box::pin(async move {
+            let pinger = Pinger::open(netns, source.is_ipv6(), Some(source)).await.map_err(drop)?;
+            for _ in 0..PROBE_ECHOES {
+                if pinger.probe(bridge, timeout / PROBE_ECHOES).await {
+                    return Ok(());
+                }
+            }
+            Err(())
+        })
+    });
+    pairs.is_empty() || futures_util::future::select_ok(checks).await.is_ok()
+}
+
+/// The request for a new connection.
+pub(crate) fn fresh(settings: &Settings, key: &ConduitKey) -> NetworkServiceRequest {
+    let connection = Connection {
+        id: settings.connection_id(key),
+        network_service: settings.service(key),
+        labels: [("nodeName".to_owned(), settings.node.clone())].into(),
+        payload: "ETHERNET".into(),
+        context: Some(ConnectionContext::default()),
+        ..Connection::default()
+    };
+    NetworkServiceRequest { connection: Some(connection), mechanism_preferences: Vec::new() }
+}
+
+/// How to get a connection back: attempts escalate only while the wire is dead. A wire that works is asked for as it is, for ever.
+pub(crate) fn recover(
+    settings: &Settings,
+    key: &ConduitKey,
+    known: Option<&Connection>,
+    attempt: u32,
+    alive: bool,
+) -> NetworkServiceRequest {
+    let Some(known) = known else { return fresh(settings, key) };
+    let mut connection = known.clone();
+    let down = connection.state() == State::Down;
+    connection.set_state(State::Up);
+    let mut request = NetworkServiceRequest { connection: Some(connection), mechanism_preferences: Vec::new() };
+    match (alive, attempt) {
+        (true, _) => request,
+        (false, 0) if !down => request,
+        (false, 0..=2) => {
+            reselect_any(&mut request);
+            request
+        }
+        // Path and context of an earlier life may be what is refused.
+        (false, _) => fresh(settings, key),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::{conduit, settings};
+    use nsm_chain::Mechanism;
+
+    #[test]
+    fn a_new_connection_is_asked_for_by_its_stable_id() {
+        let request = fresh(&settings(), &conduit("c")).connection.unwrap();
+        assert_eq!(request.id, "target-1-proxy.c.t.default-0");
+        assert_eq!(request.network_service, "proxy.c.t.default");
+        assert_eq!((request.labels["nodeName"].as_str(), request.payload.as_str()), ("node-a", "ETHERNET"));
+    }
+
+    #[test]
+    fn only_a_dead_wire_is_rebuilt() {
+        let mut known = Connection { mechanism: Some(Mechanism::default()), ..Connection::default() };
+        known.network_service_endpoint_name = "proxy-1".into();
+        let what = |known: &Connection, attempt, alive| {
+            let request = recover(&settings(), &conduit("c"), Some(known), attempt, alive).connection.unwrap();
+            (request.mechanism.is_some(), request.network_service_endpoint_name.clone(), request.state())
+        };
+        let same = (true, "proxy-1".to_owned(), State::Up);
+        let other = (false, String::new(), State::ReselectRequested);
+        for attempt in [0, 1, 100] {
+            assert_eq!(what(&known, attempt, true), same);
+        }
+        assert_eq!(what(&known, 0, false), same);
+        assert_eq!(what(&known, 1, false), other);
+        assert_eq!(what(&known, 3, false), (false, String::new(), State::Up));
+        known.set_state(State::Down);
+        assert_eq!(what(&known, 0, false), other);
+        assert_eq!(what(&known, 0, true), same);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bridge_that_never_answered_gets_time() {
+        let probe = BridgeProbe::default();
+        assert!(probe.judge(false));
+        tokio::time::advance(PROBE_GRACE).await;
+        assert!(!probe.judge(false));
+        assert!(probe.judge(true));
+        assert!(!probe.judge(false));
+    }
+}
