@@ -168,13 +168,16 @@ impl Cluster {
         for process in &pod.processes {
             process.disown();
         }
-        for pid in pod.pids() {
+        let all = pod.pids();
+        for &pid in &all {
             crate::process::signal(pid, nix::sys::signal::Signal::SIGKILL);
         }
         for process in &pod.processes {
             process.kill();
         }
-        cleanup::kill_and_reap(&pod.pids(), Duration::from_secs(5));
+        // What is left had another parent (a BIRD, whose frontend is gone now), or came to life meanwhile.
+        let left: Vec<u32> = all.into_iter().chain(pod.pids()).collect();
+        cleanup::kill_and_reap(&left, Duration::from_secs(5));
         Ok(())
     }
 
@@ -187,22 +190,22 @@ impl Cluster {
         pod.processes.iter().try_for_each(|process| process.start(&pod.namespace))
     }
 
-    /// Kills a pod's processes and deletes its namespaces and cables.
+    /// Pulls a pod's cables, kills its processes and deletes its namespaces.
     ///
     /// # Errors
     /// If there is no such pod.
     pub fn delete_pod(&self, name: &str) -> Result<()> {
+        // Cables first: not even the kernel of the pod has a last word.
+        self.fabric()?.unplug(&self.pod(name)?.plan);
         self.crash_pod(name)?;
         let pod = self.lock_pods().remove(name).ok_or_else(|| anyhow!("there is no pod {name}"))?;
         self.collect_unexpected(&pod);
-        let plan = pod.plan.clone();
         // The supervisor may be looking at the pod; after that the thread ends here, with it the last holder of the namespaces.
         let deadline = Instant::now() + Duration::from_secs(2);
         while Arc::strong_count(&pod) > 1 && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
         drop(pod);
-        self.fabric()?.unplug(&plan);
         Ok(())
     }
 

@@ -282,10 +282,12 @@ fn tally(window: &Window, begin: Instant, rules: &Rules, event: &mut Event) {
         None if !losses.is_empty() => {
             let count = |direction| losses.iter().filter(|loss| loss.direction == direction).count();
             let first = losses.iter().map(after).min().unwrap_or(0);
+            let v6 = losses.iter().filter(|loss| loss.is_ipv6()).count();
             event.failures.push(format!(
-                "{} of {} packets lost ({} on the way in, {} on the way out), the first after {first} ms, the last after {} ms",
+                "{} of {} packets lost ({} IPv4, {v6} IPv6; {} on the way in, {} on the way out), the first after {first} ms, the last after {} ms",
                 losses.len(),
                 window.sent,
+                losses.len() - v6,
                 count(Direction::Ingress),
                 count(Direction::Egress),
                 ingress.max(egress)

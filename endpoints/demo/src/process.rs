@@ -27,6 +27,8 @@ pub struct ProcessPlan {
     pub args: Vec<String>,
     /// Its whole environment, apart from `PATH` and the demo's marker.
     pub env: Vec<(String, String)>,
+    /// Its priority: BFD with 150 ms to detection must not starve on a machine that is busy with other things.
+    pub nice: i32,
 }
 
 /// One container of a pod.
@@ -181,18 +183,23 @@ impl Process {
             command.current_dir("/").stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
             // Ctrl-C on the terminal is for the demo, which ends its components in order.
             command.process_group(0);
-            die_with_parent(&mut command);
+            prepare(&mut command, plan.nice);
             command.spawn().with_context(|| format!("start {}", plan.program.display()))
         })?;
         spawned.with_context(|| format!("start {}", self.label()))
     }
 }
 
-/// The child gets SIGKILL when the thread that forks it ends.
+/// The child gets SIGKILL when the thread that forks it ends, and the priority `nice` (-20 first, 19 last).
 #[allow(unsafe_code)]
-fn die_with_parent(command: &mut Command) {
-    let setup = || nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(std::io::Error::from);
-    // SAFETY: between fork and exec only prctl(2) is called, which is async-signal-safe and touches no memory of the parent.
+fn prepare(command: &mut Command, nice: i32) {
+    let setup = move || {
+        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(std::io::Error::from)?;
+        // SAFETY: setpriority(2) takes plain numbers. Where it is refused the child runs without.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
+        Ok(())
+    };
+    // SAFETY: between fork and exec only prctl(2) and setpriority(2) are called, which touch no memory of the parent.
     unsafe {
         command.pre_exec(setup);
     }

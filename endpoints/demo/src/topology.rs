@@ -20,6 +20,12 @@ pub const GATEWAY_INTERFACE: &str = "ext0";
 /// MTU of everything on the conduit: that of the primary network less the VXLAN header.
 pub const CONDUIT_MTU: u16 = 1450;
 
+/// Priority of components.
+const NICE: i32 = -5;
+
+/// Priority of what speaks BFD.
+const NICE_BFD: i32 = -15;
+
 /// One trench of the demo; all its names follow from its letter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trench {
@@ -219,7 +225,9 @@ fn component(name: &str, level: (&str, &Options), env: &[(&str, String)]) -> Pro
     ];
     all.extend(env.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
     let program = Path::new(crate::namespace::BINARY_DIR).join("meridio");
-    ProcessPlan { name: name.to_owned(), program, args: vec![name.to_owned()], env: all }
+    // The frontend's BIRD inherits its priority.
+    let nice = if name == "frontend" { NICE_BFD } else { NICE };
+    ProcessPlan { name: name.to_owned(), program, args: vec![name.to_owned()], env: all, nice }
 }
 
 fn text(value: &str) -> String {
@@ -267,6 +275,7 @@ fn gateway_pod(trench: &Trench, options: &Options) -> PodPlan {
         program: options.bird.clone(),
         args: args.iter().map(|&arg| text(arg)).collect(),
         env: Vec::new(),
+        nice: NICE_BFD,
     }];
     pod
 }

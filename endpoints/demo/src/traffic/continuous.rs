@@ -48,6 +48,13 @@ pub struct Loss {
     pub direction: Direction,
 }
 
+impl Loss {
+    /// Whether its flow goes to the second VIP.
+    pub fn is_ipv6(&self) -> bool {
+        !self.flow.is_multiple_of(2)
+    }
+}
+
 /// A TCP connection that broke.
 #[derive(Clone, Debug)]
 pub struct Break {

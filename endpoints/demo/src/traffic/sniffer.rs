@@ -59,10 +59,10 @@ impl Sniffer {
     pub fn prove(&mut self, pod: &Namespace, vips: [IpAddr; 2], neighbours: [IpAddr; 2]) -> Result<()> {
         for (vip, neighbour) in vips.into_iter().zip(neighbours) {
             let before = self.shared.count.load(Ordering::Relaxed);
-            let address = format!("{vip}/{} dev lo", if vip.is_ipv4() { 32 } else { 128 });
-            pod.ip(&format!("addr add {address}\n"))?;
+            let (length, flag) = if vip.is_ipv4() { (32, "") } else { (128, " nodad") };
+            pod.ip(&format!("addr add {vip}/{length} dev lo{flag}\n"))?;
             let sent = pod.run(move || send_from(vip, neighbour))?;
-            pod.ip(&format!("addr del {address}\n"))?;
+            pod.ip(&format!("addr del {vip}/{length} dev lo\n"))?;
             sent.with_context(|| format!("send from {vip}"))?;
             std::thread::sleep(Duration::from_millis(50));
             if self.shared.count.load(Ordering::Relaxed) == before {
