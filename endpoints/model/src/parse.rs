@@ -42,7 +42,12 @@ impl Configuration {
             None => &document,
         };
         unknown_keys(data, &KEYS, "configuration", &mut faults);
-        let mut reader = Reader { names: Names::default(), trench: String::new(), faults };
+        let mut names = Names::default();
+        for kind in ["stream", "conduit"] {
+            // A reference that is missing was reported where it is missing.
+            names.of(kind).insert(String::new());
+        }
+        let mut reader = Reader { names, trench: String::new(), faults };
         let configuration = reader.read(data);
         let Reader { names, mut faults, .. } = reader;
         faults.extend(configuration.check(&names));
@@ -174,38 +179,30 @@ fn conduit(item: &mut Item<'_>, name: String) -> Option<Conduit> {
     Some(Conduit { name, port_nats })
 }
 
+// A value with a fault gets a stand-in, so that the rules between objects still see the item: one pass finds everything.
+
 fn stream(item: &mut Item<'_>, name: String) -> Option<Stream> {
-    let conduit = item.required("conduit");
-    let bad = item.has("max-targets");
-    let max_targets =
-        item.number("max-targets", 1, MAX_TARGETS_LIMIT).or_else(|| (!bad).then_some(DEFAULT_MAX_TARGETS));
-    Some(Stream { name, conduit: conduit?, max_targets: max_targets? })
+    let conduit = item.required("conduit").unwrap_or_default();
+    let max_targets = item.number("max-targets", 1, MAX_TARGETS_LIMIT).unwrap_or(DEFAULT_MAX_TARGETS);
+    Some(Stream { name, conduit, max_targets })
 }
 
 fn flow(item: &mut Item<'_>, name: String) -> Option<Flow> {
-    let source_subnets = item.parsed_list("source-subnets", canonical_subnet);
-    let destination_ports = item.parsed_list("destination-port-ranges", from_str);
-    let source_ports = item.parsed_list("source-port-ranges", from_str);
-    let given = item.values("protocols").len();
-    let protocols = item.parsed_list("protocols", from_str);
-    if given == 0 {
+    let flow = Flow {
+        name,
+        source_subnets: item.parsed_list("source-subnets", canonical_subnet),
+        destination_ports: item.parsed_list("destination-port-ranges", from_str),
+        source_ports: item.parsed_list("source-port-ranges", from_str),
+        protocols: item.parsed_list("protocols", from_str),
+        vips: item.texts("vips"),
+        priority: item.required_number("priority", 0, i32::MAX).unwrap_or_default(),
+        stream: item.required("stream").unwrap_or_default(),
+        byte_matches: item.parsed_list("byte-matches", from_str),
+    };
+    if item.values("protocols").is_empty() {
         item.fault("protocols is missing or empty");
     }
-    let vips = item.texts("vips");
-    let priority = item.required_number("priority", 0, i32::MAX);
-    let stream = item.required("stream");
-    let byte_matches = item.parsed_list("byte-matches", from_str);
-    Some(Flow {
-        name,
-        source_subnets,
-        destination_ports,
-        source_ports,
-        protocols,
-        vips,
-        priority: priority?,
-        stream: stream?,
-        byte_matches,
-    })
+    Some(flow)
 }
 
 fn vip(item: &mut Item<'_>, name: String) -> Option<Vip> {
@@ -239,13 +236,15 @@ fn gateway(item: &mut Item<'_>, name: String) -> Option<Gateway> {
     }
     let [min_tx, min_rx, multiplier] = timers.map(Option::unwrap_or_default);
     let bfd = on.then_some(Bfd { min_tx, min_rx, multiplier });
-    let protocol = match item.required("protocol")?.as_str() {
-        "bgp" => bgp(item),
-        "static" => static_route(item),
-        other => {
-            item.fault(format!("protocol {other:?} is not one of bgp, static"));
-            // The other protocol's fields are no further faults.
-            bgp(item);
+    let protocol = match item.required("protocol").as_deref() {
+        Some("bgp") => bgp(item),
+        Some("static") => static_route(item),
+        unknown => {
+            if let Some(other) = unknown {
+                item.fault(format!("protocol {other:?} is not one of bgp, static"));
+            }
+            // Without a protocol nobody can say which of these should be there.
+            item.pass_over(&["remote-asn", "local-asn", "remote-port", "local-port", "hold-time", "bgp-auth"]);
             None
         }
     };

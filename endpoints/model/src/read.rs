@@ -41,6 +41,11 @@ impl<'a> Item<'a> {
         self.fields.get(field).filter(|value| !value.is_null())
     }
 
+    /// Fields that are known, but not judged.
+    pub(crate) fn pass_over(&mut self, fields: &[&'static str]) {
+        self.used.extend(fields);
+    }
+
     pub(crate) fn has(&self, field: &str) -> bool {
         self.fields.get(field).is_some_and(|value| !value.is_null())
     }

@@ -153,6 +153,8 @@ fn one_line_for_each_fault() {
 #[test]
 fn one_fault_is_one_line() {
     assert_eq!(broken("20.0.0.1/32", "20.0.0.1").len(), 1);
+    assert_eq!(broken("protocol: bgp", "protocol: ospf").len(), 1);
+    assert_eq!(broken("      stream: stream-a-i\n", "").len(), 1);
     assert_eq!(broken("priority: 1", "priority: one").len(), 1);
 }
 
@@ -163,7 +165,7 @@ fn all_faults_at_once() {
         "conduit: conduit-x\n      max-targets: 0\n    - name: stream-a-ii",
     );
     let lines = faults(&text);
-    assert_eq!(lines.len(), 3, "{lines:#?}");
+    assert_eq!(lines.len(), 4, "{lines:#?}");
 }
 
 #[test]

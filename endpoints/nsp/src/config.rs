@@ -78,15 +78,30 @@ impl ConfigFile {
             }
             let text = tokio::fs::read_to_string(&self.path).await.ok();
             if text == seen && text != self.judged {
-                self.judge(text.clone());
+                let accepted = self.judge(text.clone());
                 health.note(NOTE, self.remarks.clone());
+                if let Some(configuration) = accepted {
+                    self.publish(configuration.to_nsp());
+                }
             }
             seen = text;
         }
     }
 
-    /// Takes a text that the file had twice in a row.
-    fn judge(&mut self, text: Option<String>) {
+    /// Tells the watches, if anything differs.
+    fn publish(&self, lists: NspLists) {
+        self.lists.send_if_modified(|served| {
+            let changed = **served != lists;
+            if changed {
+                *served = Arc::new(lists);
+            }
+            changed
+        });
+    }
+
+    /// Judges a text that the file had twice in a row; returns what is to be served.
+    fn judge(&mut self, text: Option<String>) -> Option<Configuration> {
+        let mut accepted = None;
         match &text {
             None => {
                 let line = format!("configuration file {}: cannot be read", self.path.display());
@@ -96,19 +111,13 @@ impl ConfigFile {
                 Ok(configuration) => {
                     self.accepted(text, &configuration);
                     self.remarks.clear();
-                    let lists = configuration.to_nsp();
-                    self.lists.send_if_modified(|served| {
-                        let changed = **served != lists;
-                        if changed {
-                            *served = Arc::new(lists);
-                        }
-                        changed
-                    });
+                    accepted = Some(configuration);
                 }
                 Err(faults) => self.refused(self.lines(&faults)),
             },
         }
         self.judged = text;
+        accepted
     }
 
     fn lines(&self, faults: &Faults) -> Vec<String> {
