@@ -71,6 +71,7 @@ struct GrpcRemote {
     monitor: MonitorConnectionClient<Service>,
     peer: Option<Peer>,
     fds: Option<FdTransceiver>,
+    socket: Option<nsm_transport::FdTransceiver>,
     broken: AtomicBool,
 }
 
@@ -80,7 +81,8 @@ impl GrpcRemote {
             service: NetworkServiceClient::new(link.with_token()),
             monitor: MonitorConnectionClient::new(link.with_token()),
             peer: link.peer,
-            fds: link.fds.map(FdTransceiver::new),
+            socket: link.fds.clone(),
+            fds: link.fds,
             broken: AtomicBool::new(false),
         }
     }
@@ -129,7 +131,9 @@ impl RemoteService for GrpcRemote {
     }
 
     fn alive(&self) -> bool {
-        !self.broken.load(Ordering::Relaxed)
+        // A socket knows that it is closed before any call has failed.
+        let closed = self.socket.as_ref().is_some_and(nsm_transport::FdTransceiver::is_closed);
+        !closed && !self.broken.load(Ordering::Relaxed)
     }
 }
 

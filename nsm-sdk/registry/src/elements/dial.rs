@@ -1,7 +1,7 @@
 //! The connection to the next registry: one for all calls, made anew when it broke.
 
 use crate::{Call, Context, Element, Error, Events, Next, Object, Query};
-use nsm_transport::{Address, Link, Transport};
+use nsm_transport::{Address, FdTransceiver, Link, Transport};
 use std::{sync::Arc, time::Duration};
 use tokio::sync::Mutex;
 use tonic::Code;
@@ -25,7 +25,8 @@ impl Dialer {
     /// The connection there is, or a new one.
     pub async fn link(&self) -> Result<Arc<Link>, Error> {
         let mut held = self.link.lock().await;
-        if let Some(link) = &*held {
+        let closed = |link: &Link| link.fds.as_ref().is_some_and(FdTransceiver::is_closed);
+        if let Some(link) = held.as_ref().filter(|link| !closed(link)) {
             return Ok(link.clone());
         }
         let link = self.transport.dial(&self.address, self.timeout).await.map_err(|cause| {
