@@ -82,7 +82,7 @@ impl GrpcRemote {
             monitor: MonitorConnectionClient::new(link.with_token()),
             peer: link.peer,
             socket: link.fds.clone(),
-            fds: link.fds,
+            fds: link.fds.map(FdTransceiver::new),
             broken: AtomicBool::new(false),
         }
     }
