@@ -33,7 +33,7 @@ impl Store {
     }
 
     pub(crate) async fn all(&self) -> Result<Vec<Target>, Error> {
-        self.0.call(|connection| read_all(connection)).await
+        self.0.call(read_all).await
     }
 
     /// Writes one target; it is in the file when this returns.
