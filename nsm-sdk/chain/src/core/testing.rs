@@ -1,5 +1,9 @@
 //! What the tests of elements share.
 
+mod remote;
+
+pub(crate) use remote::{Hop, HopConnector};
+
 use crate::registry::{NetworkService, NetworkServiceEndpoint, Registry};
 use crate::{Call, Chain, CloseCall, Connection, Context, Element, Error, NetworkServiceRequest, Next, RequestCall};
 use std::{

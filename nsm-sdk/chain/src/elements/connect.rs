@@ -1,6 +1,8 @@
 //! The call to the next hop, and the chain that makes it.
 
-use crate::{Chain, CloseCall, Connection, Context, Element, Error, Next, REMOTE, Remote, RequestCall, unwind};
+use crate::{
+    Chain, CloseCall, Connection, Context, Element, Error, Key, Next, REMOTE, Remote, RequestCall, Side, unwind,
+};
 use std::time::Duration;
 use tonic::{Code, Status};
 
@@ -68,12 +70,14 @@ impl Element for Connect {
 /// client chain returned.
 pub struct ConnectServer {
     client: Chain,
+    /// Set once a request has gone through.
+    established: Key<bool>,
 }
 
 impl ConnectServer {
     /// An element around this client chain.
     pub fn new(client: Chain) -> Self {
-        Self { client }
+        Self { client, established: Key::new(Side::Server) }
     }
 }
 
@@ -84,11 +88,16 @@ impl Element for ConnectServer {
     }
 
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
-        let postponed = call.ctx.postpone();
+        let (postponed, metadata) = (call.ctx.postpone(), call.ctx.metadata.clone().unwrap_or_default());
         let connection = self.client.request(call.clone()).await?;
         call.message.connection = Some(connection.clone());
         match next.request(call).await {
-            Ok(connection) => Ok(connection),
+            Ok(connection) => {
+                metadata.insert(&self.established, true);
+                Ok(connection)
+            }
+            // A failing refresh leaves what works.
+            Err(error) if metadata.contains(&self.established) => Err(error),
             Err(error) => {
                 let client = self.client.followed_by(Next::tail());
                 Err(unwind(&client, connection, &postponed, error).await)

@@ -5,6 +5,7 @@ use crate::{
 };
 use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
+use tonic::Code;
 
 /// Connects to `ctx.client_url` and leaves the remote in the context and in the metadata.
 ///
@@ -32,8 +33,10 @@ impl Dial {
             deadline = deadline.min(Instant::now() + self.timeout);
         }
         let failed = |code, text: &str| Error::new(NAME, id, format!("failed to dial {url}: {text}")).with_code(code);
-        match ctx.bounded(DEFAULT_TIMEOUT, self.connector.connect(url, deadline)).await {
-            Ok(result) => result.map_err(|error| failed(error.code(), error.message())),
+        let connect = tokio::time::timeout_at(deadline, self.connector.connect(url, deadline));
+        match ctx.bounded(DEFAULT_TIMEOUT, connect).await {
+            Ok(Ok(result)) => result.map_err(|error| failed(error.code(), error.message())),
+            Ok(Err(_)) => Err(failed(Code::DeadlineExceeded, "context deadline exceeded")),
             Err(code) => Err(failed(code, "given up")),
         }
     }
@@ -131,3 +134,6 @@ impl Element for Dial {
         result
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -130,12 +130,12 @@ impl Element for KernelServer {
     }
 
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let metadata = call.ctx.metadata.clone();
         let connection = call.connection_mut();
         let service = connection.network_service.clone();
         let Some(mechanism) = connection.mechanism.as_mut().filter(|mechanism| mechanism.r#type == KERNEL) else {
             return next.request(call).await;
         };
-        let metadata = call.ctx.metadata.clone();
         let given = metadata.as_ref().and_then(|metadata| metadata.get(&self.given));
         if let Some(name) = given.filter(|_| mechanism.parameters.get(NAME).is_none_or(String::is_empty)) {
             mechanism.parameters.insert(NAME.into(), name);
@@ -214,7 +214,8 @@ mod tests {
         let request = async |id: &str, name: Option<&str>| {
             let parameters = name.map(|name| (NAME.to_owned(), name.to_owned())).into_iter().collect();
             let mechanism = Some(Mechanism { r#type: KERNEL.into(), parameters, ..Default::default() });
-            let connection = Connection { id: id.into(), network_service: "svc".into(), mechanism, ..Default::default() };
+            let connection =
+                Connection { id: id.into(), network_service: "svc".into(), mechanism, ..Default::default() };
             chain.request(request_with(connection)).await.unwrap().mechanism.unwrap().parameters[NAME].clone()
         };
         let first = request("c", None).await;

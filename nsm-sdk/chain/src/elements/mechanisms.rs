@@ -1,7 +1,10 @@
 //! Chooses how a connection is carried.
 
 use crate::{CloseCall, Connection, Element, Error, Mechanism, Next, RequestCall, Side, path};
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 /// Hands a connection to the element for its mechanism's type; without a mechanism the caller's preferences are tried
 /// in their order.
@@ -61,10 +64,14 @@ impl Element for Mechanisms {
             self.note(&mut connection);
             return Ok(connection);
         }
-        let mut causes = Vec::new();
+        let (mut causes, mut tried) = (Vec::new(), BTreeSet::new());
         let mut code = tonic::Code::Unknown;
         for preference in call.message.mechanism_preferences.clone() {
             let Some(element) = self.elements.get(&preference.r#type) else { continue };
+            // A client element lets the other side choose: one attempt covers all preferences of its type.
+            if self.side == Side::Client && !tried.insert(preference.r#type.clone()) {
+                continue;
+            }
             let mut attempt = call.clone();
             if self.side == Side::Server {
                 attempt.connection_mut().mechanism = Some(preference);
@@ -82,7 +89,6 @@ impl Element for Mechanisms {
                     }
                 }
             }
-            // A client element lets the other side choose: one attempt covers all preferences of its type.
         }
         if self.side == Side::Client && call.message.mechanism_preferences.is_empty() {
             // The client elements append the preferences themselves.

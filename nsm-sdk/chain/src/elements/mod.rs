@@ -13,6 +13,7 @@ pub mod excludedprefixes;
 pub mod filtermechanisms;
 pub mod heal;
 pub mod interfacename;
+pub mod ipam;
 pub mod kernel_mechanism;
 pub mod mechanisms;
 pub mod mechanismtranslation;

@@ -10,7 +10,7 @@ use crate::{
     Connection, ConnectionEvent, Error, FdTransceiver, Key, MonitorScopeSelector, NetworkServiceRequest, Peer, Side,
 };
 use futures_util::stream::BoxStream;
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -35,6 +35,9 @@ pub trait RemoteService: Send + Sync + 'static {
         true
     }
 }
+
+/// What the other side may take to accept a monitor stream.
+const MONITOR_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Shared handle of a [`RemoteService`]; the transport closes with the last one.
 #[derive(Clone)]
@@ -79,7 +82,8 @@ impl Remote {
 
     /// See [`RemoteService::monitor`].
     pub async fn monitor(&self, selector: MonitorScopeSelector) -> Result<EventStream, Status> {
-        self.service.monitor(selector).await
+        let opening = tokio::time::timeout(MONITOR_TIMEOUT, self.service.monitor(selector));
+        opening.await.unwrap_or_else(|_| Err(Status::deadline_exceeded("the monitor does not answer")))
     }
 
     /// See [`RemoteService::peer`].

@@ -88,7 +88,11 @@ impl Client {
         let id = request.connection.as_ref().map_or(String::new(), |connection| connection.id.clone());
         let mut ctx = Context::new().with_timeout(timeout);
         ctx.insert_extension(StatusSender(self.sender(&id)));
-        self.chain.request(RequestCall::new(request, ctx)).await
+        let result = self.chain.request(RequestCall::new(request, ctx)).await;
+        if result.is_err() && self.begin.factory(&id).is_none() {
+            self.statuses().retain(|known, sender| *known != id || sender.receiver_count() > 0);
+        }
+        result
     }
 
     /// Ends a connection. One that this client does not know is closed at the next hop as it is given.

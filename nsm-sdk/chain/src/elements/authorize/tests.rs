@@ -1,1 +1,91 @@
+use super::*;
+use crate::{
+    Chain, Context, Path, PathSegment, Remote,
+    core::testing::{Spy, request_with},
+    elements::metadata::MetadataElement,
+    remote::inprocess::{Caller, LocalService, remote},
+};
+use nsm_identity::{Authority, X509Source};
+use std::{sync::Arc, time::Duration};
 
+const HOUR: Duration = Duration::from_secs(3600);
+
+fn sources() -> (X509Source, X509Source) {
+    let authority = Authority::generate("example.org").unwrap();
+    (authority.source("/client", 2 * HOUR).unwrap(), authority.source("/server", 2 * HOUR).unwrap())
+}
+
+fn peer(source: &X509Source) -> Peer {
+    Peer::from_leaf(&source.svid().chain()[0]).unwrap()
+}
+
+fn token(source: &X509Source, audience: &X509Source) -> PathSegment {
+    let token = source.sign(Some(&audience.spiffe_id()), HOUR).unwrap().jwt;
+    PathSegment { id: "c".into(), token, ..Default::default() }
+}
+
+fn connection(index: u32, path_segments: Vec<PathSegment>) -> Connection {
+    Connection { id: "c".into(), path: Some(Path { index, path_segments }), ..Default::default() }
+}
+
+// Conformance 20
+#[tokio::test]
+async fn servers_check_what_callers_send() {
+    let (client, server) = sources();
+    let chain = Chain::builder().element(AuthorizeServer::new(Policies::server())).build();
+    let allowed = connection(1, vec![token(&client, &server), token(&server, &client), PathSegment::default()]);
+    let denied = connection(1, vec![token(&server, &client), token(&server, &client)]);
+    let empty = connection(0, vec![]);
+    let ctx = || Context { peer: Some(peer(&client)), ..Context::new() };
+    for (connection, code) in
+        [(allowed, None), (denied.clone(), Some(Code::PermissionDenied)), (empty, Some(Code::PermissionDenied))]
+    {
+        let mut call = request_with(connection.clone());
+        call.ctx = ctx();
+        assert_eq!(chain.request(call).await.err().map(|error| error.code()), code);
+        let closed = chain.close(CloseCall::new(connection, ctx())).await;
+        assert_eq!(closed.err().map(|error| error.code()), code);
+    }
+    // Calls from inside the process have no peer.
+    chain.request(request_with(denied.clone())).await.unwrap();
+    // Policies can be switched off.
+    let open = Chain::builder().element(AuthorizeServer::new(Policies::any())).build();
+    open.close(CloseCall::new(denied, ctx())).await.unwrap();
+}
+
+/// Sets the remote, as dial would.
+struct To(Remote);
+
+#[async_trait::async_trait]
+impl Element for To {
+    fn name(&self) -> &'static str {
+        "to"
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        call.ctx.remote = Some(self.0.clone());
+        next.request(call).await
+    }
+}
+
+// Conformance 21
+#[tokio::test]
+async fn clients_check_answers() {
+    let (client, server) = sources();
+    let spy = Arc::new(Spy::default());
+    let service = LocalService { chain: Chain::builder().build(), hub: Default::default(), peer: Some(peer(&server)) };
+    let chain = Chain::builder()
+        .element(MetadataElement::new())
+        .element(To(remote("test", service, Caller::default())))
+        .element(AuthorizeClient::new(Policies::client()))
+        .element(spy.clone())
+        .build();
+    let good = connection(0, vec![token(&client, &server), token(&server, &client)]);
+    let forged = connection(0, vec![token(&client, &server), token(&client, &server)]);
+
+    let error = chain.request(request_with(forged.clone())).await.unwrap_err();
+    assert_eq!((error.code(), spy.closes()), (Code::PermissionDenied, 1));
+    chain.request(request_with(good)).await.unwrap();
+    chain.request(request_with(forged)).await.unwrap_err();
+    assert_eq!(spy.closes(), 1, "a failed refresh closes nothing");
+}

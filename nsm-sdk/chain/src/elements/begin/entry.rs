@@ -199,7 +199,7 @@ impl Entry {
     pub(super) async fn request_event(self: &Arc<Self>, _turn: &Turn, options: &EventOptions) -> Result<Fired, Error> {
         let (mut request, generation) = {
             let record = self.record();
-            if record.phase != Phase::Established {
+            if record.phase != Phase::Established || self.closed.is_cancelled() {
                 return Ok(Fired::Skipped);
             }
             (record.request.clone(), record.generation)

@@ -175,6 +175,15 @@ async fn wait<T>(
     joined.unwrap_or_else(|error| Err(broken(id, &error)))
 }
 
+/// The chain is gone: nothing is replayed any more.
+impl Drop for Begin {
+    fn drop(&mut self) {
+        for entry in self.entries().values() {
+            entry.closed.cancel();
+        }
+    }
+}
+
 impl std::fmt::Debug for Begin {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Begin({:?}, {} connections)", self.side, self.len())

@@ -255,3 +255,13 @@ async fn an_inner_begin_lets_everything_pass() {
     close(&chain, "c").await.unwrap();
     assert_eq!((seen.requests.load(SeqCst), seen.closes.load(SeqCst)), (1, 1));
 }
+
+#[tokio::test]
+async fn a_dropped_chain_replays_nothing() {
+    let (chain, seen, begin) = chain(Side::Client);
+    chain.request(request("c")).await.unwrap();
+    let factory = seen.factory.lock().unwrap().clone().unwrap();
+    drop((chain, begin));
+    assert_eq!(factory.request(EventOptions::default()).await.unwrap(), Fired::Skipped);
+    factory.closed().await;
+}

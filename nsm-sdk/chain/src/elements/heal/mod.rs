@@ -12,7 +12,7 @@ mod watch;
 
 pub use status::{ConnectionStatus, StatusSender};
 
-use crate::{CloseCall, Connection, Element, Error, Key, Next, REMOTE, RequestCall, Side, Task};
+use crate::{CloseCall, Connection, Element, Error, Key, Next, REMOTE, RequestCall, Side, State, Task};
 use std::{sync::Arc, time::Duration};
 use watch::{Gate, Watch};
 
@@ -34,12 +34,15 @@ pub struct LivenessCheck {
     pub timeout: Duration,
     /// So many failures in a row mean that the path is dead.
     pub misses: u32,
+    /// A new data path may take so long until it answers for the first time.
+    pub grace: Duration,
 }
 
 impl LivenessCheck {
     /// Checks every 200 ms, each 100 ms long; one failure is enough.
     pub fn new(probe: Arc<dyn Liveness>) -> Self {
-        Self { probe, interval: Duration::from_millis(200), timeout: Duration::from_millis(100), misses: 1 }
+        let (interval, timeout) = (Duration::from_millis(200), Duration::from_millis(100));
+        Self { probe, interval, timeout, misses: 1, grace: Duration::from_secs(2) }
     }
 
     async fn alive(&self, connection: &Connection) -> bool {
@@ -71,13 +74,21 @@ impl Heal {
         Self { key: Key::new(Side::Client), check }
     }
 
-    fn start(&self, call: &RequestCall, connection: Connection, generation: u64) -> Result<(), Error> {
+    fn start(&self, call: &RequestCall, connection: Connection, generation: u64, proven: bool) -> Result<(), Error> {
         let metadata = call.ctx.metadata(NAME, call.id())?;
         let (Some(remote), Some(factory)) = (metadata.get(&REMOTE), call.ctx.factory.clone()) else { return Ok(()) };
         let gate = Gate::default();
         let status = call.ctx.extension::<StatusSender>();
-        let watch =
-            Watch { connection, remote, factory, generation, check: self.check.clone(), gate: gate.clone(), status };
+        let watch = Watch {
+            connection,
+            remote,
+            factory,
+            generation,
+            proven,
+            check: self.check.clone(),
+            gate: gate.clone(),
+            status,
+        };
         let watching = Watching { gate, _task: Task::spawn(watch.run()) };
         drop(metadata.insert(&self.key, Some(watching)));
         Ok(())
@@ -98,15 +109,17 @@ impl Element for Heal {
             _ => None,
         });
         let generation = call.ctx.factory.as_ref().map_or(0, |factory| factory.generation());
+        // What was there before has a data path that has answered already.
+        let proven = generation > 0 && call.connection().state() != State::ReselectRequested;
         match next.request(call.clone()).await {
             Ok(connection) => {
                 // `begin` counts this success after it has come up there.
-                self.start(&call, connection.clone(), generation + 1)?;
+                self.start(&call, connection.clone(), generation + 1, proven)?;
                 Ok(connection)
             }
             Err(error) => {
                 if stopped.is_some() {
-                    self.start(&call, call.connection().into_owned(), generation)?;
+                    self.start(&call, call.connection().into_owned(), generation, proven)?;
                 }
                 Err(error)
             }

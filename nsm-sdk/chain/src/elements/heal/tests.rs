@@ -1,1 +1,253 @@
+use super::*;
+use crate::{
+    Client, ConnectionContext, NetworkServiceRequest, State,
+    core::testing::{Hop, HopConnector},
+    path,
+};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
+const TIMEOUT: Duration = Duration::from_secs(15);
+
+struct Probe(Arc<AtomicBool>);
+
+#[async_trait::async_trait]
+impl Liveness for Probe {
+    async fn alive(&self, _: &Connection, _: Duration) -> bool {
+        self.0.load(SeqCst)
+    }
+}
+
+/// A client of a hop; with a liveness check if `alive` is given.
+fn client(alive: Option<&Arc<AtomicBool>>) -> (Client, Arc<Hop>) {
+    let hop = Arc::new(Hop::default());
+    let mut builder = Client::builder("nsc", Arc::new(HopConnector(hop.clone()))).url("unix:///mgr").element(Life);
+    if let Some(alive) = alive {
+        builder = builder.liveness(LivenessCheck::new(Arc::new(Probe(alive.clone()))));
+    }
+    (builder.build(), hop)
+}
+
+/// Gives the path a long life, so that refresh stays out of these tests.
+struct Life;
+
+#[async_trait::async_trait]
+impl Element for Life {
+    fn name(&self) -> &'static str {
+        "life"
+    }
+
+    async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let mut connection = next.request(call).await?;
+        let expires = crate::clock::to_timestamp(crate::clock::now() + Duration::from_secs(1_000_000));
+        if let Some(segment) = path::segment_mut(&mut connection, 0) {
+            segment.expires = Some(expires);
+        }
+        Ok(connection)
+    }
+}
+
+fn request() -> NetworkServiceRequest {
+    let connection = Connection {
+        id: "c".into(),
+        network_service: "svc".into(),
+        network_service_endpoint_name: "nse-1".into(),
+        ..Default::default()
+    };
+    NetworkServiceRequest { connection: Some(connection), ..Default::default() }
+}
+
+fn last(hop: &Hop) -> Connection {
+    hop.requests.lock().unwrap().last().unwrap().1.connection.clone().unwrap()
+}
+
+async fn settle() {
+    tokio::time::sleep(Duration::from_millis(150)).await;
+}
+
+/// Lets the hop report something about the connection.
+fn report(hop: &Hop, change: impl FnOnce(&mut Connection)) {
+    let hub = hop.hub.lock().unwrap().clone();
+    let mut connection = hub.connections().pop().unwrap();
+    change(&mut connection);
+    hub.update(connection);
+}
+
+// Conformance 42
+#[tokio::test(start_paused = true)]
+async fn control_plane_lost_without_a_check_reselects() {
+    let (client, hop) = client(None);
+    client.request(request(), TIMEOUT).await.unwrap();
+    report(&hop, |connection| connection.set_state(State::Down));
+    settle().await;
+    assert_eq!((hop.requests(), hop.closes()), (2, 1));
+    let healed = last(&hop);
+    assert_eq!(healed.state(), State::ReselectRequested);
+    assert!(healed.network_service_endpoint_name.is_empty() && healed.mechanism.is_none());
+}
+
+// Conformance 44
+#[tokio::test(start_paused = true)]
+async fn control_plane_lost_with_a_live_data_path_keeps_the_connection() {
+    let (client, hop) = client(Some(&Arc::new(AtomicBool::new(true))));
+    client.request(request(), TIMEOUT).await.unwrap();
+    for round in 2..5 {
+        match round {
+            2 => hop.restart(),
+            3 => report(&hop, |connection| connection.set_state(State::Down)),
+            _ => {
+                let hub = hop.hub.lock().unwrap().clone();
+                let connection = hub.connections().pop().unwrap();
+                hub.delete(&connection);
+            }
+        }
+        settle().await;
+        assert_eq!((hop.requests(), hop.closes()), (round, 0));
+        assert_eq!(last(&hop).network_service_endpoint_name, "nse-1");
+    }
+}
+
+// Conformance 43
+#[tokio::test(start_paused = true)]
+async fn a_dead_data_path_reselects_even_if_the_control_plane_is_fine() {
+    let alive = Arc::new(AtomicBool::new(true));
+    let (client, hop) = client(Some(&alive));
+    client.request(request(), TIMEOUT).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(hop.requests(), 1);
+    alive.store(false, SeqCst);
+    tokio::time::sleep(Duration::from_millis(450)).await;
+    assert_eq!(hop.closes(), 1);
+    assert_eq!(last(&hop).state(), State::ReselectRequested);
+    // The new data path is given a moment, but not for ever.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(hop.closes(), 1);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(hop.closes(), 2);
+}
+
+// Conformance 46, 54
+#[tokio::test(start_paused = true)]
+async fn a_hop_that_comes_back_is_used_again_within_two_seconds() {
+    let (client, hop) = client(Some(&Arc::new(AtomicBool::new(true))));
+    client.request(request(), TIMEOUT).await.unwrap();
+    let status = client.watch("c");
+    hop.down.store(true, SeqCst);
+    hop.restart();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(matches!(*status.borrow(), ConnectionStatus::Down(_)));
+    let dialled = hop.dialled();
+    assert!((20..60).contains(&dialled), "{dialled} attempts in a minute");
+    hop.down.store(false, SeqCst);
+    tokio::time::sleep(Duration::from_millis(2600)).await;
+    assert_eq!((hop.requests(), hop.closes()), (2, 0));
+    assert!(status.borrow().is_up());
+}
+
+// Conformance 48
+#[tokio::test(start_paused = true)]
+async fn close_ends_endless_healing() {
+    let (client, hop) = client(None);
+    let connection = client.request(request(), TIMEOUT).await.unwrap();
+    hop.down.store(true, SeqCst);
+    hop.restart();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let before = tokio::time::Instant::now();
+    let _ = client.close(connection, TIMEOUT).await;
+    assert!(before.elapsed() < Duration::from_secs(1));
+    let dialled = hop.dialled();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(hop.dialled(), dialled, "still healing");
+    assert!(client.connection("c").is_none());
+}
+
+// Conformance 49
+#[tokio::test(start_paused = true)]
+async fn a_failed_refresh_does_not_end_the_watch() {
+    let alive = Arc::new(AtomicBool::new(true));
+    let (client, hop) = client(Some(&alive));
+    let connection = client.request(request(), TIMEOUT).await.unwrap();
+    hop.refuse.store(true, SeqCst);
+    let again = NetworkServiceRequest { connection: Some(connection), ..Default::default() };
+    client.request(again, TIMEOUT).await.unwrap_err();
+    hop.refuse.store(false, SeqCst);
+    assert_eq!(hop.closes(), 0);
+    alive.store(false, SeqCst);
+    tokio::time::sleep(Duration::from_millis(450)).await;
+    assert_eq!(last(&hop).state(), State::ReselectRequested);
+}
+
+// Conformance 50
+#[tokio::test(start_paused = true)]
+async fn a_custom_reselect_function() {
+    let hop = Arc::new(Hop::default());
+    let client = Client::builder("nsc", Arc::new(HopConnector(hop.clone())))
+        .url("unix:///mgr")
+        .element(Life)
+        .reselect(|request| {
+            crate::elements::begin::reselect_same_endpoint(request);
+            request.connection.get_or_insert_default().labels.insert("healed".into(), "yes".into());
+        })
+        .build();
+    client.request(request(), TIMEOUT).await.unwrap();
+    hop.restart();
+    settle().await;
+    let healed = last(&hop);
+    assert_eq!((healed.labels["healed"].as_str(), healed.network_service_endpoint_name.as_str()), ("yes", "nse-1"));
+    assert_eq!(client.connection("c").unwrap().labels["healed"], "yes");
+}
+
+// Conformance 55
+#[tokio::test(start_paused = true)]
+async fn the_other_side_may_ask_for_a_refresh_and_change_the_context() {
+    let (client, hop) = client(None);
+    client.request(request(), TIMEOUT).await.unwrap();
+    settle().await;
+    report(&hop, |connection| connection.set_state(State::RefreshRequested));
+    settle().await;
+    assert_eq!((hop.requests(), hop.closes()), (2, 0));
+    let mut status = client.watch("c");
+    status.mark_unchanged();
+    report(&hop, |connection| connection.context = Some(ConnectionContext { mtu: 1400, ..Default::default() }));
+    tokio::time::timeout(TIMEOUT, status.changed()).await.unwrap().unwrap();
+    let mtu = status.borrow().connection().unwrap().context.as_ref().unwrap().mtu;
+    assert_eq!((mtu, status.borrow().is_up()), (1400, true));
+}
+
+/// News of an earlier watch do not disturb what a later request has established.
+#[tokio::test(start_paused = true)]
+async fn stale_news_are_dropped() {
+    let (client, hop) = client(None);
+    client.request(request(), TIMEOUT).await.unwrap();
+    hop.refuse.store(true, SeqCst);
+    hop.restart();
+    tokio::time::sleep(Duration::from_secs(20)).await; // healing, in vain, with long pauses
+    hop.refuse.store(false, SeqCst);
+    client.request(request(), TIMEOUT).await.unwrap();
+    let (requests, closes) = (hop.requests(), hop.closes());
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!((hop.requests(), hop.closes()), (requests, closes));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hop_without_monitor_is_left_in_peace() {
+    let (client, hop) = client(None);
+    hop.no_monitor.store(true, SeqCst);
+    client.request(request(), TIMEOUT).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!((hop.requests(), hop.closes()), (1, 0));
+}
+
+// Conformance 80
+#[tokio::test(start_paused = true)]
+async fn nothing_is_left_after_close() {
+    let (client, hop) = client(Some(&Arc::new(AtomicBool::new(true))));
+    for n in 0..10 {
+        let mut request = request();
+        request.connection.as_mut().unwrap().id = format!("c{n}");
+        let connection = client.request(request, TIMEOUT).await.unwrap();
+        client.close(connection, TIMEOUT).await.unwrap();
+    }
+    settle().await;
+    assert_eq!(hop.hub.lock().unwrap().subscribers(), 0);
+    assert_eq!(tokio::runtime::Handle::current().metrics().num_alive_tasks(), 0);
+}

@@ -68,9 +68,11 @@ impl Watch {
     pub(super) async fn run(mut self) {
         let check = self.check.clone();
         let (connection, proven, born) = (self.connection.clone(), self.proven, Instant::now());
+        let closed = self.factory.closed();
         let loss = tokio::select! {
             cause = self.control() => Loss::Control(cause),
             () = data(check.as_ref(), &connection, proven) => Loss::Data,
+            () = closed => return,
         };
         if !self.gate.heal() {
             return;

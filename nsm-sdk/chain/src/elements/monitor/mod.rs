@@ -92,3 +92,6 @@ impl Element for Monitor {
         result
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,119 @@
+use super::*;
+use crate::{
+    Chain, CloseCall,
+    core::testing::{Hop, HopConnector, Spy, request_id},
+    elements::{
+        connect::{Connect, ConnectServer},
+        metadata::MetadataElement,
+    },
+};
+use std::sync::{Mutex, atomic::Ordering::SeqCst};
+
+fn chain() -> (Chain, Arc<Hop>) {
+    let hop = Arc::new(Hop::default());
+    let chain = Chain::builder()
+        .element(MetadataElement::new())
+        .element(Dial::new(Arc::new(HopConnector(hop.clone())), Duration::ZERO))
+        .element(Connect)
+        .build();
+    (chain, hop)
+}
+
+fn request(url: &str) -> RequestCall {
+    request_id("c", Context { client_url: Some(url.into()), ..Context::new() })
+}
+
+fn close() -> CloseCall {
+    CloseCall::new(Connection { id: "c".into(), ..Default::default() }, Context::new())
+}
+
+// Conformance 63
+#[tokio::test(start_paused = true)]
+async fn one_connection_until_it_breaks() {
+    let (chain, hop) = chain();
+    for _ in 0..3 {
+        chain.request(request("a")).await.unwrap();
+    }
+    assert_eq!((hop.requests(), hop.dialled()), (3, 1));
+    hop.restart();
+    chain.request(request("a")).await.unwrap();
+    assert_eq!((hop.requests(), hop.dialled()), (4, 2));
+    chain.close(close()).await.unwrap();
+    assert_eq!((hop.closes(), hop.dialled()), (1, 2));
+    chain.request(request("a")).await.unwrap();
+    assert_eq!(hop.dialled(), 3);
+}
+
+// Conformance 63
+#[tokio::test(start_paused = true)]
+async fn another_url_closes_at_the_old_one() {
+    let (chain, hop) = chain();
+    chain.request(request("a")).await.unwrap();
+    chain.request(request("b")).await.unwrap();
+    let at = |list: &Mutex<Vec<(String, Connection)>>| {
+        list.lock().unwrap().iter().map(|(url, _)| url.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(at(&hop.closes), ["a"]);
+    chain.close(close()).await.unwrap();
+    assert_eq!(at(&hop.closes), ["a", "b"]);
+}
+
+// Conformance 63
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_reached_is_an_error_but_close_goes_on() {
+    let (chain, hop) = chain();
+    hop.down.store(true, SeqCst);
+    let error = chain.request(request("a")).await.unwrap_err();
+    assert_eq!(error.to_string(), "dial (connection c): failed to dial a: connection refused");
+    hop.down.store(false, SeqCst);
+    chain.request(request("a")).await.unwrap();
+    hop.down.store(true, SeqCst);
+    chain.close(close()).await.unwrap_err();
+    let no_url = request_id("c", Context::new());
+    assert_eq!(chain.request(no_url).await.unwrap_err().code(), tonic::Code::Unavailable);
+}
+
+/// Never connects.
+struct Never;
+
+#[async_trait::async_trait]
+impl Connector for Never {
+    async fn connect(&self, _: &str, _: Instant) -> Result<Remote, Error> {
+        std::future::pending().await
+    }
+}
+
+// Conformance 63
+#[tokio::test(start_paused = true)]
+async fn the_dial_timeout_holds() {
+    let dial = Dial::new(Arc::new(Never), Duration::from_millis(750));
+    let chain = Chain::builder().element(MetadataElement::new()).element(dial).element(Connect).build();
+    let before = Instant::now();
+    chain.request(request("a")).await.unwrap_err();
+    assert_eq!(before.elapsed(), Duration::from_millis(750));
+}
+
+// Conformance 63
+#[tokio::test(start_paused = true)]
+async fn the_server_side_of_connect_undoes() {
+    let (client, hop) = chain();
+    let spy = Arc::new(Spy::default());
+    let chain = Chain::builder()
+        .element(MetadataElement::new())
+        .element(ConnectServer::new(client))
+        .element(spy.clone())
+        .build();
+    spy.fail_requests(true);
+    chain.request(request("a")).await.unwrap_err();
+    assert_eq!((hop.requests(), hop.closes(), spy.requests()), (1, 1, 1));
+    spy.fail_requests(false);
+    chain.request(request("a")).await.unwrap();
+    spy.fail_requests(true);
+    chain.request(request("a")).await.unwrap_err();
+    assert_eq!((hop.requests(), hop.closes(), spy.requests()), (3, 1, 3), "a failed refresh closes nothing");
+    hop.refuse.store(true, SeqCst);
+    chain.request(request("a")).await.unwrap_err();
+    assert_eq!(spy.requests(), 3, "the server side is not asked if the client side fails");
+    chain.close(close()).await.unwrap();
+    assert_eq!((hop.closes(), spy.closes()), (2, 1));
+}
