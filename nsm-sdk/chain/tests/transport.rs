@@ -18,7 +18,12 @@ use nsm_chain::{
 };
 use nsm_identity::{Authority, X509Source};
 use nsm_transport::{Address, Listener, Transport};
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -27,6 +32,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 
 struct World {
     authority: Authority,
+    /// One identity per process: its transport and its tokens use the same key.
+    sources: Mutex<HashMap<String, X509Source>>,
     folder: tempfile::TempDir,
 }
 
@@ -44,11 +51,13 @@ impl Process {
 
 impl World {
     fn new() -> Self {
-        Self { authority: Authority::generate("example.org").unwrap(), folder: tempfile::tempdir().unwrap() }
+        let authority = Authority::generate("example.org").unwrap();
+        Self { authority, sources: Mutex::default(), folder: tempfile::tempdir().unwrap() }
     }
 
     fn source(&self, name: &str) -> X509Source {
-        self.authority.source(&format!("/{name}"), HOUR).unwrap()
+        let issue = || self.authority.source(&format!("/{name}"), HOUR).unwrap();
+        self.sources.lock().unwrap().entry(name.to_owned()).or_insert_with(issue).clone()
     }
 
     fn transport(&self, name: &str) -> Transport {
