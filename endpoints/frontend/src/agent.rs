@@ -82,13 +82,7 @@ pub struct Agent {
 
 impl Agent {
     /// `bird` runs already; `advertise` is what it does with VIPs now.
-    pub fn new(
-        options: Options,
-        bird: Bird,
-        kernel: Kernel,
-        advertise: bool,
-        report: watch::Sender<Report>,
-    ) -> Self {
+    pub fn new(options: Options, bird: Bird, kernel: Kernel, advertise: bool, report: watch::Sender<Report>) -> Self {
         Self {
             options,
             bird,
@@ -318,10 +312,8 @@ impl Agent {
 
     fn log_gateways(&mut self, status: Option<&Status>) {
         let Some(status) = status else { return };
-        let now: BTreeMap<_, _> = status
-            .gateways()
-            .map(|(name, row)| (name.to_owned(), (row.state.clone(), row.info.clone())))
-            .collect();
+        let now: BTreeMap<_, _> =
+            status.gateways().map(|(name, row)| (name.to_owned(), (row.state.clone(), row.info.clone()))).collect();
         for (name, (state, info)) in now.iter().filter(|(name, state)| self.logged.get(*name) != Some(state)) {
             tracing::info!(gateway = name, state, info, "gateway");
         }

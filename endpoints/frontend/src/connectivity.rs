@@ -96,8 +96,7 @@ impl Judge {
             self.seen = true;
             self.restarted(&Family::BOTH.into(), now);
         }
-        let mut verdict =
-            Verdict { connected: None, states: BTreeMap::new(), copies: BTreeMap::new(), again_at: None };
+        let mut verdict = Verdict { connected: None, states: BTreeMap::new(), copies: BTreeMap::new(), again_at: None };
         for family in Family::BOTH {
             let (state, copy, again_at) = self.family(observation, family, now);
             verdict.states.insert(family, state);

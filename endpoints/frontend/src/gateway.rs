@@ -206,7 +206,9 @@ fn parse_bgp(gateway: &nsp::Gateway, fault: &mut impl FnMut(String)) -> Option<B
     let auth = gateway.bgp_auth.as_ref().filter(|auth| !auth.key_name.is_empty() || !auth.key_source.is_empty());
     for part in auth.iter().flat_map(|auth| [&auth.key_name, &auth.key_source]) {
         // Both become one path component each.
-        if part.is_empty() || part.starts_with('.') || !part.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
+        if part.is_empty()
+            || part.starts_with('.')
+            || !part.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
         {
             fault(format!("bgp auth: {part:?} is no name of a secret or key"));
         }
@@ -246,7 +248,9 @@ mod tests {
         };
         let faults = Attraction::parse(&attractor).expect_err("faulty");
         assert_eq!(faults.len(), 7, "{faults:#?}");
-        for (fault, object) in faults.iter().zip(["vip \"a\"", "vip \"b\"", "gateway \"x", "gateway \"g\"", "gateway \"h\""]) {
+        for (fault, object) in
+            faults.iter().zip(["vip \"a\"", "vip \"b\"", "gateway \"x", "gateway \"g\"", "gateway \"h\""])
+        {
             assert!(fault.starts_with(object), "{fault}");
         }
     }

@@ -85,7 +85,8 @@ mod tests {
 
     #[test]
     fn only_an_answer_with_our_name_counts() {
-        let target = |name: &str| lb::Target { context: [("identifier".to_owned(), name.to_owned())].into(), stream: None };
+        let target =
+            |name: &str| lb::Target { context: [("identifier".to_owned(), name.to_owned())].into(), stream: None };
         assert!(forwards(&lb::Response { targets: vec![target("lb-1")] }, "lb-1"));
         assert!(!forwards(&lb::Response { targets: vec![target("lb-2")] }, "lb-1"));
         assert!(!forwards(&lb::Response { targets: vec![lb::Target::default()] }, "lb-1"));

@@ -122,7 +122,10 @@ impl Settings {
         if let Err(fault) = names::interface_name(&self.external_interface) {
             faults.push(format!("NFE_EXTERNAL_INTERFACE: {fault}"));
         } else if self.external_interface.contains(['"', '\'']) {
-            faults.push(format!("NFE_EXTERNAL_INTERFACE: {:?} has quotes, BIRD's configuration cannot", self.external_interface));
+            faults.push(format!(
+                "NFE_EXTERNAL_INTERFACE: {:?} has quotes, BIRD's configuration cannot",
+                self.external_interface
+            ));
         }
         for (name, path) in [
             ("NFE_BIRD_CONFIG_PATH", &self.bird_config_path),
@@ -153,7 +156,8 @@ impl Settings {
                 faults.push(format!("{name}: 0 is no autonomous system"));
             }
         }
-        for (name, port) in [("NFE_BGP_LOCAL_PORT", self.bgp_local_port), ("NFE_BGP_REMOTE_PORT", self.bgp_remote_port)] {
+        for (name, port) in [("NFE_BGP_LOCAL_PORT", self.bgp_local_port), ("NFE_BGP_REMOTE_PORT", self.bgp_remote_port)]
+        {
             if port == 0 {
                 faults.push(format!("{name}: 0 is no TCP port"));
             }

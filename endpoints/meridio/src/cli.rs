@@ -67,7 +67,8 @@ fn value_fault(command: &Clap, error: &clap::Error) -> Option<(String, String)> 
     let value = text(ContextKind::InvalidValue)?;
     let long = argument.strip_prefix("--")?.split([' ', '=', '[']).next()?.to_owned();
     let name = env_name(command, &long).unwrap_or(argument);
-    let cause = std::error::Error::source(error).map_or_else(|| "is not one of its values".to_owned(), ToString::to_string);
+    let cause =
+        std::error::Error::source(error).map_or_else(|| "is not one of its values".to_owned(), ToString::to_string);
     Some((format!("{name}: invalid value {value:?}: {cause}"), long))
 }
 

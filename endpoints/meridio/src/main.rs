@@ -56,10 +56,7 @@ fn run(cli: cli::Cli) -> anyhow::Result<()> {
 }
 
 /// A component that ends by itself ends everything it has started.
-async fn watched(
-    component: impl Future<Output = anyhow::Result<()>>,
-    stop: CancellationToken,
-) -> anyhow::Result<()> {
+async fn watched(component: impl Future<Output = anyhow::Result<()>>, stop: CancellationToken) -> anyhow::Result<()> {
     let outcome = component.await;
     stop.cancel();
     outcome

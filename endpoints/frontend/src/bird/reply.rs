@@ -67,7 +67,8 @@ impl Parser {
         if line.is_empty() {
             return Ok(Event::More);
         }
-        let (Some(code), Some(kind)) = (line.get(..4).and_then(|code| code.parse().ok()), line.as_bytes().get(4)) else {
+        let (Some(code), Some(kind)) = (line.get(..4).and_then(|code| code.parse().ok()), line.as_bytes().get(4))
+        else {
             return Err(format!("unexpected line {line:?}"));
         };
         let text = line.get(5..).unwrap_or_default().to_owned();

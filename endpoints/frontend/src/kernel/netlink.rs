@@ -69,7 +69,9 @@ impl Kernel {
     pub async fn link(&self, name: &str) -> Result<Link, Error> {
         match self.link_message(name).await? {
             None => Ok(Link::default()),
-            Some(link) => Ok(Link { exists: true, carrier: link.header.flags.contains(LinkFlags::LowerUp | LinkFlags::Up) }),
+            Some(link) => {
+                Ok(Link { exists: true, carrier: link.header.flags.contains(LinkFlags::LowerUp | LinkFlags::Up) })
+            }
         }
     }
 

@@ -197,9 +197,9 @@ mod tests {
         for step in steps {
             match step {
                 Step::SetRoute(route) => {
-                    actual.routes.retain(|old| {
-                        (old.family, old.table, old.metric) != (route.family, route.table, route.metric)
-                    });
+                    actual
+                        .routes
+                        .retain(|old| (old.family, old.table, old.metric) != (route.family, route.table, route.metric));
                     actual.routes.push(route.clone());
                 }
                 Step::DeleteRoute(route) => actual.routes.retain(|old| old != route),
@@ -228,7 +228,8 @@ mod tests {
 
     #[test]
     fn the_copy_follows_stays_and_goes() {
-        let mut actual = Actual { routes: vec![learnt(32, &["169.254.100.150", "169.254.100.151"])], ..Default::default() };
+        let mut actual =
+            Actual { routes: vec![learnt(32, &["169.254.100.150", "169.254.100.151"])], ..Default::default() };
         let steps = plan(&actual, &desired(Copy::Follow, &[]));
         apply(&mut actual, &steps);
         let copy = actual.routes.iter().find(|route| route.metric == COPY_METRIC).expect("copy").clone();
@@ -244,11 +245,14 @@ mod tests {
     fn rules_of_others_and_of_an_unknown_configuration_stay() {
         let rule = |source: &str, priority, table| Rule { source: source.parse().expect("net"), priority, table };
         let mut actual = Actual::default();
-        actual.rules = [rule("20.0.0.1/32", 100, TABLE), rule("20.0.0.1/32", 101, TABLE + 1), rule("9.0.0.0/8", 50, TABLE)].into();
+        actual.rules =
+            [rule("20.0.0.1/32", 100, TABLE), rule("20.0.0.1/32", 101, TABLE + 1), rule("9.0.0.0/8", 50, TABLE)].into();
         let unknown = Desired { vips: None, ..desired(Copy::Keep, &[]) };
         assert!(!plan(&actual, &unknown).iter().any(|step| matches!(step, Step::DeleteRule(_))));
-        let gone: Vec<_> =
-            plan(&actual, &desired(Copy::Keep, &[])).into_iter().filter(|step| matches!(step, Step::DeleteRule(_))).collect();
+        let gone: Vec<_> = plan(&actual, &desired(Copy::Keep, &[]))
+            .into_iter()
+            .filter(|step| matches!(step, Step::DeleteRule(_)))
+            .collect();
         assert_eq!(gone.len(), 2);
     }
 }

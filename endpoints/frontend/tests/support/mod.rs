@@ -67,7 +67,7 @@ impl Net {
             ip(&format!("-n {name} link set lo up"));
         }
         // Carrier news of a cable are held back for up to a second where both ends have one index (linkwatch).
-        ip(&format!("link add ext-vlan0 netns {fe} type veth peer name ext-gw index 77 netns {gw}"));
+        ip(&format!("link add ext-vlan0 index 77 netns {fe} type veth peer name ext-gw netns {gw}"));
         for (name, device, last) in [(&fe, "ext-vlan0", 2), (&gw, "ext-gw", 150)] {
             if ipv4 {
                 ip(&format!("-n {name} addr add 169.254.100.{last}/24 dev {device}"));
@@ -140,7 +140,8 @@ protocol bfd {{ accept direct; neighbor 169.254.100.2 dev \"ext-gw\" local 169.2
     /// Default routes of the frontend's table 4096.
     pub(crate) fn routes(&self, family: &str) -> String {
         // A table that has never had a route is an error to `ip`.
-        let output = Command::new("ip").args(["-n", &self.fe, family, "route", "show", "table", "4096"]).output().expect("ip");
+        let output =
+            Command::new("ip").args(["-n", &self.fe, family, "route", "show", "table", "4096"]).output().expect("ip");
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 }
@@ -194,7 +195,8 @@ impl Frontend {
         let (attractor, forwarding) = (watch::Sender::new(None), watch::Sender::new(None));
         let (report_to, report) = watch::channel(Report::default());
         let (stop, (crash, crashed)) = (CancellationToken::new(), oneshot::channel());
-        let channels = Channels { attractor: attractor.subscribe(), forwarding: forwarding.subscribe(), report: report_to };
+        let channels =
+            Channels { attractor: attractor.subscribe(), forwarding: forwarding.subscribe(), report: report_to };
         let token = stop.clone();
         // FRONTEND_LOG=1 shows what the frontend logs.
         if std::env::var_os("FRONTEND_LOG").is_some() {

@@ -89,7 +89,13 @@ fn own_numbers_static_routes_and_passwords() {
     attraction.gateways.push(fixed("s1", "169.254.100.151", Some(Bfd { min_tx: 200, min_rx: 300, multiplier: 5 })));
     attraction.gateways.push(fixed("s2.with.dots", "100:100::151", None));
     let passwords = [Password::Known("pass word".into()), Password::Missing, Password::None, Password::None];
-    let text = check("mixed.conf", &Base { ecmp: false, log_file: None, log_all: true, ..base() }, &attraction, &passwords, true);
+    let text = check(
+        "mixed.conf",
+        &Base { ecmp: false, log_file: None, log_all: true, ..base() },
+        &attraction,
+        &passwords,
+        true,
+    );
     assert!(!text.contains("neighbor 100:100::150"), "no session without its password");
     assert!(!masked(&text).contains("pass word"));
 }
