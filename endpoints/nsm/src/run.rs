@@ -105,7 +105,8 @@ async fn forward(
         .max_token_lifetime(settings.max_token_lifetime.get())
         .dial_timeout(settings.dial_timeout.get())
         .build()?;
-    let url = settings.listen_on.iter().find(|url| url.starts_with("unix:")).context("NSM_LISTEN_ON: no unix socket")?;
+    let url =
+        settings.listen_on.iter().find(|url| url.starts_with("unix:")).context("NSM_LISTEN_ON: no unix socket")?;
     let config = NodeConfig { forwarder_name: settings.name.clone(), ..node_config(settings, url, source, netns) };
     let forwarder = Forwarder::new(config, registry)?;
     let mut tasks = JoinSet::new();

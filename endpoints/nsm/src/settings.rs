@@ -7,8 +7,7 @@ use nsm_transport::Address;
 use std::{net::IpAddr, path::PathBuf};
 
 /// All policies of a registry server.
-const REGISTRY_POLICIES: &str =
-    "etc/nsm/opa/common/.*.rego,etc/nsm/opa/registry/.*.rego,etc/nsm/opa/server/.*.rego";
+const REGISTRY_POLICIES: &str = "etc/nsm/opa/common/.*.rego,etc/nsm/opa/registry/.*.rego,etc/nsm/opa/server/.*.rego";
 
 /// Settings of the node.
 #[derive(clap::Args, Clone, Debug)]
@@ -112,10 +111,14 @@ impl Settings {
             }
         }
         if !self.registry_url.is_empty() && !self.registry_listen_on.is_empty() {
-            faults.push("NSM_REGISTRY_LISTEN_ON: this process has no registry to serve when NSM_REGISTRY_URL is set".into());
+            faults.push(
+                "NSM_REGISTRY_LISTEN_ON: this process has no registry to serve when NSM_REGISTRY_URL is set".into(),
+            );
         }
         if !self.connect_to.is_empty() && !self.listen_on.iter().any(|url| url.starts_with("unix:")) {
-            faults.push("NSM_LISTEN_ON: a forwarder by itself needs a unix socket, its manager gets the descriptor".into());
+            faults.push(
+                "NSM_LISTEN_ON: a forwarder by itself needs a unix socket, its manager gets the descriptor".into(),
+            );
         }
         if !self.tunnel_ip.is_empty() && self.tunnel_ip.parse::<IpAddr>().is_err() {
             faults.push(format!("NSM_TUNNEL_IP: {:?} is no IP address", self.tunnel_ip));

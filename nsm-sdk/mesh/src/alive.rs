@@ -1,13 +1,17 @@
 //! Whether a connection whose client has stopped refreshing still works, so that its expiry must not cut it.
 
-use nsm_chain::{CloseCall, Connection, Element, Error, Mechanism, Next, RequestCall, elements::timeout::KeepAlive, path};
+use nsm_chain::{
+    CloseCall, Connection, Element, Error, Mechanism, Next, RequestCall,
+    elements::{kernel_mechanism::INODE_URL, timeout::KeepAlive},
+    path,
+};
 use nsm_kernel::{Netns, ping};
 use nsm_registry::elements::descriptors::parse_inode;
 use std::{
     collections::HashMap,
     net::IpAddr,
     os::unix::fs::MetadataExt,
-    path::Path,
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -16,14 +20,18 @@ use std::{
 const PROBE: Duration = Duration::from_secs(1);
 const PROBES: u32 = 3;
 
-/// The namespaces of the connections of a forwarder, by the id of its path segment: URLs that are valid in this process.
+/// The namespaces of the connections of a forwarder, by the id of its path segment. Device and inode only: nothing here keeps
+/// the namespace of a dead pod.
 #[derive(Clone, Debug, Default)]
 pub struct Ends(Arc<Mutex<HashMap<String, End>>>);
 
+/// Device and inode of a namespace.
+type Inode = (u64, u64);
+
 #[derive(Clone, Debug, Default)]
 struct End {
-    client: Option<String>,
-    endpoint: Option<String>,
+    client: Option<Inode>,
+    endpoint: Option<Inode>,
 }
 
 impl Ends {
@@ -42,24 +50,55 @@ impl Ends {
 
     /// The element for below the server's `mechanisms`: notes the client's namespace.
     pub fn client(&self) -> impl Element + use<> {
-        Note { ends: self.clone(), set: |end, url| end.client = url, last: true }
+        Note { ends: self.clone(), set: |end, inode| end.client = inode, last: true }
     }
 
     /// The element for below `mechanismtranslation`: notes the endpoint's namespace.
     pub fn endpoint(&self) -> impl Element + use<> {
-        Note { ends: self.clone(), set: |end, url| end.endpoint = url, last: false }
+        Note { ends: self.clone(), set: |end, inode| end.endpoint = inode, last: false }
     }
 }
 
 struct Note {
     ends: Ends,
-    set: fn(&mut End, Option<String>),
+    set: fn(&mut End, Option<Inode>),
     /// Forgets the connection at its close.
     last: bool,
 }
 
-fn namespace(mechanism: Option<&Mechanism>) -> Option<String> {
-    mechanism?.parameters.get("inodeURL").filter(|url| url.starts_with("file:")).cloned()
+/// Below `recvfd` a namespace is the URL of an open file, as long as the operation lasts.
+fn namespace(mechanism: Option<&Mechanism>) -> Option<Inode> {
+    let url = mechanism?.parameters.get(INODE_URL)?;
+    let found = std::fs::metadata(url.strip_prefix("file://")?).ok()?;
+    Some((found.dev(), found.ino()))
+}
+
+/// Stands below `mechanismtranslation`, which remembers the mechanism of the endpoint's side: takes the URL of the
+/// namespace out of it, whose file is closed by then. The endpoint names its namespace again in each answer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WithoutNamespace;
+
+fn strip(mechanism: Option<&mut Mechanism>) {
+    if let Some(mechanism) = mechanism {
+        mechanism.parameters.retain(|key, url| key != INODE_URL || !url.starts_with("file:"));
+    }
+}
+
+#[async_trait::async_trait]
+impl Element for WithoutNamespace {
+    fn name(&self) -> &'static str {
+        "withoutnamespace"
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        strip(call.connection_mut().mechanism.as_mut());
+        next.request(call).await
+    }
+
+    async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
+        strip(call.message.mechanism.as_mut());
+        next.close(call).await
+    }
 }
 
 #[async_trait::async_trait]
@@ -70,8 +109,8 @@ impl Element for Note {
 
     async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
         let connection = next.request(call).await?;
-        let url = namespace(connection.mechanism.as_ref());
-        self.ends.update(&connection.id, |end| (self.set)(end, url));
+        let inode = namespace(connection.mechanism.as_ref());
+        self.ends.update(&connection.id, |end| (self.set)(end, inode));
         Ok(connection)
     }
 
@@ -105,9 +144,9 @@ impl Alive {
 #[async_trait::async_trait]
 impl KeepAlive for Alive {
     async fn keep(&self, connection: &Connection) -> bool {
-        let client = connection.mechanism.as_ref().and_then(|mechanism| mechanism.parameters.get("inodeURL"));
-        if let Some((dev, ino)) = client.and_then(|url| parse_inode(url))
-            && !in_use(dev, ino).await
+        let client = connection.mechanism.as_ref().and_then(|mechanism| mechanism.parameters.get(INODE_URL));
+        if let Some(inode) = client.and_then(|url| parse_inode(url))
+            && find(inode).await.is_none()
         {
             tracing::info!(id = connection.id, "the client's network namespace is gone");
             return false;
@@ -120,7 +159,7 @@ impl KeepAlive for Alive {
             (None, Some(endpoint)) => (endpoint, context.dst_ip_addrs, context.src_ip_addrs),
             (None, None) => return true,
         };
-        answers(&from, &pairs(&sources, &destinations)).await
+        answers(from, &pairs(&sources, &destinations)).await
     }
 }
 
@@ -136,8 +175,9 @@ fn pairs(ours: &[String], theirs: &[String]) -> Vec<(IpAddr, IpAddr)> {
 }
 
 /// Whether any pair answers. A connection without addresses, or a namespace that cannot be entered, proves nothing.
-async fn answers(namespace: &str, pairs: &[(IpAddr, IpAddr)]) -> bool {
-    let Ok(netns) = Netns::from_url(namespace) else { return true };
+async fn answers(namespace: Inode, pairs: &[(IpAddr, IpAddr)]) -> bool {
+    let Some(path) = find(namespace).await else { return false };
+    let Ok(netns) = Netns::from_path(path) else { return true };
     for _ in 0..PROBES {
         for (own, other) in pairs {
             if ping::probe(&netns, Some(*own), *other, PROBE).await {
@@ -148,18 +188,18 @@ async fn answers(namespace: &str, pairs: &[(IpAddr, IpAddr)]) -> bool {
     pairs.is_empty()
 }
 
-/// Whether a process lives in the namespace or a name (`ip netns`) holds it.
-async fn in_use(dev: u64, ino: u64) -> bool {
+/// A way to a namespace that is in use: a process lives in it or a name (`ip netns`) holds it.
+async fn find(inode: Inode) -> Option<PathBuf> {
     let search = move || {
-        let is = |file: &Path| std::fs::metadata(file).is_ok_and(|found| (found.dev(), found.ino()) == (dev, ino));
+        let is = |file: &PathBuf| std::fs::metadata(file).is_ok_and(|found| (found.dev(), found.ino()) == inode);
         let entries = |folder: &str| std::fs::read_dir(folder).into_iter().flatten().flatten();
-        entries("/run/netns").any(|entry| is(&entry.path()))
-            || entries("/proc")
-                .filter(|entry| entry.file_name().to_string_lossy().starts_with(|first: char| first.is_ascii_digit()))
-                .any(|entry| is(&entry.path().join("ns/net")))
+        let named = entries("/run/netns").map(|entry| entry.path());
+        let process = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with(|first: char| first.is_ascii_digit());
+        let lived_in =
+            entries("/proc").filter(|entry| process(&entry.file_name())).map(|entry| entry.path().join("ns/net"));
+        named.chain(lived_in).find(is)
     };
-    // A search that fails proves nothing.
-    tokio::task::spawn_blocking(search).await.unwrap_or(true)
+    tokio::task::spawn_blocking(search).await.ok().flatten()
 }
 
 #[cfg(test)]
@@ -169,9 +209,9 @@ mod tests {
     #[tokio::test]
     async fn a_namespace_is_in_use_while_a_process_is_in_it() {
         let own = std::fs::metadata("/proc/self/ns/net").unwrap();
-        assert!(in_use(own.dev(), own.ino()).await);
+        assert!(find((own.dev(), own.ino())).await.is_some());
         let id = Netns::anonymous().unwrap().id();
-        assert!(!in_use(id.dev, id.ino).await);
+        assert!(find((id.dev, id.ino)).await.is_none());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! One node of a mesh: manager and kernel forwarder as real chains in one process.
 
 use crate::{
-    alive::{Alive, Ends},
+    alive::{Alive, Ends, WithoutNamespace},
     excluded::{self, DEFAULT_FILE},
     find::Finder,
 };
@@ -263,10 +263,12 @@ fn forwarder_url(config: &NodeConfig) -> String {
 
 /// Endpoint chain → clientinfo → discoverforwarder → excludedprefixes → recvfd → connect[recvfd, sendfd] → sendfd.
 fn manager(config: &NodeConfig, tokens: Tokens, finder: Lookup, hops: Arc<dyn Connector>, ends: &Ends) -> Endpoint {
+    let receive = RecvFdClient::new();
+    let from_caller = RecvFdServer::new().releasing(Some(&receive));
     let client = Client::builder(&config.name, hops)
         .passthrough()
         .dial_timeout(config.dial_timeout)
-        .element(RecvFdClient::new())
+        .element(receive)
         .element(SendFdClient)
         .build();
     let mut builder = Endpoint::builder(&config.name, tokens).policies(config.policies.clone());
@@ -277,7 +279,7 @@ fn manager(config: &NodeConfig, tokens: Tokens, finder: Lookup, hops: Arc<dyn Co
         .element(ClientInfo::new(config.labels.iter().cloned()))
         .element(DiscoverForwarder::new(finder, &config.forwarder_service, &config.public_url))
         .element(excluded::from_file(config.excluded_prefixes.clone()))
-        .element(RecvFdServer::new())
+        .element(from_caller)
         .element(ConnectServer::new(client.chain().clone()))
         .element(SendFdServer)
         .build()
@@ -285,22 +287,19 @@ fn manager(config: &NodeConfig, tokens: Tokens, finder: Lookup, hops: Arc<dyn Co
 
 /// Endpoint chain → recvfd → sendfd → discover → roundrobin → connectioncontext → mechanisms → wire → connect[
 /// mechanismtranslation → connectioncontext → wire → filtermechanisms → recvfd → sendfd ].
-fn forwarder(
-    config: &NodeConfig,
-    tokens: Tokens,
-    finder: Lookup,
-    grpc: Arc<dyn Connector>,
-    ends: &Ends,
-) -> Endpoint {
+fn forwarder(config: &NodeConfig, tokens: Tokens, finder: Lookup, grpc: Arc<dyn Connector>, ends: &Ends) -> Endpoint {
+    let receive = RecvFdClient::new();
+    let from_caller = RecvFdServer::new().releasing(Some(&receive));
     let client = Client::builder(&config.forwarder_name, grpc)
         .passthrough()
         .dial_timeout(config.dial_timeout)
         .element(MechanismTranslation::new())
+        .element(WithoutNamespace)
         .element(ends.endpoint())
         .element(ClientContext::new())
         .element(WireClient::new(config.netns.clone(), config.tunnel_ip))
         .element(FilterMechanisms)
-        .element(RecvFdClient::new())
+        .element(receive)
         .element(SendFdClient)
         .build();
     let mut mechanisms = Mechanisms::new(Side::Server).with(KERNEL, Null);
@@ -312,7 +311,7 @@ fn forwarder(
         builder = builder.keep_while(Arc::new(Alive::forwarder(ends.clone())), KEEP_INTERVAL);
     }
     builder
-        .element(RecvFdServer::new())
+        .element(from_caller)
         .element(SendFdServer)
         .element(Discover::new(finder))
         .element(RoundRobin::default())
@@ -323,4 +322,3 @@ fn forwarder(
         .element(ConnectServer::new(client.chain().clone()))
         .build()
 }
-

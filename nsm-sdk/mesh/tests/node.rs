@@ -325,8 +325,7 @@ async fn local_connection_its_refresh_a_restart_of_the_node_and_its_close() {
     drop(node.node);
     let restarted = std::time::Instant::now();
     let _ = registry_url;
-    let node =
-        start_node(&world, "nsmgr-a", &node_ns, None, None, Some((&tcp, Some("tcp://127.0.0.1:0")))).await;
+    let node = start_node(&world, "nsmgr-a", &node_ns, None, None, Some((&tcp, Some("tcp://127.0.0.1:0")))).await;
     while nse.calls.0.load(Ordering::SeqCst) < 3 {
         assert!(restarted.elapsed() < Duration::from_secs(10), "the client did not heal");
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -353,16 +352,12 @@ async fn remote_connection_over_vxlan_has_six_segments() {
     let (client_ns, nse_ns) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
     let node_a = start_node(&world, "nsmgr-a", &ns_a, Some("10.9.0.1".parse().unwrap()), None, None).await;
     let registry = node_a.registry_url.clone().unwrap();
-    let node_b =
-        start_node(&world, "nsmgr-b", &ns_b, Some("10.9.0.2".parse().unwrap()), Some(&registry), None).await;
+    let node_b = start_node(&world, "nsmgr-b", &ns_b, Some("10.9.0.2".parse().unwrap()), Some(&registry), None).await;
     let nse = start_endpoint(&world, &world.socket("nsmgr-b"), &nse_ns).await;
     let client = client(&world, &world.socket("nsmgr-a"));
 
     let first = client.request(request(&client_ns), TIMEOUT).await.unwrap();
-    assert_eq!(
-        names(&first),
-        ["nsc", "nsmgr-a", "forwarder-nsmgr-a", "nsmgr-b", "forwarder-nsmgr-b", "nse"]
-    );
+    assert_eq!(names(&first), ["nsc", "nsmgr-a", "forwarder-nsmgr-a", "nsmgr-b", "forwarder-nsmgr-b", "nse"]);
     assert!(answers(&client_ns, "172.16.1.1").await && answers(&client_ns, "fd00:1::1").await);
     assert!(answers(&nse_ns, "172.16.1.2").await);
     let (here, there) = (index(&client_ns, "nsm-0").await.unwrap(), index(&nse_ns, "svc-1").await.unwrap());
@@ -372,15 +367,9 @@ async fn remote_connection_over_vxlan_has_six_segments() {
     node_b.served.stop().await;
     drop(node_b.node);
     let before = nse.calls.0.load(Ordering::SeqCst);
-    let node_b = start_node(
-        &world,
-        "nsmgr-b",
-        &ns_b,
-        Some("10.9.0.2".parse().unwrap()),
-        Some(&registry),
-        Some((&tcp, None)),
-    )
-    .await;
+    let node_b =
+        start_node(&world, "nsmgr-b", &ns_b, Some("10.9.0.2".parse().unwrap()), Some(&registry), Some((&tcp, None)))
+            .await;
     let restarted = std::time::Instant::now();
     while nse.calls.0.load(Ordering::SeqCst) == before {
         assert!(restarted.elapsed() < Duration::from_secs(10), "the client did not heal");
@@ -396,4 +385,42 @@ async fn remote_connection_over_vxlan_has_six_segments() {
     client.close(healed, TIMEOUT).await.unwrap();
     assert_eq!((index(&client_ns, "nsm-0").await, index(&nse_ns, "svc-1").await), (None, None));
     drop((node_a, node_b));
+}
+
+/// A pod that dies without a word takes its interfaces with it: nothing on the node holds its namespace.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_holds_the_namespace_of_a_dead_client() {
+    let world = World::new();
+    let (node_ns, nse_ns) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+    let node = start_node(&world, "nsmgr-a", &node_ns, None, None, None).await;
+    let manager = world.socket("nsmgr-a");
+    let nse = start_endpoint(&world, &manager, &nse_ns).await;
+
+    // The client has a runtime of its own, so that it can die with all its tasks.
+    let source = world.source("nsc");
+    tokio::task::spawn_blocking(move || {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(async {
+            let client_ns = Netns::anonymous().unwrap();
+            let client = Client::builder("nsc", Arc::new(Grpc::new(Transport::new(source).unwrap())))
+                .url(manager)
+                .liveness(LivenessCheck::new(Arc::new(AlwaysAlive)))
+                .element(SendFdClient)
+                .build();
+            client.request(request(&client_ns), TIMEOUT).await.unwrap();
+            client.request(request(&client_ns), TIMEOUT).await.unwrap();
+            assert!(index(&client_ns, "nsm-0").await.is_some());
+        });
+        runtime.shutdown_timeout(Duration::from_secs(2));
+    })
+    .await
+    .unwrap();
+
+    let died = std::time::Instant::now();
+    while index(&nse_ns, "svc-1").await.is_some() {
+        assert!(died.elapsed() < Duration::from_secs(5), "the interface to a dead client is still there");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    println!("gone after {:?}", died.elapsed());
+    drop((node, nse));
 }

@@ -173,7 +173,11 @@ impl RegistryClient {
     }
 
     /// Removes an endpoint and stops keeping it alive; gives up after `timeout` (default 15 s).
-    pub async fn unregister_nse(&self, endpoint: NetworkServiceEndpoint, timeout: Option<Duration>) -> Result<(), Error> {
+    pub async fn unregister_nse(
+        &self,
+        endpoint: NetworkServiceEndpoint,
+        timeout: Option<Duration>,
+    ) -> Result<(), Error> {
         self.endpoints.unregister(Call::new(endpoint, within(timeout.or(Some(FIND_TIMEOUT))))).await
     }
 
@@ -188,7 +192,10 @@ impl RegistryClient {
     }
 
     /// Changes of the services like `template`, for ever. See [`crate::watch`].
-    pub fn watch_ns(&self, template: NetworkService) -> impl Stream<Item = Event<NetworkService>> + Send + Unpin + use<> {
+    pub fn watch_ns(
+        &self,
+        template: NetworkService,
+    ) -> impl Stream<Item = Event<NetworkService>> + Send + Unpin + use<> {
         Box::pin(watch(self.service_reader.clone(), template, self.grace))
     }
 
@@ -206,7 +213,10 @@ impl RegistryClient {
     }
 
     /// One raw watch that ends with its stream, as the wire gives it.
-    pub async fn stream_nse(&self, template: NetworkServiceEndpoint) -> Result<crate::Events<NetworkServiceEndpoint>, Error> {
+    pub async fn stream_nse(
+        &self,
+        template: NetworkServiceEndpoint,
+    ) -> Result<crate::Events<NetworkServiceEndpoint>, Error> {
         self.endpoint_reader.find(Call::new(Query::watch(template), Context::new())).await
     }
 }

@@ -22,11 +22,7 @@ pub mod watch;
 
 pub use chain::{Call, Chain, ClientToken, Context, Element, Events, Factory, Next};
 pub use client::{Builder, RegistryClient};
-pub use elements::{
-    authorize::Policies,
-    clientinfo::ClientInfo,
-    dial::Dialer,
-};
+pub use elements::{authorize::Policies, clientinfo::ClientInfo, dial::Dialer};
 pub use error::Error;
 pub use meridio_proto::nsm::registry::{NetworkService, NetworkServiceEndpoint, NetworkServiceLabels};
 pub use object::{Event, Object, Query};

@@ -21,7 +21,9 @@ pub fn render(text: &str, data: &Labels) -> String {
     let mut rest = text;
     while let Some((before, after)) = rest.split_once("{{") {
         let Some((inside, behind)) = after.split_once("}}") else { return text.to_owned() };
-        let Some(key) = inside.trim().strip_prefix('.').filter(|key| is_identifier(key)) else { return text.to_owned() };
+        let Some(key) = inside.trim().strip_prefix('.').filter(|key| is_identifier(key)) else {
+            return text.to_owned();
+        };
         rendered.push_str(before);
         rendered.push_str(data.get(key).map_or("<no value>", String::as_str));
         rest = behind;
@@ -31,7 +33,9 @@ pub fn render(text: &str, data: &Labels) -> String {
 }
 
 fn is_identifier(key: &str) -> bool {
-    !key.is_empty() && !key.starts_with(|c: char| c.is_ascii_digit()) && key.chars().all(|c| c.is_alphanumeric() || c == '_')
+    !key.is_empty()
+        && !key.starts_with(|c: char| c.is_ascii_digit())
+        && key.chars().all(|c| c.is_alphanumeric() || c == '_')
 }
 
 /// The endpoints that `service` allows for a request with `labels`, in the order of its routes. An endpoint that two
@@ -63,7 +67,12 @@ pub fn match_endpoints(
     Vec::new()
 }
 
-fn routed(rule: &Match, service: &str, labels: &Labels, endpoints: &[NetworkServiceEndpoint]) -> Vec<NetworkServiceEndpoint> {
+fn routed(
+    rule: &Match,
+    service: &str,
+    labels: &Labels,
+    endpoints: &[NetworkServiceEndpoint],
+) -> Vec<NetworkServiceEndpoint> {
     let none = Labels::new();
     let mut found = Vec::new();
     for route in &rule.routes {

@@ -82,7 +82,10 @@ impl Object for NetworkServiceEndpoint {
         (self.name.is_empty() || self.name == object.name)
             && self.network_service_labels.iter().all(|(service, wanted)| {
                 wanted.labels.is_empty()
-                    || object.network_service_labels.get(service).is_some_and(|own| contains(&own.labels, &wanted.labels))
+                    || object
+                        .network_service_labels
+                        .get(service)
+                        .is_some_and(|own| contains(&own.labels, &wanted.labels))
             })
             && self.expiration_time.is_none_or(|at| object.expiration_time.is_some_and(|own| own.seconds == at.seconds))
             && self.network_service_names.iter().all(|name| object.network_service_names.contains(name))

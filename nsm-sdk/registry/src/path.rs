@@ -52,7 +52,8 @@ impl RegistryPath {
     /// as older peers send none or others.
     pub fn read(metadata: &MetadataMap) -> Option<Self> {
         let value = metadata.get_all(KEY).iter().last()?;
-        match value.to_str().map_err(|e| e.to_string()).and_then(|t| serde_json::from_str(t).map_err(|e| e.to_string())) {
+        match value.to_str().map_err(|e| e.to_string()).and_then(|t| serde_json::from_str(t).map_err(|e| e.to_string()))
+        {
             Ok(path) => Some(path),
             Err(cause) => {
                 tracing::warn!(%cause, "the peer's registry path is not readable; going on without");

@@ -131,7 +131,10 @@ impl NetworkServiceRegistry for Service<NetworkService> {
 impl NetworkServiceEndpointRegistry for Service<NetworkServiceEndpoint> {
     type FindStream = BoxStream<'static, Result<wire::NetworkServiceEndpointResponse, Status>>;
 
-    async fn register(&self, request: Request<NetworkServiceEndpoint>) -> Result<Response<NetworkServiceEndpoint>, Status> {
+    async fn register(
+        &self,
+        request: Request<NetworkServiceEndpoint>,
+    ) -> Result<Response<NetworkServiceEndpoint>, Status> {
         let mut request = request;
         // Never keep what would end at once.
         if request.get_ref().marked_deleted() {
@@ -160,11 +163,7 @@ impl NetworkServiceEndpointRegistry for Service<NetworkServiceEndpoint> {
 }
 
 /// Adds both services of a registry to a server's routes.
-pub fn add_routes(
-    routes: Routes,
-    services: Chain<NetworkService>,
-    endpoints: Chain<NetworkServiceEndpoint>,
-) -> Routes {
+pub fn add_routes(routes: Routes, services: Chain<NetworkService>, endpoints: Chain<NetworkServiceEndpoint>) -> Routes {
     routes
         .add_service(NetworkServiceRegistryServer::new(Service::new(services)))
         .add_service(NetworkServiceEndpointRegistryServer::new(Service::new(endpoints)))

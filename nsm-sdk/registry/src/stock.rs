@@ -100,13 +100,8 @@ impl Registry {
             expire.clone(),
             end.clone(),
         ]);
-        let local_endpoints = chain(vec![
-            Arc::new(Authorize::new(security.policies, endpoint_owners)),
-            begin,
-            time,
-            expire,
-            end,
-        ]);
+        let local_endpoints =
+            chain(vec![Arc::new(Authorize::new(security.policies, endpoint_owners)), begin, time, expire, end]);
 
         for service in load::<NetworkService>(&*store).await?.0 {
             service_owners.remember(service);

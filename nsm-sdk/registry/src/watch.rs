@@ -184,7 +184,10 @@ mod tests {
         assert!(state.confirm(None, now).is_empty());
         assert_eq!(state.confirm_at(), Some(now + GRACE));
         // b came back in the meantime.
-        assert_eq!(state.confirm(Some(&[endpoint("a", "1"), endpoint("b", "2")]), now), [Event::gone(endpoint("c", "1"))]);
+        assert_eq!(
+            state.confirm(Some(&[endpoint("a", "1"), endpoint("b", "2")]), now),
+            [Event::gone(endpoint("c", "1"))]
+        );
         assert_eq!(state.confirm_at(), None);
         assert_eq!(state.apply(Event::present(endpoint("b", "2"))), Some(Event::present(endpoint("b", "2"))));
     }

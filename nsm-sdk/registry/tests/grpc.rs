@@ -3,8 +3,8 @@
 use futures_util::StreamExt;
 use nsm_identity::{Authority, X509Source};
 use nsm_registry::{
-    ClientInfo, Dialer, Event, ManagerRegistry, NetworkService, NetworkServiceEndpoint, Registry,
-    RegistryClient, Security, Upstream, service,
+    ClientInfo, Dialer, Event, ManagerRegistry, NetworkService, NetworkServiceEndpoint, Registry, RegistryClient,
+    Security, Upstream, service,
     store::{SqliteStore, Store},
 };
 use nsm_transport::{Address, Listener, Transport};

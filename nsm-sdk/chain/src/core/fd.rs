@@ -83,8 +83,10 @@ impl FdChannel for Memory {
     async fn take(&self, dev: u64, ino: u64, deadline: Option<Instant>) -> io::Result<OwnedFd> {
         loop {
             let news = self.mine.news.notified();
-            if let Some(fd) = self.mine.arrived.lock().unwrap_or_else(PoisonError::into_inner).get(&(dev, ino)) {
-                return fd.try_clone();
+            // Not kept: this channel lives as long as the NSM connection and would hold a dead pod's namespace.
+            let arrived = self.mine.arrived.lock().unwrap_or_else(PoisonError::into_inner).remove(&(dev, ino));
+            if let Some(fd) = arrived {
+                return Ok(fd);
             }
             match deadline {
                 None => news.await,

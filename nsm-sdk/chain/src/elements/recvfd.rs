@@ -1,7 +1,9 @@
 //! Receives the descriptor of a network namespace that a message names, and keeps it with the connection.
 
 use super::kernel_mechanism::INODE_URL;
-use crate::{CloseCall, Connection, Context, Element, Error, FdTransceiver, Key, Mechanism, Next, RequestCall, Side};
+use crate::{
+    CloseCall, Connection, Context, Element, Error, FdTransceiver, Key, Mechanism, Metadata, Next, RequestCall, Side,
+};
 use std::{
     collections::HashMap,
     os::fd::{AsRawFd, OwnedFd},
@@ -12,6 +14,8 @@ use tonic::Code;
 
 /// Wait for a descriptor when the call has no deadline.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
+/// Wait for the descriptor that comes with a close.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(300);
 const NAME: &str = "recvfd";
 
 /// Descriptors of one connection by the `inode://` URL they came under. Dropping the table closes them.
@@ -81,7 +85,11 @@ fn file_url(fd: &OwnedFd) -> String {
 /// For what callers send: below it namespaces are `file://` URLs of open descriptors, above it they are what the
 /// caller named.
 #[derive(Debug)]
-pub struct RecvFdServer(Key<Files>);
+pub struct RecvFdServer {
+    key: Key<Files>,
+    /// Set if nothing is kept between operations: where the client side of the chain keeps its descriptors.
+    release: Option<Option<Key<Files>>>,
+}
 
 impl Default for RecvFdServer {
     fn default() -> Self {
@@ -92,7 +100,25 @@ impl Default for RecvFdServer {
 impl RecvFdServer {
     /// An element without descriptors.
     pub fn new() -> Self {
-        Self(Key::new(Side::Server))
+        Self { key: Key::new(Side::Server), release: None }
+    }
+
+    /// Closes all descriptors at the end of each operation, also those of the `client` side of the same process, so
+    /// that a connection does not hold the namespace of a dead pod. Peers send them again with each operation. What the
+    /// chain remembers of a mechanism must not contain a `file://` URL then.
+    #[must_use]
+    pub fn releasing(mut self, client: Option<&RecvFdClient>) -> Self {
+        self.release = Some(client.map(|client| client.0.clone()));
+        self
+    }
+
+    fn release(&self, metadata: &Metadata) {
+        if let Some(client) = &self.release {
+            metadata.remove(&self.key);
+            if let Some(client) = client {
+                metadata.remove(client);
+            }
+        }
     }
 }
 
@@ -106,7 +132,7 @@ impl Element for RecvFdServer {
         let Some(fds) = call.ctx.fds.clone() else { return next.request(call).await };
         let (id, ctx) = (call.id().to_owned(), call.ctx.clone());
         let metadata = ctx.metadata(NAME, &id)?;
-        let known = metadata.get(&self.0);
+        let known = metadata.get(&self.key);
         let mut files = known.clone().unwrap_or_default();
         let request = &mut call.message;
         let chosen = request.connection.as_mut().and_then(|connection| connection.mechanism.as_mut());
@@ -114,31 +140,40 @@ impl Element for RecvFdServer {
             files.open(mechanism, &fds, &ctx, &id).await?;
         }
         // In place before next: a close by an element below finds them.
-        metadata.insert(&self.0, files.clone());
+        metadata.insert(&self.key, files.clone());
         match next.request(call).await {
             Ok(mut connection) => {
                 let used = files.restore(connection.mechanism.as_mut());
                 files.keep(used.as_deref());
-                metadata.insert(&self.0, files);
+                metadata.insert(&self.key, files);
+                self.release(metadata);
                 Ok(connection)
             }
             Err(error) => {
                 // What an established connection stands on stays open.
                 match known {
-                    Some(known) => _ = metadata.insert(&self.0, known),
-                    None => _ = metadata.remove(&self.0),
+                    Some(known) => _ = metadata.insert(&self.key, known),
+                    None => _ = metadata.remove(&self.key),
                 }
+                self.release(metadata);
                 Err(error)
             }
         }
     }
 
     async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
-        let files = call.ctx.metadata(NAME, call.id())?.remove(&self.0).unwrap_or_default();
-        if let Some(url) = call.message.mechanism.as_mut().and_then(|m| m.parameters.get_mut(INODE_URL)) {
-            if let Some(fd) = files.0.get(url) {
-                *url = file_url(fd);
+        let mut files = call.ctx.metadata(NAME, call.id())?.remove(&self.key).unwrap_or_default();
+        if let (Some(_), Some(fds), Some(mechanism)) = (&self.release, &call.ctx.fds, &mut call.message.mechanism) {
+            // The caller has sent it along, unless its namespace is gone or nobody has called.
+            let ctx = call.ctx.clone().with_timeout(CLOSE_TIMEOUT);
+            if let Err(error) = files.open(mechanism, fds, &ctx, &call.message.id).await {
+                tracing::debug!(%error, "closing without the namespace");
             }
+        }
+        if let Some(url) = call.message.mechanism.as_mut().and_then(|m| m.parameters.get_mut(INODE_URL))
+            && let Some(fd) = files.0.get(url)
+        {
+            *url = file_url(fd);
         }
         let result = next.close(call).await;
         drop(files); // not earlier: the elements below use them

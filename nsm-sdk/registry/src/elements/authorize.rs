@@ -68,9 +68,9 @@ impl Policies {
 fn covers(mask: &str, path: &str) -> bool {
     match mask.split_once(".*") {
         None => mask == path,
-        Some((start, rest)) => path
-            .strip_prefix(start)
-            .is_some_and(|tail| tail.char_indices().map(|(at, _)| at).chain([tail.len()]).any(|at| covers(rest, &tail[at..]))),
+        Some((start, rest)) => path.strip_prefix(start).is_some_and(|tail| {
+            tail.char_indices().map(|(at, _)| at).chain([tail.len()]).any(|at| covers(rest, &tail[at..]))
+        }),
     }
 }
 

@@ -155,9 +155,7 @@ fn lock<V>(mutex: &std::sync::Mutex<V>) -> std::sync::MutexGuard<'_, V> {
 
 /// Awaits a task of its own: a caller who leaves does not cut an element between effect and undo.
 async fn apart<R: Send + 'static>(work: impl Future<Output = Result<R, Error>> + Send + 'static) -> Result<R, Error> {
-    tokio::spawn(work)
-        .await
-        .unwrap_or_else(|cause| Err(Error::new(NAME, "", cause).with_code(tonic::Code::Internal)))
+    tokio::spawn(work).await.unwrap_or_else(|cause| Err(Error::new(NAME, "", cause).with_code(tonic::Code::Internal)))
 }
 
 #[async_trait::async_trait]

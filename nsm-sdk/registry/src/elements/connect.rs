@@ -8,7 +8,8 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming, service::interceptor::InterceptedService, transport::Channel};
 use wire::{
-    NetworkService, NetworkServiceEndpoint, network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
+    NetworkService, NetworkServiceEndpoint,
+    network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
     network_service_registry_client::NetworkServiceRegistryClient,
 };
 
@@ -44,10 +45,8 @@ impl Remote for NetworkService {
         NetworkServiceRegistryClient::new(service).unregister(request).await
     }
     async fn call_find(service: Service, query: Request<Query<Self>>) -> Result<Streaming<Self::Answer>, Status> {
-        let query = query.map(|query| wire::NetworkServiceQuery {
-            network_service: Some(query.template),
-            watch: query.watch,
-        });
+        let query =
+            query.map(|query| wire::NetworkServiceQuery { network_service: Some(query.template), watch: query.watch });
         Ok(NetworkServiceRegistryClient::new(service).find(query).await?.into_inner())
     }
     fn event(answer: Self::Answer) -> Option<Event<Self>> {

@@ -82,8 +82,6 @@ impl Files {
                 self.put(name, key, fd).map_err(fail)?
             }
         };
-        // The connection would keep a copy open for as long as it lives.
-        fds.release(key.0, key.1);
         Ok(url)
     }
 

@@ -29,9 +29,11 @@ impl Dialer {
         if let Some(link) = held.as_ref().filter(|link| !closed(link)) {
             return Ok(link.clone());
         }
-        let link = self.transport.dial(&self.address, self.timeout).await.map_err(|cause| {
-            Error::new(NAME, self.address.to_string(), cause).with_code(Code::Unavailable)
-        })?;
+        let link = self
+            .transport
+            .dial(&self.address, self.timeout)
+            .await
+            .map_err(|cause| Error::new(NAME, self.address.to_string(), cause).with_code(Code::Unavailable))?;
         Ok(held.insert(Arc::new(link)).clone())
     }
 

@@ -58,7 +58,9 @@ impl<T: Object> Element<T> for Memory {
         let (objects, revision) = load::<T>(&*self.store).await?;
         let current: VecDeque<_> = objects.into_iter().filter(|object| template.selects(object)).collect();
         if !watch {
-            return Ok(Box::pin(futures_util::stream::iter(current.into_iter().map(|object| Ok(Event::present(object))))));
+            return Ok(Box::pin(futures_util::stream::iter(
+                current.into_iter().map(|object| Ok(Event::present(object))),
+            )));
         }
         let changes = self.store.watch_from(T::KIND, revision).await?;
         let known = current.iter().map(|object| (object.name().to_owned(), object.clone())).collect();

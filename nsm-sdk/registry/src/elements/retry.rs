@@ -98,7 +98,9 @@ mod tests {
     // Conformance 116
     #[tokio::test(start_paused = true)]
     async fn it_tries_until_it_works_or_time_is_over() {
-        let chain = |tries| Next::new(vec![Arc::new(Retry::default()) as Arc<dyn Element<_>>, Arc::new(Fail(tries, AtomicU32::new(0)))]);
+        let chain = |tries| {
+            Next::new(vec![Arc::new(Retry::default()) as Arc<dyn Element<_>>, Arc::new(Fail(tries, AtomicU32::new(0)))])
+        };
         let call = || Call::new(NetworkService::default(), Context::new());
         chain(5).register(call()).await.unwrap();
         let cancel = tokio_util::sync::CancellationToken::new();

@@ -15,7 +15,11 @@ impl Element<NetworkService> for SetPayload {
         "setpayload"
     }
 
-    async fn register(&self, mut call: Call<NetworkService>, next: Next<NetworkService>) -> Result<NetworkService, Error> {
+    async fn register(
+        &self,
+        mut call: Call<NetworkService>,
+        next: Next<NetworkService>,
+    ) -> Result<NetworkService, Error> {
         if call.message.payload.is_empty() {
             call.message.payload = "IP".into();
         }

@@ -25,9 +25,9 @@ impl UpdatePath {
             .map_err(|cause| Error::new(NAME, object.name(), cause))?;
         let peer = ctx.token.as_ref().map_or("", |token| token.jwt.as_str());
         let path = ctx.path.get_or_insert_default();
-        let index = path.update(|path| path.advance(peer, &own.jwt).map(|()| path.index)).map_err(|cause| {
-            Error::new(NAME, object.name(), cause).with_code(tonic::Code::InvalidArgument)
-        })?;
+        let index = path
+            .update(|path| path.advance(peer, &own.jwt).map(|()| path.index))
+            .map_err(|cause| Error::new(NAME, object.name(), cause).with_code(tonic::Code::InvalidArgument))?;
         let caller = token::decode(peer).map(|claims| claims.sub).unwrap_or_else(|cause| {
             tracing::warn!(object = object.name(), %cause, "the caller's token names nobody");
             String::new()

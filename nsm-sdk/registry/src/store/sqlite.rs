@@ -83,7 +83,8 @@ struct Owner {
 
 impl Owner {
     fn get(&self, table: &str, key: &str) -> Result<Option<Record>, StoreError> {
-        let mut statement = self.db.prepare_cached("SELECT value, revision FROM object WHERE kind = ?1 AND key = ?2")?;
+        let mut statement =
+            self.db.prepare_cached("SELECT value, revision FROM object WHERE kind = ?1 AND key = ?2")?;
         let record = statement
             .query_row(params![table, key], |row| {
                 Ok(Record { key: key.to_owned(), value: row.get(0)?, revision: number(row, 1)? })
@@ -120,9 +121,7 @@ impl Owner {
         let Some(mut record) = stored else { return Ok(None) };
         let transaction = self.db.transaction()?;
         record.revision = next_revision(&transaction)?;
-        transaction
-            .prepare_cached("DELETE FROM object WHERE kind = ?1 AND key = ?2")?
-            .execute(params![table, key])?;
+        transaction.prepare_cached("DELETE FROM object WHERE kind = ?1 AND key = ?2")?.execute(params![table, key])?;
         transaction.commit()?;
         self.history.push(table, record.revision, Change::Deleted(record.clone()));
         Ok(Some(record))

@@ -9,7 +9,9 @@ async fn contract(store: &dyn Store) {
 
     assert_eq!(store.get(TABLE, "a").await.unwrap(), None);
     let first = put("a", "1", Expect::Absent).await.unwrap();
-    assert!(matches!(put("a", "2", Expect::Absent).await, Err(StoreError::Conflict { actual: Some(r), .. }) if r == first));
+    assert!(
+        matches!(put("a", "2", Expect::Absent).await, Err(StoreError::Conflict { actual: Some(r), .. }) if r == first)
+    );
     assert!(matches!(put("b", "2", Expect::Revision(first)).await, Err(StoreError::Conflict { actual: None, .. })));
     let second = put("a", "2", Expect::Revision(first)).await.unwrap();
     assert!(second > first);
