@@ -18,6 +18,8 @@ use crate::inputs::{Shared, Subnet};
 const SETTLE: Duration = Duration::from_millis(5);
 /// What no event told is seen after this time at the latest.
 const RESCAN: Duration = Duration::from_secs(10);
+/// A neighbour entry that is deleted is reported as failed just before; a failure counts once it has lasted this long.
+const CONFIRM: Duration = Duration::from_millis(30);
 /// How often targets that do not answer are asked again, and for how long each.
 const PROBE: Duration = Duration::from_millis(500);
 /// Shortest and longest time that a target stays out of the tables.
@@ -59,33 +61,41 @@ impl Links {
         let mut probe = tokio::time::interval(PROBE);
         probe.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut due: Option<Instant> = None;
+        let mut doubted: BTreeMap<IpAddr, Instant> = BTreeMap::new();
         loop {
-            let settle = async {
-                match due {
-                    Some(at) => tokio::time::sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
+            let settle = at(due);
+            let confirm = at(doubted.values().min().copied());
             tokio::select! {
                 event = monitor.next() => match event {
                     Event::Neighbour(n) if n.state == NeighbourState::Failed => {
-                        if self.is_target(n.ip) && suspects.fail(n.ip, Instant::now()) {
-                            tracing::warn!(ip = %n.ip, "target does not answer on its link: out of the tables");
-                            self.publish(&suspects);
+                        if self.is_target(n.ip) {
+                            doubted.entry(n.ip).or_insert_with(|| Instant::now() + CONFIRM);
                         }
                     }
                     Event::Neighbour(n) if n.state == NeighbourState::Reachable => {
+                        doubted.remove(&n.ip);
                         if suspects.answer(n.ip, Instant::now()) {
                             tracing::info!(ip = %n.ip, "target answers on its link again");
                             self.publish(&suspects);
                         }
                     }
-                    Event::Neighbour(_) | Event::NeighbourGone(_) => {}
+                    Event::NeighbourGone(n) => _ = doubted.remove(&n.ip),
+                    Event::Neighbour(_) => {}
                     _ => due = due.or(Some(Instant::now() + SETTLE)),
                 },
                 () = settle => {
                     due = None;
                     self.scan().await;
+                }
+                () = confirm => {
+                    let now = Instant::now();
+                    let failed: Vec<IpAddr> = doubted.extract_if(.., |_, at| *at <= now).map(|(ip, _)| ip).collect();
+                    for ip in failed {
+                        if suspects.fail(ip, now) {
+                            tracing::warn!(%ip, "target does not answer on its link: out of the tables");
+                        }
+                    }
+                    self.publish(&suspects);
                 }
                 _ = rescan.tick() => self.scan().await,
                 _ = probe.tick(), if suspects.any() => {
@@ -148,6 +158,14 @@ impl Links {
             .filter_map(|a| Some(Subnet { net: a.net, index: a.index, mtu: *ours.get(&a.index)? }))
             .collect();
         Ok((subnets, external))
+    }
+}
+
+/// Waits until `time`; for ever if there is none.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 
