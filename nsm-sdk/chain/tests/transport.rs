@@ -1,6 +1,9 @@
 //! Client, manager and endpoint as they would run in three processes: gRPC over unix sockets, mTLS, policies on,
 //! descriptors beside the stream.
 
+// Tests state what they expect by unwrapping it.
+#![allow(clippy::unwrap_used)]
+
 use futures_util::StreamExt;
 use nsm_chain::{
     Client, Connection, ConnectionEventType, Endpoint, Mechanism, MonitorScopeSelector, NetworkServiceRequest, Side,

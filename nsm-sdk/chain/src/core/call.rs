@@ -72,6 +72,8 @@ impl Operation {
 
 /// What an [`Operation`] ends in.
 #[derive(Clone, Debug, PartialEq)]
+// Short-lived, and nearly always the large one.
+#[allow(clippy::large_enum_variant)]
 pub enum Outcome {
     /// A request's connection.
     Connection(Connection),

@@ -81,7 +81,7 @@ mod tests {
         fn attempt(&self, ctx: &Context) -> Result<(), Error> {
             let mut tries = self.0.lock().unwrap();
             tries.push(ctx.time_left().unwrap());
-            if tries.len() % 3 == 0 { Ok(()) } else { Err(Error::new("third", "", "not yet")) }
+            if tries.len().is_multiple_of(3) { Ok(()) } else { Err(Error::new("third", "", "not yet")) }
         }
     }
 

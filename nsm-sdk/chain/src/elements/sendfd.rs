@@ -1,7 +1,7 @@
 //! Sends the descriptor of a network namespace beside the message that names it.
 
 use super::kernel_mechanism::{INODE_URL, open};
-use crate::{CloseCall, Connection, Element, Error, FdTransceiver, Mechanism, Next, RequestCall};
+use crate::{CloseCall, Connection, Element, Error, FdTransceiver, Mechanism, Next, RequestCall, State, unwind};
 use std::collections::HashMap;
 
 /// Towards the next hop: `file://` URLs of namespaces become `inode://` URLs, with the descriptor queued on the
@@ -74,11 +74,17 @@ impl Element for SendFdServer {
 
     async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
         let (fds, postponed) = (call.ctx.fds.clone(), call.ctx.postpone());
+        let established = call.ctx.factory.as_ref().is_some_and(|factory| factory.generation() > 0)
+            && call.connection().state() != State::ReselectRequested;
         let mut connection = next.request(call).await?;
-        if let (Some(fds), Some(mechanism)) = (fds, &mut connection.mechanism) {
-            if let Err(error) = send(&fds, mechanism, &connection.id, &mut Sent::new()) {
-                return Err(crate::unwind(&next, connection, &postponed, error).await);
-            }
+        if let (Some(fds), Some(mechanism)) = (fds, &mut connection.mechanism)
+            && let Err(error) = send(&fds, mechanism, &connection.id, &mut Sent::new())
+        {
+            // A failing refresh leaves what works.
+            return Err(match established {
+                true => error,
+                false => unwind(&next, connection, &postponed, error).await,
+            });
         }
         Ok(connection)
     }

@@ -27,10 +27,10 @@ impl SinglePoint {
     pub fn new(prefixes: impl IntoIterator<Item = IpNet>) -> Self {
         let mut pools: Vec<_> = prefixes.into_iter().map(Pool::new).collect();
         for pool in &mut pools {
-            if let IpNet::V4(net) = pool.net() {
-                if net.prefix_len() < 31 {
-                    pool.pull_this(net.broadcast().into(), &[]);
-                }
+            if let IpNet::V4(net) = pool.net()
+                && net.prefix_len() < 31
+            {
+                pool.pull_this(net.broadcast().into(), &[]);
             }
         }
         let own = pools.iter_mut().filter_map(|pool| pool.pull(&[])).collect();
