@@ -124,6 +124,8 @@ impl Agent {
             };
             if let Some(error) = lost {
                 self.bird.lost(&error).await;
+                // It may be back before anybody looks: its sessions begin anew, which says nothing about the gateways.
+                self.judge.restarted(&Family::BOTH.into(), Instant::now());
                 continue;
             }
             tokio::time::sleep(GATHER).await;
