@@ -43,7 +43,10 @@ pub fn blueprint(id: &str, trenches: Vec<Trench>) -> Result<Blueprint> {
         binary: binary()?,
         logs: std::env::temp_dir().join(format!("meridio-e2e-{id}")),
         trenches,
-        options: Options { log_level: "INFO".to_owned(), bird: preflight::find("bird", "").context("bird is not installed")? },
+        options: Options {
+            log_level: "INFO".to_owned(),
+            bird: preflight::find("bird", "").context("bird is not installed")?,
+        },
     })
 }
 
@@ -69,7 +72,11 @@ pub fn check_clean(stage: &Stage) -> Result<()> {
     let (leaks, samples) = stage.sniffer.leaks();
     let exits = stage.cluster.unexpected();
     if leaks > 0 || !exits.is_empty() {
-        bail!("{leaks} frames with a VIP on the primary network ({}); components that ended: {}", samples.join(", "), exits.join(", "));
+        bail!(
+            "{leaks} frames with a VIP on the primary network ({}); components that ended: {}",
+            samples.join(", "),
+            exits.join(", ")
+        );
     }
     Ok(())
 }

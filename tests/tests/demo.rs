@@ -9,7 +9,14 @@ use meridio_tests::scene::{binary, turn};
 
 /// Output and success of `meridio demo <args>` with a bounded life.
 fn demo(args: &[&str], environment: &[(&str, &str)]) -> (String, bool) {
-    let output = Command::new("timeout").arg("100").arg(binary().unwrap()).arg("demo").args(args).envs(environment.iter().copied()).output().unwrap();
+    let output = Command::new("timeout")
+        .arg("100")
+        .arg(binary().unwrap())
+        .arg("demo")
+        .args(args)
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     (text, output.status.success())
 }
@@ -38,7 +45,12 @@ fn without_root_the_demo_says_so() {
     let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
     let copy = std::env::temp_dir().join("meridio-e2e-nobody");
     std::fs::copy(path, &copy).unwrap();
-    let output = Command::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&copy).args(["demo", "--once"]).output().unwrap();
+    let output = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .arg(&copy)
+        .args(["demo", "--once"])
+        .output()
+        .unwrap();
     std::fs::remove_file(&copy).unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     println!("{}", text.trim());

@@ -10,7 +10,10 @@ use meridio_demo::traffic::{Traffic, tcp, udp};
 use meridio_tests::scene::{check_clean, scene, turn};
 
 fn show(run: &Traffic) {
-    println!("{} {}: {} attempted, {} failed, p50 {} us, p99 {} us, {:?}", run.protocol, run.vip, run.attempted, run.failed, run.p50_us, run.p99_us, run.per_target);
+    println!(
+        "{} {}: {} attempted, {} failed, p50 {} us, p99 {} us, {:?}",
+        run.protocol, run.vip, run.attempted, run.failed, run.p50_us, run.p99_us, run.per_target
+    );
 }
 
 fn hosts(run: &Traffic) -> BTreeSet<String> {
@@ -47,10 +50,16 @@ fn egress(observer: &Observer) {
         receiver.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
         for target in observer.trench.target_pods() {
             let pod = observer.cluster.pod(&target).unwrap();
-            let send = move || UdpSocket::bind(SocketAddr::new(vip, 0))?.send_to(target.as_bytes(), SocketAddr::new(to, 5005)).map(|_| target);
+            let send = move || {
+                UdpSocket::bind(SocketAddr::new(vip, 0))?
+                    .send_to(target.as_bytes(), SocketAddr::new(to, 5005))
+                    .map(|_| target)
+            };
             let target = pod.namespace.run(send).unwrap().unwrap();
             let mut buffer = [0; 64];
-            let (length, from) = receiver.recv_from(&mut buffer).unwrap_or_else(|error| panic!("egress of {target} from {vip}: {error}"));
+            let (length, from) = receiver
+                .recv_from(&mut buffer)
+                .unwrap_or_else(|error| panic!("egress of {target} from {vip}: {error}"));
             assert_eq!((&buffer[..length], from.ip()), (target.as_bytes(), vip));
         }
         println!("egress from {vip}: every target's datagram arrived with the VIP as source");
@@ -96,7 +105,11 @@ fn a_faulty_configuration_leaves_the_last_good_one_forwarding() {
     let faults = [
         ("an unknown field", good.replace("priority: 1", "prioritee: 1"), "prioritee"),
         ("a VIP that is no CIDR", good.replace("20.0.0.1/32", "20.0.0.1.5/32"), "20.0.0.1.5"),
-        ("a flow of an unknown stream", good.replace("priority: 1\n      stream: stream-a-i", "priority: 1\n      stream: stream-x"), "stream-x"),
+        (
+            "a flow of an unknown stream",
+            good.replace("priority: 1\n      stream: stream-a-i", "priority: 1\n      stream: stream-x"),
+            "stream-x",
+        ),
     ];
     let traffic = observer.traffic().unwrap();
     for (what, text, named) in faults {
@@ -112,9 +125,16 @@ fn a_faulty_configuration_leaves_the_last_good_one_forwarding() {
         std::thread::sleep(Duration::from_secs(1));
         let window = traffic.since(mark);
         println!("{what}: {} packets sent, {} lost", window.sent, window.losses.len());
-        assert!(window.losses.is_empty() && window.breaks.is_empty(), "{what}: {:?} {:?}", window.losses.first(), window.breaks.first());
+        assert!(
+            window.losses.is_empty() && window.breaks.is_empty(),
+            "{what}: {:?} {:?}",
+            window.losses.first(),
+            window.breaks.first()
+        );
     }
     std::fs::write(&file, good).unwrap();
-    observer.wait_whole(&observer.targets_of_trench(), Duration::from_secs(20), &mut |line| println!("{line}")).unwrap();
+    observer
+        .wait_whole(&observer.targets_of_trench(), Duration::from_secs(20), &mut |line| println!("{line}"))
+        .unwrap();
     check_clean(&stage).unwrap();
 }

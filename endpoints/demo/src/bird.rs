@@ -109,7 +109,11 @@ mod tests {
 
     #[test]
     fn bfd_sessions_have_an_address_and_a_state() {
-        let lines = ["bfd1:", "IP address                Interface  State      Since         Interval  Timeout", "169.254.100.2             ext0       Up         22:45:12.049    0.050    0.150"];
+        let lines = [
+            "bfd1:",
+            "IP address                Interface  State      Since         Interval  Timeout",
+            "169.254.100.2             ext0       Up         22:45:12.049    0.050    0.150",
+        ];
         assert_eq!(parse_bfd(&lines.map(str::to_owned)), [("169.254.100.2".to_owned(), true)]);
     }
 }

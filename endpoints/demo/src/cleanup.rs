@@ -39,7 +39,10 @@ impl Lock {
         let file = std::fs::File::create(&path).with_context(|| format!("open {}", path.display()))?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(file) => Ok(Lock { path, _file: file }),
-            Err(_) => bail!("a demo with the id '{id}' is running already (lock {}); stop it or choose another --id", path.display()),
+            Err(_) => bail!(
+                "a demo with the id '{id}' is running already (lock {}); stop it or choose another --id",
+                path.display()
+            ),
         }
     }
 }
@@ -59,7 +62,8 @@ fn processes() -> Vec<u32> {
 }
 
 fn marked(pid: u32, wanted: &[u8]) -> bool {
-    std::fs::read(format!("/proc/{pid}/environ")).is_ok_and(|environ| environ.split(|&byte| byte == 0).any(|entry| entry == wanted))
+    std::fs::read(format!("/proc/{pid}/environ"))
+        .is_ok_and(|environ| environ.split(|&byte| byte == 0).any(|entry| entry == wanted))
 }
 
 fn namespace_of(pid: u32, kind: &str) -> Option<(u64, u64)> {
@@ -80,7 +84,11 @@ pub fn command_name(pid: u32) -> Option<String> {
 /// Names of the network namespaces that begin with `prefix`.
 pub fn namespaces(prefix: &str) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(NETNS_DIR) else { return Vec::new() };
-    entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| name.starts_with(prefix)).collect()
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.starts_with(prefix))
+        .collect()
 }
 
 /// Kills every process that carries the marker of `id` or lives in one of its network namespaces. Returns how many there were.
@@ -91,7 +99,8 @@ pub fn kill_processes(id: &str) -> usize {
         .filter_map(|name| std::fs::metadata(Path::new(NETNS_DIR).join(name)).ok())
         .map(|link| (link.dev(), link.ino()))
         .collect();
-    let ours = |pid: u32| marked(pid, &marker) || namespace_of(pid, "net").is_some_and(|network| networks.contains(&network));
+    let ours =
+        |pid: u32| marked(pid, &marker) || namespace_of(pid, "net").is_some_and(|network| networks.contains(&network));
     let found: Vec<u32> = processes().into_iter().filter(|&pid| ours(pid)).collect();
     kill_and_reap(&found, Duration::from_secs(5));
     found.len()

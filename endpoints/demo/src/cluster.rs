@@ -232,7 +232,11 @@ impl Cluster {
     pub fn refused(&self) -> Vec<String> {
         let pods = self.lock_pods();
         let processes = pods.values().flat_map(|pod| &pod.processes).filter(|process| process.refused());
-        processes.map(|process| format!("{} does not accept its settings; log: {}", process.label(), process.log().display())).collect()
+        processes
+            .map(|process| {
+                format!("{} does not accept its settings; log: {}", process.label(), process.log().display())
+            })
+            .collect()
     }
 
     fn collect_unexpected(&self, pod: &Pod) {
@@ -271,7 +275,9 @@ impl Cluster {
             hosts: directory.join("hosts"),
             binary: self.blueprint.binary.clone(),
             binds: plan.binds.iter().map(|(source, target)| (directory.join(source), target.clone())).collect(),
-            directories: ["/var/lib/meridio", "/run/bird", "/run/bird-config", "/run/meridio"].map(PathBuf::from).to_vec(),
+            directories: ["/var/lib/meridio", "/run/bird", "/run/bird-config", "/run/meridio"]
+                .map(PathBuf::from)
+                .to_vec(),
             bpffs: plan.kind == Kind::LoadBalancer,
         };
         let name = format!("{}{}", cleanup::prefix(&self.blueprint.id), plan.name);
@@ -290,7 +296,8 @@ impl Cluster {
         let (pods, ended) = (Arc::clone(&self.pods), Arc::clone(&self.ended));
         let watch = move || {
             while !ended.load(Ordering::Relaxed) {
-                let now: Vec<Arc<Pod>> = pods.lock().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect();
+                let now: Vec<Arc<Pod>> =
+                    pods.lock().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect();
                 for pod in now {
                     pod.processes.iter().for_each(|process| process.supervise(&pod.namespace));
                 }

@@ -81,7 +81,8 @@ mod tests {
             let text = document["data"][key].as_str().unwrap_or_else(|| panic!("key {key}"));
             let _: serde_yaml_ng::Value = serde_yaml_ng::from_str(text).unwrap();
         }
-        let gateways: serde_yaml_ng::Value = serde_yaml_ng::from_str(document["data"]["gateways"].as_str().unwrap()).unwrap();
+        let gateways: serde_yaml_ng::Value =
+            serde_yaml_ng::from_str(document["data"]["gateways"].as_str().unwrap()).unwrap();
         assert_eq!(gateways["items"][1]["address"].as_str(), Some("100:100::150"));
         assert_eq!(gateways["items"][0]["bfd"].as_bool(), Some(true));
     }

@@ -168,7 +168,13 @@ impl Show<'_> {
                 Err(error) => self.report.failures.push(format!("bulk transfers: {error:#}")),
             }
             let agreement = observer.generator.run(path::agreement(vip, AGREEMENT))?;
-            say(begin, &format!("1 MB to and from each target by {vip}; load balancers agree on {} of {} 5-tuples", agreement.same, agreement.tried));
+            say(
+                begin,
+                &format!(
+                    "1 MB to and from each target by {vip}; load balancers agree on {} of {} 5-tuples",
+                    agreement.same, agreement.tried
+                ),
+            );
             self.report.agreement.insert(vip.to_string(), agreement);
         }
         Ok(())
@@ -186,14 +192,21 @@ impl Show<'_> {
             }
             let event = director.run(&name);
             let verdict = if event.failures.is_empty() { "ok".to_owned() } else { event.failures.join("; ") };
-            say(begin, &format!("{name}: lost {} of {}, back after {} ms: {verdict}", event.lost, event.attempted, event.recovered_ms));
+            say(
+                begin,
+                &format!(
+                    "{name}: lost {} of {}, back after {} ms: {verdict}",
+                    event.lost, event.attempted, event.recovered_ms
+                ),
+            );
             self.report.events.push(event);
         }
         let mut openings = director.openings;
         self.report.timings_ms.open_to_first_packet.clone_from(&openings);
         openings.sort_unstable();
         self.report.timings_ms.open_to_first_packet_max = openings.last().copied().unwrap_or(0);
-        self.report.timings_ms.open_to_first_packet_p50 = openings.get(openings.len().saturating_sub(1) / 2).copied().unwrap_or(0);
+        self.report.timings_ms.open_to_first_packet_p50 =
+            openings.get(openings.len().saturating_sub(1) / 2).copied().unwrap_or(0);
         Ok(())
     }
 
@@ -211,7 +224,8 @@ fn versions(bird: &str) -> BTreeMap<String, String> {
     };
     let path = std::env::var("PATH").unwrap_or_default();
     let bird = preflight::find(bird, &path).map_or_else(|| bird.to_owned(), |path| path.display().to_string());
-    let kernel = nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
+    let kernel =
+        nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
     BTreeMap::from([
         ("meridio".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
         ("kernel".to_owned(), kernel),

@@ -32,7 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(45);
 
 /// Names of all events, in order.
 pub fn names() -> Vec<String> {
-    let mut names: Vec<String> = ["target-close", "target-open", "lb-crash", "lb-link", "lb-kill", "lb-return"].map(str::to_owned).to_vec();
+    let mut names: Vec<String> =
+        ["target-close", "target-open", "lb-crash", "lb-link", "lb-kill", "lb-return"].map(str::to_owned).to_vec();
     names.extend(COMPONENTS.iter().map(|(component, _)| format!("restart-{component}")));
     names.push("restart-bird".to_owned());
     names
@@ -81,8 +82,12 @@ impl Director<'_> {
             "lb-return" => self.lb_return(event),
             "restart-bird" => self.restart_bird(event),
             _ => {
-                let component = name.strip_prefix("restart-").and_then(|name| COMPONENTS.iter().find(|(component, _)| *component == name));
-                let Some(&(component, kind)) = component else { bail!("there is no event {name}; there are {}", names().join(", ")) };
+                let component = name
+                    .strip_prefix("restart-")
+                    .and_then(|name| COMPONENTS.iter().find(|(component, _)| *component == name));
+                let Some(&(component, kind)) = component else {
+                    bail!("there is no event {name}; there are {}", names().join(", "))
+                };
                 self.restart(component, kind, event)
             }
         }
@@ -151,7 +156,9 @@ impl Director<'_> {
         std::thread::sleep(Duration::from_millis(200));
         let called = self.observer.open(target, Duration::from_secs(5))?;
         let first = answer.recv().context("the search for the first answer ended")?;
-        Ok(first.with_context(|| format!("{target} answered nothing within {PATIENCE:?} of its Open"))?.duration_since(called))
+        Ok(first
+            .with_context(|| format!("{target} answered nothing within {PATIENCE:?} of its Open"))?
+            .duration_since(called))
     }
 
     fn lb_crash(&mut self, event: &mut Event) -> Result<()> {
@@ -229,7 +236,8 @@ impl Director<'_> {
     fn restart_bird(&mut self, event: &mut Event) -> Result<()> {
         let (all, _) = self.targets(false);
         for pod in self.observer.cluster.pods(Kind::LoadBalancer) {
-            let birds: Vec<u32> = pod.pids().into_iter().filter(|&pid| cleanup::command_name(pid).as_deref() == Some("bird")).collect();
+            let birds: Vec<u32> =
+                pod.pids().into_iter().filter(|&pid| cleanup::command_name(pid).as_deref() == Some("bird")).collect();
             if birds.is_empty() {
                 bail!("no bird runs in {}", pod.plan.name);
             }
@@ -255,7 +263,9 @@ fn tally(window: &Window, begin: Instant, rules: &Rules, event: &mut Event) {
     let losses: Vec<_> = window.losses.iter().filter(|loss| !own(loss.target.as_ref())).collect();
     event.own_lost += (window.losses.len() - losses.len()) as u64;
     let after = |loss: &&crate::traffic::continuous::Loss| millis(loss.sent.duration_since(begin));
-    let last = |direction| losses.iter().filter(|loss| loss.direction == direction).map(|loss| after(loss) + 1).max().unwrap_or(0);
+    let last = |direction| {
+        losses.iter().filter(|loss| loss.direction == direction).map(|loss| after(loss) + 1).max().unwrap_or(0)
+    };
     let (ingress, egress) = (last(Direction::Ingress), last(Direction::Egress));
     event.ingress_recovered_ms = event.ingress_recovered_ms.max(ingress);
     event.egress_recovered_ms = event.egress_recovered_ms.max(egress);
@@ -273,11 +283,19 @@ fn tally(window: &Window, begin: Instant, rules: &Rules, event: &mut Event) {
 
     if let Some(first) = broken.first() {
         let place = first.after.as_deref().unwrap_or("nobody");
-        event.failures.push(format!("{} TCP connections broke, the first one {} -> {place}: {}", broken.len(), first.target, first.how));
+        event.failures.push(format!(
+            "{} TCP connections broke, the first one {} -> {place}: {}",
+            broken.len(),
+            first.target,
+            first.how
+        ));
     }
     match rules.within {
         Some(limit) if u128::from(ingress.max(egress)) > limit.as_millis() => {
-            event.failures.push(format!("back after {ingress} ms (ingress) and {egress} ms (egress), {} ms is the limit", limit.as_millis()));
+            event.failures.push(format!(
+                "back after {ingress} ms (ingress) and {egress} ms (egress), {} ms is the limit",
+                limit.as_millis()
+            ));
         }
         None if !losses.is_empty() => {
             let count = |direction| losses.iter().filter(|loss| loss.direction == direction).count();
@@ -309,7 +327,12 @@ mod tests {
     #[test]
     fn losses_of_the_closed_target_are_its_own_and_others_fail() {
         let begin = Instant::now();
-        let broken = |target: &str, after: Option<&str>| Break { at: begin, target: target.into(), after: after.map(str::to_owned), how: "reset".into() };
+        let broken = |target: &str, after: Option<&str>| Break {
+            at: begin,
+            target: target.into(),
+            after: after.map(str::to_owned),
+            how: "reset".into(),
+        };
         let window = Window {
             sent: 100,
             losses: vec![loss(begin, 5, "target-4", Direction::Ingress)],
@@ -320,7 +343,11 @@ mod tests {
         let mut event = Event::default();
         tally(&window, begin, &rules, &mut event);
         assert_eq!((event.lost, event.own_lost, event.moved, event.failures.len()), (0, 1, 1, 0));
-        let window = Window { losses: vec![loss(begin, 5, "target-1", Direction::Egress)], breaks: vec![broken("target-2", None)], ..window };
+        let window = Window {
+            losses: vec![loss(begin, 5, "target-1", Direction::Egress)],
+            breaks: vec![broken("target-2", None)],
+            ..window
+        };
         let mut event = Event::default();
         tally(&window, begin, &rules, &mut event);
         assert_eq!((event.lost, event.moved, event.failures.len(), event.egress_recovered_ms), (2, 0, 2, 6));
@@ -329,10 +356,17 @@ mod tests {
     #[test]
     fn a_failover_may_lose_packets_for_a_limited_time() {
         let begin = Instant::now();
-        let window = Window { sent: 9, losses: vec![loss(begin, 150, "a", Direction::Ingress), loss(begin, 250, "a", Direction::Egress)], ..Window::default() };
+        let window = Window {
+            sent: 9,
+            losses: vec![loss(begin, 150, "a", Direction::Ingress), loss(begin, 250, "a", Direction::Egress)],
+            ..Window::default()
+        };
         let mut event = Event::default();
         tally(&window, begin, &Rules { within: Some(Duration::from_millis(300)), ..Rules::default() }, &mut event);
-        assert_eq!((event.lost, event.recovered_ms, event.ingress_recovered_ms, event.failures.len()), (2, 251, 151, 0));
+        assert_eq!(
+            (event.lost, event.recovered_ms, event.ingress_recovered_ms, event.failures.len()),
+            (2, 251, 151, 0)
+        );
         tally(&window, begin, &Rules { within: Some(Duration::from_millis(200)), ..Rules::default() }, &mut event);
         assert_eq!(event.failures.len(), 1);
     }

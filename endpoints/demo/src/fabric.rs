@@ -26,12 +26,14 @@ impl Fabric {
             namespace.sysctls(&quiet())?;
             let mut lines = String::from("link set lo up\n");
             for bridge in bridges {
-                lines += &format!("link add {bridge} type bridge forward_delay 0 mcast_snooping 0\nlink set {bridge} up\n");
+                lines +=
+                    &format!("link add {bridge} type bridge forward_delay 0 mcast_snooping 0\nlink set {bridge} up\n");
             }
             namespace.ip(&lines)?;
         }
         // The primary network has a router, so that a packet that leaks finds a way out and is seen.
-        primary.ip(&format!("addr add 10.244.0.254/24 dev {PRIMARY}\naddr add fd10:244::254/64 dev {PRIMARY} nodad\n"))?;
+        primary
+            .ip(&format!("addr add 10.244.0.254/24 dev {PRIMARY}\naddr add fd10:244::254/64 dev {PRIMARY} nodad\n"))?;
         Ok(Fabric { primary, external })
     }
 
@@ -59,7 +61,9 @@ impl Fabric {
                 mac(port),
                 namespace.name()
             ))?;
-            inside += &format!("link set {interface} up\naddr add {v4}/24 dev {interface}\naddr add {v6}/64 dev {interface} nodad\n");
+            inside += &format!(
+                "link set {interface} up\naddr add {v4}/24 dev {interface}\naddr add {v6}/64 dev {interface} nodad\n"
+            );
             if bridge == PRIMARY {
                 inside += "route add default via 10.244.0.254\nroute add ::/0 via fd10:244::254\n";
             }
@@ -106,7 +110,11 @@ fn pairs(values: &[(&str, &str)]) -> Vec<(String, String)> {
 
 /// Of a namespace that only switches: no IPv6 chatter on its ports.
 fn quiet() -> Vec<(String, String)> {
-    pairs(&[("net/ipv6/conf/default/autoconf", "0"), ("net/ipv6/conf/default/accept_ra", "0"), ("net/ipv6/conf/default/accept_dad", "0")])
+    pairs(&[
+        ("net/ipv6/conf/default/autoconf", "0"),
+        ("net/ipv6/conf/default/accept_ra", "0"),
+        ("net/ipv6/conf/default/accept_dad", "0"),
+    ])
 }
 
 /// What an init container, or the node, sets in a pod before its components start.
@@ -136,7 +144,9 @@ fn sysctls(kind: Kind) -> Vec<(String, String)> {
             ("net/ipv6/fib_multipath_hash_policy", "1"),
             ("net/ipv4/ip_local_port_range", "1024\t65535"),
         ])),
-        Kind::Target => values.extend(pairs(&[("net/core/somaxconn", "4096"), ("net/ipv4/tcp_max_syn_backlog", "4096")])),
+        Kind::Target => {
+            values.extend(pairs(&[("net/core/somaxconn", "4096"), ("net/ipv4/tcp_max_syn_backlog", "4096")]))
+        }
         Kind::Node | Kind::Service => {}
     }
     values

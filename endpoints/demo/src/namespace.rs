@@ -169,7 +169,8 @@ fn build(filesystem: &Filesystem) -> Result<()> {
     }
     for place in ["/run", "/tmp", "/var/lib", "/var/log"] {
         let mode = if place == "/tmp" { "mode=1777,size=64m" } else { "mode=0755,size=256m" };
-        mount(Some("tmpfs"), place, Some("tmpfs"), MsFlags::empty(), Some(mode)).with_context(|| format!("tmpfs at {place}"))?;
+        mount(Some("tmpfs"), place, Some("tmpfs"), MsFlags::empty(), Some(mode))
+            .with_context(|| format!("tmpfs at {place}"))?;
     }
     for directory in &filesystem.directories {
         std::fs::create_dir_all(directory).with_context(|| format!("make {}", directory.display()))?;
@@ -194,7 +195,8 @@ fn build(filesystem: &Filesystem) -> Result<()> {
 fn bind(source: &std::fs::File, target: &Path) -> Result<()> {
     let none: Option<&str> = None;
     let path = format!("/proc/thread-self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(source));
-    mount(Some(path.as_str()), target, none, MsFlags::MS_BIND, none).with_context(|| format!("bind mount {}", target.display()))
+    mount(Some(path.as_str()), target, none, MsFlags::MS_BIND, none)
+        .with_context(|| format!("bind mount {}", target.display()))
 }
 
 /// Runs `ip` in the caller's namespaces.

@@ -22,13 +22,18 @@ pub fn faults(bird: &str) -> Vec<String> {
     let mut faults = Vec::new();
     if !nix::unistd::geteuid().is_root() {
         // The rest would fail for this reason alone.
-        return vec!["not root: the demo makes network namespaces and loads eBPF programs; run it with sudo".to_owned()];
+        return vec![
+            "not root: the demo makes network namespaces and loads eBPF programs; run it with sudo".to_owned(),
+        ];
     }
-    let release = nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
+    let release =
+        nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
     faults.extend(kernel_fault(&release));
     let path = std::env::var("PATH").unwrap_or_default();
     match find(bird, &path) {
-        None => faults.push(format!("BIRD: there is no program {bird}; install BIRD 2 (Debian: apt-get install bird2)")),
+        None => {
+            faults.push(format!("BIRD: there is no program {bird}; install BIRD 2 (Debian: apt-get install bird2)"))
+        }
         Some(program) => faults.extend(bird_fault(&program)),
     }
     if find("ip", &path).is_none() {
@@ -39,7 +44,8 @@ pub fn faults(bird: &str) -> Vec<String> {
 }
 
 fn kernel_fault(release: &str) -> Option<String> {
-    let mut numbers = release.split(|character: char| !character.is_ascii_digit()).map(|number| number.parse::<u32>().unwrap_or(0));
+    let mut numbers =
+        release.split(|character: char| !character.is_ascii_digit()).map(|number| number.parse::<u32>().unwrap_or(0));
     let found = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     (found < KERNEL).then(|| format!("kernel {release}: {}.{} or newer is needed", KERNEL.0, KERNEL.1))
 }
@@ -48,7 +54,9 @@ fn bird_fault(program: &Path) -> Option<String> {
     let output = std::process::Command::new(program).arg("--version").output().ok()?;
     let text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
     let version = text.split_whitespace().last()?.to_owned();
-    version.starts_with('1').then(|| format!("BIRD {version} at {}: BIRD 2 is needed (Debian: apt-get install bird2)", program.display()))
+    version
+        .starts_with('1')
+        .then(|| format!("BIRD {version} at {}: BIRD 2 is needed (Debian: apt-get install bird2)", program.display()))
 }
 
 /// Makes and drops a tiny map.
@@ -67,7 +75,9 @@ fn bpf_fault() -> Option<String> {
         }
         _ => {
             let error = std::io::Error::last_os_error();
-            Some(format!("eBPF: bpf(2) says {error}; CAP_BPF and CAP_NET_ADMIN are needed, and no seccomp or lockdown in the way"))
+            Some(format!(
+                "eBPF: bpf(2) says {error}; CAP_BPF and CAP_NET_ADMIN are needed, and no seccomp or lockdown in the way"
+            ))
         }
     }
 }

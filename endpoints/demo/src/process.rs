@@ -80,7 +80,12 @@ impl Process {
     pub fn unexpected(&self) -> Option<String> {
         let state = self.state();
         let last = state.unexpected.last()?;
-        Some(format!("{} ended by itself {} times, last with {last}; log: {}", self.label(), state.unexpected.len(), self.log.display()))
+        Some(format!(
+            "{} ended by itself {} times, last with {last}; log: {}",
+            self.label(),
+            state.unexpected.len(),
+            self.log.display()
+        ))
     }
 
     /// Whether its settings are not accepted: starting it again is of no use.

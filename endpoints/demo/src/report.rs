@@ -95,7 +95,10 @@ impl Report {
         for (vip, agreement) in &self.agreement {
             if agreement.same != agreement.tried {
                 let what = agreement.differences.join(", ");
-                failures.push(format!("{vip}: the load balancers agree on {} of {} 5-tuples ({what})", agreement.same, agreement.tried));
+                failures.push(format!(
+                    "{vip}: the load balancers agree on {} of {} 5-tuples ({what})",
+                    agreement.same, agreement.tried
+                ));
             }
         }
         for event in &self.events {
@@ -124,13 +127,24 @@ impl Report {
     /// A table for people.
     pub fn table(&self) -> String {
         let mut text = String::new();
-        let _ = writeln!(text, "\n{:<12} {:<6} {:>9} {:>7} {:>9} {:>8} {:>8}  per target", "VIP", "proto", "attempted", "failed", "max/mean", "p50 us", "p99 us");
+        let _ = writeln!(
+            text,
+            "\n{:<12} {:<6} {:>9} {:>7} {:>9} {:>8} {:>8}  per target",
+            "VIP", "proto", "attempted", "failed", "max/mean", "p50 us", "p99 us"
+        );
         for run in &self.traffic {
             let shares: Vec<String> = run.per_target.iter().map(|(host, count)| format!("{host} {count}")).collect();
             let _ = writeln!(
                 text,
                 "{:<12} {:<6} {:>9} {:>7} {:>9.3} {:>8} {:>8}  {}",
-                run.vip, run.protocol, run.attempted, run.failed, run.max_over_mean, run.p50_us, run.p99_us, shares.join(", ")
+                run.vip,
+                run.protocol,
+                run.attempted,
+                run.failed,
+                run.max_over_mean,
+                run.p50_us,
+                run.p99_us,
+                shares.join(", ")
             );
         }
         for (vip, speeds) in &self.transfers_mbit {
@@ -138,13 +152,25 @@ impl Report {
             let _ = writeln!(text, "1 MB to each target by {vip}, Mbit/s: {}", shares.join(", "));
         }
         for (vip, agreement) in &self.agreement {
-            let _ = writeln!(text, "same target by both load balancers, {vip}: {} of {} 5-tuples", agreement.same, agreement.tried);
+            let _ = writeln!(
+                text,
+                "same target by both load balancers, {vip}: {} of {} 5-tuples",
+                agreement.same, agreement.tried
+            );
         }
         if !self.events.is_empty() {
             let _ = writeln!(
                 text,
                 "\n{:<22} {:>6} {:>9} {:>12} {:>11} {:>10} {:>6} {:>8} {:>9}",
-                "event", "lost", "attempted", "recovered ms", "ingress ms", "egress ms", "moved", "stall ms", "whole ms"
+                "event",
+                "lost",
+                "attempted",
+                "recovered ms",
+                "ingress ms",
+                "egress ms",
+                "moved",
+                "stall ms",
+                "whole ms"
             );
         }
         for event in &self.events {
@@ -183,7 +209,10 @@ fn faults_of_traffic(run: &Traffic, targets: usize) -> Vec<String> {
         faults.push(format!("{name}: {} of {targets} targets answered", run.per_target.len()));
     }
     if run.attempted >= ENOUGH && run.max_over_mean >= MAX_OVER_MEAN {
-        faults.push(format!("{name}: the busiest target has {:.3} of the mean, {MAX_OVER_MEAN} is the limit", run.max_over_mean));
+        faults.push(format!(
+            "{name}: the busiest target has {:.3} of the mean, {MAX_OVER_MEAN} is the limit",
+            run.max_over_mean
+        ));
     }
     if run.split_flows > 0 {
         faults.push(format!("{name}: {} 5-tuples went to more than one target", run.split_flows));
@@ -197,7 +226,14 @@ mod tests {
 
     #[test]
     fn a_report_passes_only_without_any_fault() {
-        let good = Traffic { vip: "20.0.0.1".into(), protocol: "tcp".into(), attempted: 2, per_target: [("one".into(), 1), ("two".into(), 1)].into(), max_over_mean: 1.0, ..Traffic::default() };
+        let good = Traffic {
+            vip: "20.0.0.1".into(),
+            protocol: "tcp".into(),
+            attempted: 2,
+            per_target: [("one".into(), 1), ("two".into(), 1)].into(),
+            max_over_mean: 1.0,
+            ..Traffic::default()
+        };
         let mut report = Report { traffic: vec![good.clone()], ..Report::default() };
         report.judge(2);
         assert!(report.passed, "{:?}", report.failures);

@@ -47,9 +47,13 @@ impl Settings {
     /// Every fault of the settings, one line each.
     pub fn validate(&self) -> Vec<String> {
         let mut faults = Vec::new();
-        let fits = (1..=6).contains(&self.id.len()) && self.id.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+        let fits = (1..=6).contains(&self.id.len())
+            && self.id.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
         if !fits {
-            faults.push(format!("--id {:?}: 1 to 6 lower-case letters and digits are needed, they become part of names", self.id));
+            faults.push(format!(
+                "--id {:?}: 1 to 6 lower-case letters and digits are needed, they become part of names",
+                self.id
+            ));
         }
         let known = crate::events::names();
         for name in self.only_event.iter().filter(|name| !known.contains(name)) {

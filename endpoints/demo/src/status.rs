@@ -42,7 +42,12 @@ impl Observer {
     ///
     /// # Errors
     /// If its runtime cannot be started.
-    pub fn new(cluster: Arc<Cluster>, trench: Trench, generator: Arc<Generator>, stop: CancellationToken) -> Result<Self> {
+    pub fn new(
+        cluster: Arc<Cluster>,
+        trench: Trench,
+        generator: Arc<Generator>,
+        stop: CancellationToken,
+    ) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")?;
         Ok(Observer { cluster, trench, generator, runtime, stop })
     }
@@ -95,11 +100,16 @@ impl Observer {
             let called = Instant::now();
             let outcome = self.runtime.block_on(async {
                 let ambassador = self.ambassador(target)?;
-                tokio::time::timeout(Duration::from_secs(2), ambassador.open(&self.stream())).await.context("open: no reply")?.context("open")
+                tokio::time::timeout(Duration::from_secs(2), ambassador.open(&self.stream()))
+                    .await
+                    .context("open: no reply")?
+                    .context("open")
             });
             match outcome {
                 Ok(()) => return Ok(called),
-                Err(error) if Instant::now() >= deadline => return Err(error.context(format!("open {} on {target}", self.trench.stream()))),
+                Err(error) if Instant::now() >= deadline => {
+                    return Err(error.context(format!("open {} on {target}", self.trench.stream())));
+                }
                 Err(_) => {
                     self.go_on()?;
                     std::thread::sleep(Duration::from_millis(50));
@@ -115,7 +125,10 @@ impl Observer {
     pub fn close(&self, target: &str) -> Result<()> {
         let ambassador = self.ambassador(target)?;
         let call = async { tokio::time::timeout(Duration::from_secs(5), ambassador.close(&self.stream())).await };
-        self.runtime.block_on(call).context("no reply")?.with_context(|| format!("close {} on {target}", self.trench.stream()))
+        self.runtime
+            .block_on(call)
+            .context("no reply")?
+            .with_context(|| format!("close {} on {target}", self.trench.stream()))
     }
 
     /// State of the trench's stream on `target`; nothing if it is not open there.
@@ -149,7 +162,12 @@ impl Observer {
     ///
     /// # Errors
     /// If something is still missing after `patience`; the message says what.
-    pub fn wait_whole(&self, targets: &BTreeSet<String>, patience: Duration, say: &mut dyn FnMut(&str)) -> Result<Duration> {
+    pub fn wait_whole(
+        &self,
+        targets: &BTreeSet<String>,
+        patience: Duration,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Duration> {
         let start = Instant::now();
         let mut said = Vec::new();
         loop {
@@ -200,7 +218,8 @@ impl Observer {
             Err(error) => return vec![format!("gateway: {error:#}")],
         };
         let down = sessions.iter().filter(|session| !session.established);
-        let mut missing: Vec<String> = down.map(|session| format!("BGP session {} ({})", session.name, session.info)).collect();
+        let mut missing: Vec<String> =
+            down.map(|session| format!("BGP session {} ({})", session.name, session.info)).collect();
         let up = bird::bfd(&socket).map(|sessions| sessions.iter().filter(|session| session.1).count()).unwrap_or(0);
         if up != sessions.len() {
             missing.push(format!("BFD: {up} of {} sessions up", sessions.len()));
@@ -234,7 +253,10 @@ impl Observer {
             };
             match (wanted.contains(&target), state) {
                 (true, Some(StreamState::Open)) | (false, None) => {}
-                (true, state) => missing.push(format!("{target}'s stream ({})", state.map_or("not asked for", |state| state.as_str_name()))),
+                (true, state) => missing.push(format!(
+                    "{target}'s stream ({})",
+                    state.map_or("not asked for", |state| state.as_str_name())
+                )),
                 (false, Some(_)) => missing.push(format!("{target}'s stream to be closed")),
             }
         }
@@ -248,7 +270,11 @@ impl Observer {
             for v6 in [false, true] {
                 let count = self.route_next_hops(&pod.plan.name, &["show", "default", "table", "1"], v6);
                 if count != 2 {
-                    missing.push(format!("{}'s {} next hops: {count} of 2", pod.plan.name, if v6 { "IPv6" } else { "IPv4" }));
+                    missing.push(format!(
+                        "{}'s {} next hops: {count} of 2",
+                        pod.plan.name,
+                        if v6 { "IPv6" } else { "IPv4" }
+                    ));
                 }
             }
         }
@@ -265,7 +291,9 @@ impl Observer {
                     Ok((hosts, lost)) => {
                         let silent: Vec<_> = targets.difference(&hosts).cloned().collect();
                         let odd: Vec<_> = hosts.difference(targets).cloned().collect();
-                        missing.push(format!("{vip} through {lb}: {lost} of {SURVEY} lost, silent: {silent:?}, unexpected: {odd:?}"));
+                        missing.push(format!(
+                            "{vip} through {lb}: {lost} of {SURVEY} lost, silent: {silent:?}, unexpected: {odd:?}"
+                        ));
                     }
                     Err(error) => missing.push(format!("{vip} through {lb}: {error:#}")),
                 }
@@ -281,7 +309,9 @@ fn unready(process: &Process) -> Option<String> {
     let Some(pid) = process.pid() else { return Some(format!("{label} to run")) };
     let Some(path) = health_file(process, pid) else { return None };
     let Ok(text) = std::fs::read(&path) else { return Some(format!("{label} to report its health")) };
-    let Ok(report) = serde_json::from_slice::<Report>(&text) else { return Some(format!("{label}'s health to be readable")) };
+    let Ok(report) = serde_json::from_slice::<Report>(&text) else {
+        return Some(format!("{label}'s health to be readable"));
+    };
     if report.pid != pid {
         return Some(format!("{label} to report its health"));
     }
@@ -297,7 +327,9 @@ fn health_file(process: &Process, pid: u32) -> Option<PathBuf> {
 /// Next hops of the first non-blackhole route in the output of `ip -j route`.
 fn count_next_hops(json: &str) -> usize {
     let routes: Vec<serde_json::Value> = serde_json::from_str(json).unwrap_or_default();
-    let usable = routes.iter().filter(|route| route.get("type").and_then(|kind| kind.as_str()).is_none_or(|kind| kind == "unicast"));
+    let usable = routes
+        .iter()
+        .filter(|route| route.get("type").and_then(|kind| kind.as_str()).is_none_or(|kind| kind == "unicast"));
     let count = |route: &serde_json::Value| match route.get("nexthops").and_then(|hops| hops.as_array()) {
         Some(hops) => hops.len(),
         None => usize::from(route.get("gateway").is_some() || route.get("via").is_some()),

@@ -44,7 +44,13 @@ pub struct Trench {
 impl Trench {
     /// The trench of the original's end-to-end fixture: 20.0.0.1, 2000::1, four targets.
     pub fn fixture(letter: char, index: u8) -> Self {
-        Trench { letter, index, vip4: Ipv4Addr::new(20, 0, 0, 1), vip6: Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 1), targets: 4 }
+        Trench {
+            letter,
+            index,
+            vip4: Ipv4Addr::new(20, 0, 0, 1),
+            vip6: Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 1),
+            targets: 4,
+        }
     }
 
     /// `trench-a`.
@@ -285,9 +291,11 @@ fn nsp_service(trench: &Trench) -> String {
 }
 
 fn nsp_pod(trench: &Trench, options: &Options) -> PodPlan {
-    let mut pod = pod(trench.pod("nsp"), Kind::Service, NODES[0], Some(trench.letter), vec![primary_port(trench.primary(10))]);
+    let mut pod =
+        pod(trench.pod("nsp"), Kind::Service, NODES[0], Some(trench.letter), vec![primary_port(trench.primary(10))]);
     pod.binds.push((Path::new("trenches").join(trench.letter.to_string()).join("nsp"), PathBuf::from("/run/nsp/data")));
-    pod.binds.push((Path::new("trenches").join(trench.letter.to_string()).join("config"), PathBuf::from("/run/nsp/config")));
+    pod.binds
+        .push((Path::new("trenches").join(trench.letter.to_string()).join("config"), PathBuf::from("/run/nsp/config")));
     let env = [
         ("NSP_NAMESPACE", text("default")),
         ("NSP_PORT", text("7778")),
@@ -300,8 +308,10 @@ fn nsp_pod(trench: &Trench, options: &Options) -> PodPlan {
 }
 
 fn ipam_pod(trench: &Trench, options: &Options) -> PodPlan {
-    let mut pod = pod(trench.pod("ipam"), Kind::Service, NODES[0], Some(trench.letter), vec![primary_port(trench.primary(11))]);
-    pod.binds.push((Path::new("trenches").join(trench.letter.to_string()).join("ipam"), PathBuf::from("/run/ipam/data")));
+    let mut pod =
+        pod(trench.pod("ipam"), Kind::Service, NODES[0], Some(trench.letter), vec![primary_port(trench.primary(11))]);
+    pod.binds
+        .push((Path::new("trenches").join(trench.letter.to_string()).join("ipam"), PathBuf::from("/run/ipam/data")));
     let env = [
         ("IPAM_PORT", text("7777")),
         ("IPAM_NAMESPACE", text("default")),
@@ -357,7 +367,8 @@ fn lb_pod(trench: &Trench, number: u8, options: &Options) -> PodPlan {
 fn proxy_pod(trench: &Trench, number: u8, options: &Options) -> PodPlan {
     let node = NODES[usize::from(number != 1)];
     let name = trench.pod(if number == 1 { "proxy-a" } else { "proxy-b" });
-    let mut pod = pod(name.clone(), Kind::Proxy, node, Some(trench.letter), vec![primary_port(trench.primary(30 + number))]);
+    let mut pod =
+        pod(name.clone(), Kind::Proxy, node, Some(trench.letter), vec![primary_port(trench.primary(30 + number))]);
     let env = [
         ("NSM_NAME", name),
         ("NSM_SERVICE_NAME", format!("proxy.{}", trench.service())),
@@ -380,7 +391,8 @@ fn proxy_pod(trench: &Trench, number: u8, options: &Options) -> PodPlan {
 fn target_pod(trench: &Trench, number: u8, options: &Options) -> PodPlan {
     let node = NODES[usize::from(number > trench.targets.div_ceil(2))];
     let name = trench.pod(&format!("target-{number}"));
-    let mut pod = pod(name.clone(), Kind::Target, node, Some(trench.letter), vec![primary_port(trench.primary(40 + number))]);
+    let mut pod =
+        pod(name.clone(), Kind::Target, node, Some(trench.letter), vec![primary_port(trench.primary(40 + number))]);
     pod.binds.push((Path::new("targets").join(&name), PathBuf::from("/run/ambassador")));
     let tapa = [
         ("MERIDIO_NAME", name.clone()),
@@ -394,7 +406,10 @@ fn target_pod(trench: &Trench, number: u8, options: &Options) -> PodPlan {
     ];
     // The demo opens and closes the stream itself, to know when.
     let app = [("MERIDIO_SOCKET", text("unix:///run/ambassador/ambassador.sock")), ("TARGET_STREAM", String::new())];
-    pod.processes = vec![component("tapa", ("MERIDIO_LOG_LEVEL", options), &tapa), component("target-app", ("LOG_LEVEL", options), &app)];
+    pod.processes = vec![
+        component("tapa", ("MERIDIO_LOG_LEVEL", options), &tapa),
+        component("target-app", ("LOG_LEVEL", options), &app),
+    ];
     pod
 }
 
@@ -414,12 +429,15 @@ mod tests {
         names.sort();
         names.dedup();
         assert_eq!(names.len(), pods.len());
-        let mut primary: Vec<_> = pods.iter().flat_map(|pod| &pod.ports).filter(|port| port.bridge == PRIMARY).map(|port| port.v6).collect();
+        let mut primary: Vec<_> =
+            pods.iter().flat_map(|pod| &pod.ports).filter(|port| port.bridge == PRIMARY).map(|port| port.v6).collect();
         let count = primary.len();
         primary.sort();
         primary.dedup();
         assert_eq!(primary.len(), count);
-        assert!(pods.iter().flat_map(|pod| &pod.ports).all(|port| port.interface.len() <= 15 && port.bridge.len() <= 15));
+        assert!(
+            pods.iter().flat_map(|pod| &pod.ports).all(|port| port.interface.len() <= 15 && port.bridge.len() <= 15)
+        );
     }
 
     #[test]

@@ -36,11 +36,19 @@ pub fn run(observer: &Observer, traffic: &Continuous, sniffer: &Sniffer, footer:
 
 /// Answers per second by host name.
 fn rates(before: &BTreeMap<String, u64>, now: &BTreeMap<String, u64>, seconds: f64) -> BTreeMap<String, f64> {
-    let rate = |host: &String, count: &u64| (count - before.get(host).copied().unwrap_or(0).min(*count)) as f64 / seconds.max(0.001);
+    let rate = |host: &String, count: &u64| {
+        (count - before.get(host).copied().unwrap_or(0).min(*count)) as f64 / seconds.max(0.001)
+    };
     now.iter().map(|(host, count)| (host.clone(), rate(host, count))).collect()
 }
 
-fn draw(observer: &Observer, traffic: &Continuous, sniffer: &Sniffer, rates: &BTreeMap<String, f64>, footer: &str) -> String {
+fn draw(
+    observer: &Observer,
+    traffic: &Continuous,
+    sniffer: &Sniffer,
+    rates: &BTreeMap<String, f64>,
+    footer: &str,
+) -> String {
     let trench = &observer.trench;
     let mut text = format!("{}: VIPs {} and {}\n\n", trench.name(), trench.vip4, trench.vip6);
     let most = rates.values().copied().fold(1.0, f64::max);
@@ -49,13 +57,19 @@ fn draw(observer: &Observer, traffic: &Continuous, sniffer: &Sniffer, rates: &BT
         let _ = writeln!(text, "  {host:<12} {rate:>8.0}/s  {bar}");
     }
     let (sent, lost) = traffic.totals();
-    let _ = writeln!(text, "\n  UDP packets sent {sent}, lost {lost}; frames with a VIP on the primary network: {}", sniffer.leaks().0);
+    let _ = writeln!(
+        text,
+        "\n  UDP packets sent {sent}, lost {lost}; frames with a VIP on the primary network: {}",
+        sniffer.leaks().0
+    );
     let socket = observer.gateway_socket();
     match (bird::sessions(&socket), bird::bfd(&socket)) {
         (Ok(sessions), Ok(bfd)) => {
-            let names: Vec<String> = sessions.iter().map(|session| format!("{} {}", session.name, session.info)).collect();
+            let names: Vec<String> =
+                sessions.iter().map(|session| format!("{} {}", session.name, session.info)).collect();
             let _ = writeln!(text, "  gateway BGP: {}", names.join(" | "));
-            let names: Vec<String> = bfd.iter().map(|(address, up)| format!("{address} {}", if *up { "Up" } else { "Down" })).collect();
+            let names: Vec<String> =
+                bfd.iter().map(|(address, up)| format!("{address} {}", if *up { "Up" } else { "Down" })).collect();
             let _ = writeln!(text, "  gateway BFD: {}", names.join(" | "));
         }
         (Err(error), _) | (_, Err(error)) => {

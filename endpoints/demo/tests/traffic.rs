@@ -11,7 +11,8 @@ use meridio_demo::traffic::sniffer::Sniffer;
 use meridio_demo::traffic::witness::{self, Arrivals};
 use meridio_demo::traffic::{Generator, tcp, udp};
 
-const VIPS: [IpAddr; 2] = [IpAddr::V4(std::net::Ipv4Addr::new(20, 0, 0, 1)), IpAddr::V6(Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 1))];
+const VIPS: [IpAddr; 2] =
+    [IpAddr::V4(std::net::Ipv4Addr::new(20, 0, 0, 1)), IpAddr::V6(Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 1))];
 
 /// Two namespaces and a cable; the second one holds the VIPs.
 fn stage(name: &str) -> (Namespace, Namespace) {
@@ -99,9 +100,17 @@ fn losses_have_a_time_and_a_direction() {
     target.ip("route del blackhole 10.0.0.1/32\n").unwrap();
     std::thread::sleep(Duration::from_millis(500));
     let window = traffic.since(begin);
-    assert!(window.losses.len() > 50 && window.losses.iter().all(|loss| loss.direction == Direction::Egress), "{} lost", window.losses.len());
+    assert!(
+        window.losses.len() > 50 && window.losses.iter().all(|loss| loss.direction == Direction::Egress),
+        "{} lost",
+        window.losses.len()
+    );
     let last = window.losses.iter().map(|loss| loss.sent).max().unwrap();
-    assert!((Duration::from_millis(250)..Duration::from_millis(400)).contains(&(last - begin.at)), "{:?}", last - begin.at);
+    assert!(
+        (Duration::from_millis(250)..Duration::from_millis(400)).contains(&(last - begin.at)),
+        "{:?}",
+        last - begin.at
+    );
     assert!(window.breaks.is_empty(), "{:?}", window.breaks);
     // Without the port, nothing arrives.
     let begin = traffic.mark();

@@ -149,7 +149,11 @@ impl Continuous {
     /// Now, as the begin of a window.
     pub fn mark(&self) -> Mark {
         let shared = &self.shared;
-        Mark { at: Instant::now(), sent: shared.sent.load(Ordering::Relaxed), exchanges: shared.exchanges.load(Ordering::Relaxed) }
+        Mark {
+            at: Instant::now(),
+            sent: shared.sent.load(Ordering::Relaxed),
+            exchanges: shared.exchanges.load(Ordering::Relaxed),
+        }
     }
 
     /// What happened from `from` until now; waits until the fate of the last packet is known.
@@ -163,7 +167,12 @@ impl Continuous {
             connections: u64::from(CONNECTIONS),
             losses: lock(&self.shared.losses).iter().filter(|loss| inside(loss.sent)).cloned().collect(),
             breaks: lock(&self.shared.breaks).iter().filter(|broken| inside(broken.at)).cloned().collect(),
-            longest_stall: lock(&self.shared.stalls).iter().filter(|stall| inside(stall.0)).map(|stall| stall.1).max().unwrap_or_default(),
+            longest_stall: lock(&self.shared.stalls)
+                .iter()
+                .filter(|stall| inside(stall.0))
+                .map(|stall| stall.1)
+                .max()
+                .unwrap_or_default(),
         }
     }
 
@@ -250,7 +259,9 @@ async fn tcp_connection(shared: Arc<Shared>, vip: IpAddr) {
         port = session.stream.get_ref().local_addr().map_or(port, |address| address.port());
         if let Some(broken) = broken.take() {
             // Known from the moment it broke; now also who took over.
-            if let Some(entry) = lock(&shared.breaks).iter_mut().find(|entry| entry.at == broken.at && entry.target == broken.target) {
+            if let Some(entry) =
+                lock(&shared.breaks).iter_mut().find(|entry| entry.at == broken.at && entry.target == broken.target)
+            {
                 entry.after = Some(session.host.clone());
             }
         }

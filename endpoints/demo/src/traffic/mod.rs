@@ -35,7 +35,9 @@ impl Generator {
     /// # Errors
     /// If threads cannot be started.
     pub fn new(gateway: &Namespace) -> Result<Self> {
-        let build = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("traffic").enable_all().build();
+        let build = || {
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("traffic").enable_all().build()
+        };
         Ok(Generator { runtime: Some(gateway.run(build)?.context("start the traffic generator")?) })
     }
 
@@ -163,7 +165,10 @@ mod tests {
     #[test]
     fn percentiles_are_of_the_nearest_rank() {
         let values: Vec<u32> = (1..=200).collect();
-        assert_eq!((percentile(&values, 50), percentile(&values, 99), percentile(&[7], 99), percentile(&[], 50)), (100, 198, 7, 0));
+        assert_eq!(
+            (percentile(&values, 50), percentile(&values, 99), percentile(&[7], 99), percentile(&[], 50)),
+            (100, 198, 7, 0)
+        );
     }
 
     #[test]

@@ -114,7 +114,8 @@ pub async fn bulk(vip: IpAddr, bytes: usize, targets: usize) -> Result<BTreeMap<
         let session = open(vip, 0, Duration::from_secs(5)).await?;
         if !speeds.contains_key(&session.host) {
             let host = session.host.clone();
-            let speed = transfer(session, bytes).await.with_context(|| format!("{bytes} bytes to {host} by way of {vip}"))?;
+            let speed =
+                transfer(session, bytes).await.with_context(|| format!("{bytes} bytes to {host} by way of {vip}"))?;
             speeds.insert(host, speed);
         }
         if speeds.len() == targets {

@@ -17,7 +17,8 @@ use super::{Tally, Traffic, UDP_PORT};
 /// # Errors
 /// If the port is taken or there is no route.
 pub fn socket(vip: IpAddr, port: u16, mark: u32) -> Result<UdpSocket> {
-    let socket = Socket::new(Domain::for_address(SocketAddr::new(vip, 0)), Type::DGRAM, Some(Protocol::UDP)).context("socket")?;
+    let socket = Socket::new(Domain::for_address(SocketAddr::new(vip, 0)), Type::DGRAM, Some(Protocol::UDP))
+        .context("socket")?;
     if mark != 0 {
         socket.set_mark(mark).context("set the mark")?;
     }
@@ -44,7 +45,13 @@ pub async fn send(socket: &UdpSocket, payload: &[u8]) -> std::io::Result<()> {
     loop {
         match socket.send(payload).await {
             Ok(_) => return Ok(()),
-            Err(error) if tries < 100 && matches!(error.kind(), std::io::ErrorKind::NetworkUnreachable | std::io::ErrorKind::HostUnreachable) => {
+            Err(error)
+                if tries < 100
+                    && matches!(
+                        error.kind(),
+                        std::io::ErrorKind::NetworkUnreachable | std::io::ErrorKind::HostUnreachable
+                    ) =>
+            {
                 tries += 1;
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }

@@ -64,7 +64,10 @@ pub fn start(target: &Namespace, arrivals: &Arc<Arrivals>) -> Result<()> {
         let socket = Socket::new(Domain::PACKET, Type::DGRAM, Some(Protocol::from(all))).context("packet socket")?;
         socket.attach_filter(&filter()).context("packet filter")?;
         socket.set_read_timeout(Some(Duration::from_millis(100))).context("read timeout")?;
-        std::thread::Builder::new().name("witness".to_owned()).spawn(move || watch(&socket, &arrivals)).context("start the witness")?;
+        std::thread::Builder::new()
+            .name("witness".to_owned())
+            .spawn(move || watch(&socket, &arrivals))
+            .context("start the witness")?;
         Ok(())
     })?
 }
