@@ -88,10 +88,9 @@ async fn session(shared: &Arc<Shared>, key: &ConduitKey, stop: &CancellationToke
 /// Ends the connection; the interface goes with it. Nobody waits for it longer than the settings say.
 async fn close(shared: &Shared, key: &ConduitKey, wire: &Arc<dyn Wire>) {
     let current = wire.watch().borrow().connection().cloned();
-    let Some(connection) = current.or_else(|| shared.store.connection(key)) else {
-        shared.store.forget_conduit(key);
-        return;
-    };
+    // A request that is still under way has to be closed too: the id is enough for that.
+    let connection = current.or_else(|| shared.store.connection(key));
+    let connection = connection.or_else(|| wire::fresh(&shared.settings, key).connection).unwrap_or_default();
     match timeout(shared.settings.timeout.get(), wire.close(connection)).await {
         Ok(Ok(())) => tracing::info!(conduit = %key, "connection closed"),
         Ok(Err(error)) => {

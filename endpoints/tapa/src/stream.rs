@@ -228,7 +228,9 @@ impl Stream {
             }
             Err(_) => tracing::warn!(stream = %self.key, "registration left to expire: the NSP does not answer"),
         }
-        state.ips.clear();
+        // Until the next list comes: the identifier of what was taken back is free.
+        let gone = std::mem::take(&mut state.ips);
+        state.targets.iter_mut().for_each(|targets| targets.retain(|target| !same_ips(&target.ips, &gone)));
         state.written = None;
     }
 

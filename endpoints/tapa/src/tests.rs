@@ -25,3 +25,5 @@ pub(crate) fn settings() -> Settings {
 pub(crate) fn conduit(name: &str) -> ConduitKey {
     ConduitKey { trench: "t".into(), conduit: name.into() }
 }
+
+mod scenario;

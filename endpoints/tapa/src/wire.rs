@@ -6,7 +6,7 @@ use nsm_chain::{
     elements::{
         begin::reselect_any,
         heal::{ConnectionStatus, Liveness, LivenessCheck},
-        kernel_mechanism::{KERNEL, KernelClient},
+        kernel_mechanism::{INODE_URL, KERNEL, KernelClient},
         mechanisms::Mechanisms,
         sendfd::SendFdClient,
     },
@@ -153,12 +153,22 @@ pub(crate) fn fresh(settings: &Settings, key: &ConduitKey) -> NetworkServiceRequ
     let connection = Connection {
         id: settings.connection_id(key),
         network_service: settings.service(key),
-        labels: [("nodeName".to_owned(), settings.node.clone())].into(),
+        // Without a node of its own the manager's is used.
+        labels: [("nodeName".to_owned(), settings.node.clone())]
+            .into_iter()
+            .filter(|(_, node)| !node.is_empty())
+            .collect(),
         payload: "ETHERNET".into(),
         context: Some(ConnectionContext::default()),
         ..Connection::default()
     };
     NetworkServiceRequest { connection: Some(connection), mechanism_preferences: Vec::new() }
+}
+
+/// Whether the interface was made for an earlier pod of the same name: what is ours is named by a file, not by a foreign inode.
+fn in_another_netns(connection: &Connection) -> bool {
+    let url = connection.mechanism.as_ref().and_then(|mechanism| mechanism.parameters.get(INODE_URL));
+    url.is_some_and(|url| url.starts_with("inode:"))
 }
 
 /// How to get a connection back: attempts escalate only while the wire is dead. A wire that works is asked for as it is, for ever.
@@ -171,7 +181,8 @@ pub(crate) fn recover(
 ) -> NetworkServiceRequest {
     let Some(known) = known else { return fresh(settings, key) };
     let mut connection = known.clone();
-    let down = connection.state() == State::Down;
+    let down = connection.state() == State::Down || in_another_netns(&connection);
+    let alive = alive && !in_another_netns(&connection);
     connection.set_state(State::Up);
     let mut request = NetworkServiceRequest { connection: Some(connection), mechanism_preferences: Vec::new() };
     match (alive, attempt) {
@@ -219,6 +230,9 @@ mod tests {
         known.set_state(State::Down);
         assert_eq!(what(&known, 0, false), other);
         assert_eq!(what(&known, 0, true), same);
+        let url = (INODE_URL.to_owned(), "inode://4/1".to_owned());
+        known.mechanism = Some(Mechanism { parameters: [url].into(), ..Mechanism::default() });
+        assert_eq!(what(&known, 0, true), other, "an earlier pod's");
     }
 
     #[tokio::test(start_paused = true)]
