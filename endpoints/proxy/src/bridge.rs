@@ -56,6 +56,12 @@ impl Bridge {
         if !link.up {
             netlink.link_up(link.index).await?;
         }
+        if families.v4 {
+            let quiet = (format!("ipv4/conf/{BRIDGE}/send_redirects"), "0".to_owned());
+            if let Err(error) = sysctl::write(&netns, vec![quiet]).await {
+                tracing::warn!(%error, "targets may be redirected past the proxy");
+            }
+        }
         Ok(Self { netns, netlink, families, index: link.index })
     }
 
@@ -109,6 +115,7 @@ impl Bridge {
             }
         }
         self.addresses(inputs).await?;
+        self.forget_connected(&links).await?;
         let names: BTreeSet<String> = links.iter().map(|link| link.name.clone()).collect();
         let desired = routing::desired(inputs, self.families, self.index, &names);
         self.route(&desired).await
@@ -127,6 +134,19 @@ impl Bridge {
         for net in have.iter().filter(|net| !inputs.bridge.contains(net)) {
             tracing::info!(address = %net, "bridge address removed");
             self.netlink.address_delete(self.index, *net).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes the connected routes of ports. NSM gives ports addresses of the bridge's own network; a route over a port that is
+    /// older than the bridge's would send what is meant for the whole network out of this port, and answers to it would not be taken.
+    async fn forget_connected(&self, links: &[Link]) -> Result<(), nsm_kernel::Error> {
+        let ports: BTreeSet<u32> = links.iter().filter(|l| l.master == Some(self.index)).map(|l| l.index).collect();
+        let routes = self.netlink.routes(Some(nsm_kernel::netlink::TABLE_MAIN)).await?;
+        for route in routes.iter().filter(|route| connected(route, &ports)) {
+            tracing::info!(%route, "route over a port removed");
+            // It goes with its port, or its address, at any time.
+            nsm_kernel::error::ignore_missing(self.netlink.route_delete(route).await)?;
         }
         Ok(())
     }
@@ -187,6 +207,16 @@ fn ports<'a>(links: &'a [Link], inputs: &Inputs, bridge: u32, mtu: u32) -> Vec<(
     attach.chain(raise).collect()
 }
 
+/// A route that the kernel made for an address of one of these ports.
+fn connected(route: &nsm_kernel::Route, ports: &BTreeSet<u32>) -> bool {
+    let by_port = route.hops.iter().all(|hop| hop.gateway.is_none() && hop.oif.is_some_and(|oif| ports.contains(&oif)));
+    let link_local = matches!(route.destination, IpNet::V6(net) if net.network().is_unicast_link_local());
+    by_port
+        && !route.hops.is_empty()
+        && !link_local
+        && route.destination.prefix_len() < route.destination.max_prefix_len()
+}
+
 /// Sets what the proxy's routing needs, or names what is in the way.
 ///
 /// # Errors
@@ -200,6 +230,12 @@ pub(crate) async fn prepare(families: Families) -> Result<(), String> {
             ("net/ipv4/fib_multipath_hash_policy", "1"),
             ("net/ipv4/conf/all/rp_filter", "0"),
             ("net/ipv4/conf/default/rp_filter", "0"),
+            // Replies leave by the bridge they came in by: a target that is told so would send past the proxy, to one
+            // load balancer, dead or alive. The kernel takes the larger one of "all" and the interface.
+            ("net/ipv4/conf/all/send_redirects", "0"),
+            ("net/ipv4/conf/default/send_redirects", "0"),
+            // A next hop that does not answer ARP is left out even before the probes have noticed.
+            ("net/ipv4/fib_multipath_use_neigh", "1"),
         ]);
     }
     if families.v6 {
@@ -255,7 +291,46 @@ mod tests {
         let steps = ports(&links, &inputs, 2, 1450);
         assert_eq!(steps.iter().map(|step| step.0).collect::<Vec<_>>(), [3, 4]);
         assert!(steps.iter().all(|step| step.2.master == Some(2) && step.2.mtu.is_none()));
-        let steps = ports(&links[..2], &inputs, 2, 1400);
+        let by =
+            |destination: &str, oif| nsm_kernel::Route::new(destination.parse().unwrap(), 254).via(None, oif, false);
+        let ports = [5].into();
+        assert!(connected(&by("172.16.1.0/24", 5), &ports) && connected(&by("fd00::/64", 5), &ports));
+        assert!(!connected(&by("172.16.1.0/24", 2), &ports) && !connected(&by("fe80::/64", 5), &ports));
+        let steps = super::ports(&links[..2], &inputs, 2, 1400);
         assert_eq!((steps.len(), steps[0].2.mtu), (1, Some(1400)));
+    }
+
+    /// An address on a port that is older than the bridge's own takes the network's route with it; afterwards the bridge has it.
+    #[tokio::test]
+    async fn the_network_is_reached_over_the_bridge_alone() {
+        use nsm_kernel::netlink::{VethEnd, mac_from_seed};
+        let (netns, far) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+        let netlink = netns.netlink().await.unwrap().clone();
+        let index = |name: &'static str| {
+            let netlink = netlink.clone();
+            async move { netlink.link_by_name(name).await.unwrap().unwrap().index }
+        };
+        netlink.bridge_create(BRIDGE, mac_from_seed("b")).await.unwrap();
+        let end =
+            |netns: &Netns, name: &str| VethEnd { netns: netns.clone(), name: name.into(), mac: mac_from_seed(name) };
+        netlink.veth_create(&end(&netns, "port"), &end(&far, "lb"), None).await.unwrap();
+        let (bridge, port) = (index(BRIDGE).await, index("port").await);
+        netlink.link_up(bridge).await.unwrap();
+        let attach = LinkChange { up: Some(true), master: Some(bridge), ..LinkChange::default() };
+        netlink.link_change(port, &attach).await.unwrap();
+        for (net, at) in
+            [("172.16.1.3/24", port), ("fd00::3/64", port), ("172.16.1.1/24", bridge), ("fd00::1/64", bridge)]
+        {
+            netlink.address_replace(at, net.parse().unwrap()).await.unwrap();
+        }
+        let this = Bridge { netns, netlink: netlink.clone(), families: Families { v4: true, v6: true }, index: bridge };
+        this.forget_connected(&netlink.links().await.unwrap()).await.unwrap();
+        let routes = netlink.routes(Some(nsm_kernel::netlink::TABLE_MAIN)).await.unwrap();
+        let over =
+            |oif| routes.iter().filter(|r| r.only_via(oif)).map(|r| r.destination.to_string()).collect::<Vec<_>>();
+        assert!(over(port).iter().all(|net| net.starts_with("fe80")), "{routes:?}");
+        assert!(
+            over(bridge).iter().any(|net| net == "172.16.1.0/24") && over(bridge).iter().any(|net| net == "fd00::/64")
+        );
     }
 }

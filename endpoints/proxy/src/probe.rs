@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nsm_kernel::{Netns, ping::Pinger};
+use nsm_kernel::Netns;
+use nsm_kernel::ping::{self, Pinger};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -78,7 +79,9 @@ impl Pingers {
         let place = if address.is_ipv6() { &mut self.v6 } else { &mut self.v4 };
         if place.is_none() {
             let netns = Netns::current().ok()?;
-            match Pinger::open(&netns, address.is_ipv6(), None).await {
+            // Ports have addresses of the bridge's network too, and must not be chosen.
+            let from = ping::From { device: Some(crate::bridge::BRIDGE.to_owned()), source: None };
+            match Pinger::open_from(&netns, address.is_ipv6(), from).await {
                 Ok(pinger) => *place = Some(Arc::new(pinger)),
                 Err(error) => tracing::error!(%error, "load balancers cannot be probed"),
             }
