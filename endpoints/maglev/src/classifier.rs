@@ -235,13 +235,7 @@ fn sources(c: &mut Classifier, flows: &[&Flow]) -> Result<(), Error> {
 }
 
 /// One sweep over the ports: at each border flows begin or end, and the set between two borders is a class.
-fn ports(
-    c: &mut Classifier,
-    flows: &[&[(u16, u16)]],
-    map: &mut PortMap,
-    base: u32,
-    what: &str,
-) -> Result<(), Error> {
+fn ports(c: &mut Classifier, flows: &[&[(u16, u16)]], map: &mut PortMap, base: u32, what: &str) -> Result<(), Error> {
     let mut unconstrained = [0; WORDS];
     let mut begin: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
     let mut end: BTreeMap<u32, Vec<usize>> = BTreeMap::new();

@@ -4,9 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
-use meridio_decision::layout::{
-    ByteMatch, MAX_BYTE_LISTS, MAX_BYTE_MATCHES, MAX_FLOWS, MAX_STREAMS, MAX_TARGETS,
-};
+use meridio_decision::layout::{ByteMatch, MAX_BYTE_LISTS, MAX_BYTE_MATCHES, MAX_FLOWS, MAX_STREAMS, MAX_TARGETS};
 
 use crate::error::Error;
 use crate::table::rows_for;
@@ -131,7 +129,10 @@ impl Bytes {
                 Some(hex) => u32::from_str_radix(hex, 16),
                 None => t.parse(),
             };
-            parsed.ok().filter(|n| *n <= full).ok_or_else(|| format!("byte match {text:?}: {t:?} is not a {size}-byte number"))
+            parsed
+                .ok()
+                .filter(|n| *n <= full)
+                .ok_or_else(|| format!("byte match {text:?}: {t:?} is not a {size}-byte number"))
         };
         let mask = mask.map(number).transpose()?.unwrap_or(full);
         Ok(Bytes { protocol, offset, size, mask, value: number(value)? })

@@ -105,7 +105,8 @@ impl Engine {
     /// No BPF file system, no rights, or a refusal of the kernel.
     pub fn open(settings: Settings) -> Result<Self, Error> {
         let kernel = Kernel::load(&settings.kernel)?;
-        let config: MapConfig = kernel.config.get(&0u32, Default::default()).map_err(failed(&kernel.config))?.unwrap_or_default();
+        let config: MapConfig =
+            kernel.config.get(&0u32, Default::default()).map_err(failed(&kernel.config))?.unwrap_or_default();
         let mut engine = Engine {
             adopted: config.version == LAYOUT_VERSION,
             kernel,

@@ -96,8 +96,7 @@ impl Kernel {
     /// Loads the programs, with the maps pinned in the directory if they are there, else with new ones.
     pub(crate) fn load(options: &Options) -> Result<Self, Error> {
         let directory = versioned(&options.directory);
-        std::fs::create_dir_all(&directory)
-            .map_err(|source| Error::Io { path: directory.clone(), source })?;
+        std::fs::create_dir_all(&directory).map_err(|source| Error::Io { path: directory.clone(), source })?;
         check_bpffs(&directory)?;
         let check_mtu: u32 = has_check_mtu() as u32;
         let mut loader = EbpfLoader::new();
@@ -200,11 +199,7 @@ pub(crate) fn remove_pins(directory: &Path, keep_current: bool) -> Result<(), Er
     Ok(())
 }
 
-fn replace(
-    program: &mut SchedClassifier,
-    interface: &str,
-    direction: TcAttachType,
-) -> Result<(), ProgramError> {
+fn replace(program: &mut SchedClassifier, interface: &str, direction: TcAttachType) -> Result<(), ProgramError> {
     let id = match SchedClassifierLink::attached(interface, direction, PRIORITY, HANDLE, None)
         .map_err(ProgramError::from)
         .and_then(|link| program.attach_to_link(link))
@@ -230,11 +225,9 @@ fn raw(ebpf: &Ebpf, name: &'static str) -> Result<RawMap, Error> {
     let fault = |reason: String| Error::Map { name, reason };
     let map = ebpf.map(name).ok_or_else(|| fault("not in the object".into()))?;
     let data = match map {
-        Map::Array(data)
-        | Map::LpmTrie(data)
-        | Map::HashMap(data)
-        | Map::LruHashMap(data)
-        | Map::PerCpuArray(data) => data,
+        Map::Array(data) | Map::LpmTrie(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuArray(data) => {
+            data
+        }
         _ => return Err(fault("of another type".into())),
     };
     let fd = data.fd().as_fd().try_clone_to_owned().map_err(|e| fault(e.to_string()))?;

@@ -96,8 +96,7 @@ fn header(b: &[u8], v6: bool, whole: bool) -> Result<Header, Reason> {
         return Err(Reason::Malformed);
     }
     let (mut protocol, mut at) = (b[6], 40);
-    let mut h =
-        Header { src, dst, protocol, l4: at, end, later_fragment: false, first_fragment: false };
+    let mut h = Header { src, dst, protocol, l4: at, end, later_fragment: false, first_fragment: false };
     let mut steps = 0;
     while [0, 43, 44, 51, 60].contains(&protocol) {
         if steps == 8 {
@@ -133,8 +132,7 @@ fn is_echo(v6: bool, t: u8) -> bool {
 /// `Ok(None)`: for the stack of this machine.
 fn key(b: &[u8], v6: bool) -> Result<Option<Key>, Reason> {
     let h = header(b, v6, true)?;
-    let mut k =
-        Key { src: h.src, dst: h.dst, protocol: h.protocol, ports: None, ping: None, quote: false, l4: h.l4 };
+    let mut k = Key { src: h.src, dst: h.dst, protocol: h.protocol, ports: None, ping: None, quote: false, l4: h.l4 };
     if h.l4 > h.end {
         return Err(Reason::Truncated);
     }
@@ -202,8 +200,7 @@ fn quoted(b: &[u8], v6: bool, outer: &Header) -> Result<Key, Reason> {
     if h.later_fragment {
         return Err(Reason::FragmentedError);
     }
-    let mut k =
-        Key { src: h.dst, dst: h.src, protocol: h.protocol, ports: None, ping: None, quote: true, l4: h.l4 };
+    let mut k = Key { src: h.dst, dst: h.src, protocol: h.protocol, ports: None, ping: None, quote: true, l4: h.l4 };
     match h.protocol {
         6 | 17 | 132 => {
             if h.l4 + 4 > end {
@@ -334,9 +331,7 @@ impl Reference {
         let flows = ordered(&self.config.flows);
         let Some(flow) = flows.into_iter().find(|f| matches(f, &k, b)) else { return Answer::Drop(Reason::NoFlow) };
         match self.target(flow, &k) {
-            Some(identifier) => {
-                Answer::Forward { flow: flow.name.clone(), identifier, nat_port: self.nat(&k) }
-            }
+            Some(identifier) => Answer::Forward { flow: flow.name.clone(), identifier, nat_port: self.nat(&k) },
             None => Answer::Drop(Reason::NoTarget),
         }
     }

@@ -99,10 +99,9 @@ impl RawMap {
     pub(crate) fn sum(&self, index: u32, cpus: usize) -> io::Result<Counter> {
         let mut values = vec![Counter::default(); cpus];
         bpf(LOOKUP, &mut self.element(&raw const index as u64, values.as_mut_ptr() as u64))?;
-        Ok(values.iter().fold(Counter::default(), |a, b| Counter {
-            packets: a.packets + b.packets,
-            bytes: a.bytes + b.bytes,
-        }))
+        Ok(values
+            .iter()
+            .fold(Counter::default(), |a, b| Counter { packets: a.packets + b.packets, bytes: a.bytes + b.bytes }))
     }
 
     /// Sets a per-CPU counter to zero.

@@ -85,7 +85,10 @@ fn reference_host_and_kernel_agree() {
         }
     }
     println!("{configs} configurations: {verdicts:?} passed, dropped, forwarded; {runs} in the kernel");
-    assert!(verdicts.iter().all(|v| *v > 100 || configs * packets < 5000), "a generator that proves little: {verdicts:?}");
+    assert!(
+        verdicts.iter().all(|v| *v > 100 || configs * packets < 5000),
+        "a generator that proves little: {verdicts:?}"
+    );
 }
 
 thread_local! {

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::pin::Pin;
 
 use futures_util::{Stream, StreamExt};
+use lb::stream_availability_service_server::{StreamAvailabilityService, StreamAvailabilityServiceServer};
 use meridio_proto::loadbalancer::v1 as lb;
 use meridio_proto::nsp::v1 as nsp;
-use lb::stream_availability_service_server::{StreamAvailabilityService, StreamAvailabilityServiceServer};
 use tokio::sync::watch;
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
@@ -26,7 +26,8 @@ impl Availability {
 
     /// Says whether at least one stream has a ready target.
     pub(crate) fn set(&self, forwarding: bool) {
-        let changed = self.forwarding.send_if_modified(|known| std::mem::replace(known, Some(forwarding)) != Some(forwarding));
+        let changed =
+            self.forwarding.send_if_modified(|known| std::mem::replace(known, Some(forwarding)) != Some(forwarding));
         if changed {
             tracing::info!(forwarding, "stream availability");
         }

@@ -139,7 +139,12 @@ impl Dataplane {
         match result {
             Ok(()) => {
                 let ready: usize = desired.targets.values().map(|t| t.len()).sum();
-                tracing::info!(flows = desired.config.flows.len(), ready, took_us = took.as_micros() as u64, "tables in use");
+                tracing::info!(
+                    flows = desired.config.flows.len(),
+                    ready,
+                    took_us = took.as_micros() as u64,
+                    "tables in use"
+                );
                 self.applied = Some(desired.clone());
                 self.health.serving("Configuration");
                 true
@@ -150,7 +155,11 @@ impl Dataplane {
                 for fault in &faults {
                     tracing::error!(fault, kept, "configuration refused");
                 }
-                self.health.waiting("Configuration", &format!("a configuration without faults; {kept}"), &faults.join("; "));
+                self.health.waiting(
+                    "Configuration",
+                    &format!("a configuration without faults; {kept}"),
+                    &faults.join("; "),
+                );
                 // Trying the same again helps only against the kernel's faults, not against the configuration's.
                 if desired.faults.is_empty() {
                     return false;
@@ -182,7 +191,11 @@ impl Dataplane {
         let name = self.settings.external_interface.clone();
         let Some(index) = external else {
             self.attached = None;
-            self.health.waiting("DataPlane", &format!("interface {name}"), "is the external network attached to this pod?");
+            self.health.waiting(
+                "DataPlane",
+                &format!("interface {name}"),
+                "is the external network attached to this pod?",
+            );
             return true;
         };
         if self.attached == Some(index) {
@@ -227,7 +240,7 @@ impl Dataplane {
             }
         }
         let start = self.settings.identifier_offset_start;
-        match routing::apply(&self.netns, &wanted, start..start + TABLES).await {
+        match routing::apply(&self.netns, &wanted, &desired.config.vips, start..start + TABLES).await {
             Ok(()) => true,
             Err(error) => {
                 tracing::warn!(%error, "slow path incomplete");

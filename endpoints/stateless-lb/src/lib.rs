@@ -133,7 +133,8 @@ async fn prepare(settings: &Settings, netns: &Netns, health: &Health) {
     }
     // An interface's own value counts as well; one that does not exist yet inherits the default.
     let own = format!("net/ipv4/conf/{}/rp_filter", settings.external_interface);
-    if sysctl::read(&own).is_ok() && sysctl::set(&own, "0").is_err()
+    if sysctl::read(&own).is_ok()
+        && sysctl::set(&own, "0").is_err()
         && let Err(fault) = sysctl::check(&own, "0")
     {
         faults.push(fault.to_string());

@@ -33,7 +33,12 @@ pub(crate) async fn run(netns: Netns, prefix: String, external: String, shared: 
         loop {
             match Monitor::open(&netns, &[Topic::Links, Topic::Routes, Topic::Neighbours]).await {
                 Ok(monitor) => {
-                    let links = Links { netns: netns.clone(), prefix: prefix.clone(), external: external.clone(), shared: shared.clone() };
+                    let links = Links {
+                        netns: netns.clone(),
+                        prefix: prefix.clone(),
+                        external: external.clone(),
+                        shared: shared.clone(),
+                    };
                     links.follow(monitor).await;
                 }
                 Err(error) => tracing::warn!(%error, "kernel events cannot be followed"),

@@ -4,16 +4,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use meridio_maglev::{MARK_FLAG, MARK_MASK};
 use nsm_kernel::netlink::Netlink;
 use nsm_kernel::{Error, Netns, Route, Rule};
-use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 
 /// Priority of the rule for errors that this machine makes about marked packets; before those of targets.
 const ERRORS: u32 = 199;
 /// Priority of targets' rules; behind the frontend's (100, 101), which match other packets.
 const TARGETS: u32 = 200;
+
+/// Priority of the rules that end the way of a packet to a VIP which no target's rule has taken: the primary network must never
+/// see one.
+const GUARD: u32 = 201;
+/// Table of these rules: it drops.
+const GUARD_TABLE: u32 = 4098;
 
 /// Table number to next hop and interface, per family.
 pub(crate) type Wanted = BTreeMap<(bool, u32), (IpAddr, u32)>;
@@ -32,8 +39,32 @@ fn rule(v6: bool, table: u32) -> Rule {
     Rule { from: None, mark: Some(MARK_FLAG | table), ..Rule::from_source(any, table) }.with_priority(TARGETS)
 }
 
+fn guard(vip: &IpNet) -> Rule {
+    Rule { from: None, to: Some(*vip), ..Rule::from_source(*vip, GUARD_TABLE) }.with_priority(GUARD)
+}
+
+/// The guards of `vips`: a table that drops, before the rules that lead into it.
+fn plan_guards(plan: &mut Plan, vips: &[IpNet], routes: &[Route], rules: &[Rule]) {
+    for v6 in [false, true] {
+        let drop = Route::blackhole(Route::default_of(v6, GUARD_TABLE).destination, GUARD_TABLE, 0);
+        if !routes.iter().any(|existing| drop.same(existing)) {
+            plan.set_routes.push(drop);
+        }
+    }
+    let wanted: Vec<Rule> = vips.iter().map(guard).collect();
+    plan.add_rules.extend(wanted.iter().filter(|rule| !rules.iter().any(|have| rule.matches(have))).cloned());
+    let stale = |have: &&Rule| have.table == GUARD_TABLE && !wanted.iter().any(|rule| rule.matches(have));
+    plan.delete_rules.extend(rules.iter().filter(stale).cloned());
+}
+
 /// The difference between what is wanted and what is there. `tables` are the numbers that are ours.
-pub(crate) fn plan(wanted: &Wanted, tables: std::ops::Range<u32>, routes: &[Route], rules: &[Rule]) -> Plan {
+pub(crate) fn plan(
+    wanted: &Wanted,
+    vips: &[IpNet],
+    tables: std::ops::Range<u32>,
+    routes: &[Route],
+    rules: &[Rule],
+) -> Plan {
     let mut plan = Plan::default();
     for ((v6, table), (ip, index)) in wanted {
         let route = Route::default_of(*v6, *table).via(Some(*ip), *index, false);
@@ -49,13 +80,19 @@ pub(crate) fn plan(wanted: &Wanted, tables: std::ops::Range<u32>, routes: &[Rout
     let ours = |r: &&Rule| r.mark.is_some_and(|m| m & !MARK_MASK == MARK_FLAG);
     plan.delete_rules = rules.iter().filter(ours).filter(|r| stale(r.v6, r.table)).cloned().collect();
     plan.delete_routes = routes.iter().filter(|r| stale(r.is_v6(), r.table)).cloned().collect();
+    plan_guards(&mut plan, vips, routes, rules);
     plan
 }
 
 /// Brings the kernel to what is wanted.
-pub(crate) async fn apply(netns: &Netns, wanted: &Wanted, tables: std::ops::Range<u32>) -> Result<(), Error> {
+pub(crate) async fn apply(
+    netns: &Netns,
+    wanted: &Wanted,
+    vips: &[IpNet],
+    tables: std::ops::Range<u32>,
+) -> Result<(), Error> {
     let netlink = netns.netlink().await?;
-    let plan = plan(wanted, tables, &netlink.routes(None).await?, &netlink.rules().await?);
+    let plan = plan(wanted, vips, tables, &netlink.routes(None).await?, &netlink.rules().await?);
     if plan == Plan::default() {
         return Ok(());
     }
@@ -107,17 +144,32 @@ mod tests {
     #[test]
     fn a_plan_is_the_difference_and_leaves_others_alone() {
         let ip: IpAddr = "172.16.0.6".parse().unwrap();
+        let vips: [IpNet; 1] = ["20.0.0.1/32".parse().unwrap()];
         let wanted = Wanted::from([((false, 5001), (ip, 7))]);
-        let first = plan(&wanted, 5000..6000, &[], &[]);
-        assert_eq!((first.set_routes.len(), first.add_rules.len()), (1, 1));
+        let first = plan(&wanted, &vips, 5000..6000, &[], &[]);
+        assert_eq!((first.set_routes.len(), first.add_rules.len()), (3, 2));
         assert_eq!(first.add_rules[0].mark, Some(0x4d00_1389));
-        let again = plan(&wanted, 5000..6000, &first.set_routes, &first.add_rules);
+        let again = plan(&wanted, &vips, 5000..6000, &first.set_routes, &first.add_rules);
         assert_eq!(again, Plan::default());
         let foreign = Rule { mark: Some(5001), ..rule(false, 5001) };
         let gateway = Route::default_of(false, 4096).via(Some(ip), 2, false);
         let mut routes = first.set_routes.clone();
         routes.push(gateway);
-        let gone = plan(&Wanted::new(), 5000..6000, &routes, &[first.add_rules[0].clone(), foreign]);
-        assert_eq!((gone.delete_rules, gone.delete_routes), (first.add_rules, first.set_routes));
+        let mut rules = first.add_rules.clone();
+        rules.push(foreign);
+        let gone = plan(&Wanted::new(), &vips, 5000..6000, &routes, &rules);
+        assert_eq!(
+            (gone.delete_rules, gone.delete_routes),
+            (first.add_rules[..1].to_vec(), first.set_routes[..1].to_vec())
+        );
+    }
+
+    #[test]
+    fn a_packet_to_a_vip_that_no_target_takes_is_dropped_and_so_is_its_rule_with_the_vip() {
+        let vips: [IpNet; 2] = ["20.0.0.1/32".parse().unwrap(), "2000::1/128".parse().unwrap()];
+        let first = plan(&Wanted::new(), &vips, 5000..6000, &[], &[]);
+        assert!(first.add_rules.iter().all(|rule| rule.to.is_some() && rule.priority > Some(TARGETS)));
+        let gone = plan(&Wanted::new(), &vips[..1], 5000..6000, &first.set_routes, &first.add_rules);
+        assert_eq!((gone.delete_rules, gone.delete_routes.len()), (first.add_rules[1..].to_vec(), 0));
     }
 }

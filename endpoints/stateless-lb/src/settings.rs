@@ -89,11 +89,9 @@ impl Settings {
         if let Err(fault) = meridio_common::names::interface_name(&self.external_interface) {
             faults.push(format!("NSM_EXTERNAL_INTERFACE: {fault}"));
         }
-        for (name, url) in [
-            ("NSM_CONNECT_TO", &self.connect_to),
-            ("NSM_NSP_SERVICE", &self.nsp_service),
-            ("NSM_SOCKET", &self.socket),
-        ] {
+        for (name, url) in
+            [("NSM_CONNECT_TO", &self.connect_to), ("NSM_NSP_SERVICE", &self.nsp_service), ("NSM_SOCKET", &self.socket)]
+        {
             if let Err(error) = nsm_transport::Address::parse(url) {
                 faults.push(format!("{name} {url:?}: {error}"));
             }

@@ -13,7 +13,7 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use maps::{CONFIG, FLOW_HITS, LAST, Maps, REASONS, SCRATCH, TARGETS, TARGET_HITS, count};
+use maps::{CONFIG, FLOW_HITS, LAST, Maps, REASONS, SCRATCH, TARGET_HITS, TARGETS, count};
 use meridio_decision::{
     Decision, ETH_IPV4, ETH_IPV6, NONE, Packet, Reason, Verdict, decide,
     layout::TargetEntry,

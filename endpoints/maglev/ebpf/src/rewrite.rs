@@ -55,9 +55,8 @@ fn checksum(proto: u8, offset: u32) -> Option<(u32, u64)> {
 fn port(ctx: &TcContext, proto: u8, l4: u32, field: u32, from: u16, to: u16) -> Result<(), Reason> {
     let Some((at, flags)) = checksum(proto, l4) else { return Ok(()) };
     // SAFETY: plain arguments.
-    let result = unsafe {
-        bpf_l4_csum_replace(ctx.as_ptr().cast(), at + L2, from.to_be() as u64, to.to_be() as u64, flags)
-    };
+    let result =
+        unsafe { bpf_l4_csum_replace(ctx.as_ptr().cast(), at + L2, from.to_be() as u64, to.to_be() as u64, flags) };
     if result != 0 {
         return Err(Reason::Helper);
     }

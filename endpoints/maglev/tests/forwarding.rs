@@ -1,0 +1,322 @@
+//! Packets through real interfaces: client, load balancer and two targets in namespaces of their own.
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::BpfFs;
+use meridio_maglev::{Config, Engine, Flow, Nat, Protocol, Reason, Stream, Target, Targets};
+
+const V4: Ipv4Addr = Ipv4Addr::new(20, 0, 0, 1);
+const V6: Ipv6Addr = Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 1);
+
+fn ip(args: &str) {
+    let out = Command::new("ip").args(args.split_whitespace()).output().unwrap();
+    assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// Namespaces of one test, removed at the end.
+struct Net {
+    id: String,
+    stop: Arc<AtomicBool>,
+}
+
+impl Net {
+    fn name(&self, pod: &str) -> String {
+        format!("mdt-{}-{pod}", self.id)
+    }
+
+    fn new() -> Self {
+        let net = Net { id: format!("{:x}", std::process::id()), stop: Arc::default() };
+        for pod in ["c", "l", "t1", "t2"] {
+            ip(&format!("netns add {}", net.name(pod)));
+            ip(&format!("-n {} link set lo up", net.name(pod)));
+            for key in [
+                "net.ipv6.conf.all.accept_dad=0",
+                "net.ipv6.conf.default.accept_dad=0",
+                "net.ipv4.ip_forward=1",
+                "net.ipv6.conf.all.forwarding=1",
+                "net.ipv4.conf.all.rp_filter=0",
+                "net.ipv4.conf.default.rp_filter=0",
+                "net.ipv4.fwmark_reflect=1",
+                "net.ipv6.fwmark_reflect=1",
+                "net.ipv4.ping_group_range=0 2147483647",
+            ] {
+                let (key, value) = key.split_once('=').unwrap();
+                let path = format!("/proc/sys/{}", key.replace('.', "/"));
+                net.within(pod, move || std::fs::write(path, value).unwrap()).join().unwrap();
+            }
+        }
+        net.wire("c", "ext", 1, "10.0.0", "fd0a");
+        net.wire("t1", "nsm1", 2, "172.16.1", "fd00:1");
+        net.wire("t2", "nsm2", 2, "172.16.2", "fd00:2");
+        let c = net.name("c");
+        ip(&format!("-n {c} route add {V4}/32 via 10.0.0.2"));
+        ip(&format!("-n {c} -6 route add {V6}/128 via fd0a::2"));
+        for n in 1..=2 {
+            let t = net.name(&format!("t{n}"));
+            ip(&format!("-n {t} addr add {V4}/32 dev lo"));
+            ip(&format!("-n {t} addr add {V6}/128 dev lo nodad"));
+            ip(&format!("-n {t} route add default via 172.16.{n}.1"));
+            ip(&format!("-n {t} -6 route add default via fd00:{n}::1"));
+        }
+        net
+    }
+
+    /// Pod and load balancer share a cable; the pod has host part 2 (client: 1).
+    fn wire(&self, pod: &str, device: &str, host: u8, v4: &str, v6: &str) {
+        let (l, p) = (self.name("l"), self.name(pod));
+        ip(&format!("link add {device} netns {l} type veth peer name eth0 netns {p}"));
+        let other = if host == 1 { 2 } else { 1 };
+        for (ns, dev, n) in [(&l, device, other), (&p, "eth0", host)] {
+            ip(&format!("-n {ns} addr add {v4}.{n}/24 dev {dev}"));
+            ip(&format!("-n {ns} addr add {v6}::{n}/64 dev {dev} nodad"));
+            ip(&format!("-n {ns} link set {dev} up"));
+        }
+    }
+
+    /// Runs in a pod's namespace, on a thread of its own.
+    fn within<T: Send + 'static>(
+        &self,
+        pod: &str,
+        f: impl FnOnce() -> T + Send + 'static,
+    ) -> std::thread::JoinHandle<T> {
+        let path = format!("/run/netns/{}", self.name(pod));
+        std::thread::spawn(move || {
+            let file = std::fs::File::open(path).unwrap();
+            nix::sched::setns(file.as_fd(), nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            f()
+        })
+    }
+
+    fn index(&self, device: &str) -> u32 {
+        let out = Command::new("ip").args(["-n", &self.name("l"), "-o", "link", "show", device]).output().unwrap();
+        String::from_utf8(out.stdout).unwrap().split(':').next().unwrap().trim().parse().unwrap()
+    }
+
+    /// Echo servers of a target: each answer begins with the target's number.
+    fn serve(&self, number: u8, port: u16) {
+        for vip in [IpAddr::V4(V4), IpAddr::V6(V6)] {
+            let (stop, tcp_stop) = (self.stop.clone(), self.stop.clone());
+            self.within(&format!("t{number}"), move || {
+                let socket = UdpSocket::bind((vip, port)).unwrap();
+                socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+                let mut buffer = [0; 65_536];
+                while !stop.load(Ordering::Relaxed) {
+                    if let Ok((_, from)) = socket.recv_from(&mut buffer) {
+                        let _ = socket.send_to(&[number], from);
+                    }
+                }
+            });
+            self.within(&format!("t{number}"), move || {
+                let listener = TcpListener::bind((vip, port)).unwrap();
+                listener.set_nonblocking(true).unwrap();
+                while !tcp_stop.load(Ordering::Relaxed) {
+                    match listener.accept() {
+                        Ok((mut stream, _)) => {
+                            std::thread::spawn(move || {
+                                stream.set_nonblocking(false).unwrap();
+                                let mut all = Vec::new();
+                                let _ = stream.read_to_end(&mut all);
+                                let _ = stream.write_all(&[number]);
+                                let _ = stream.write_all(&(all.len() as u32).to_be_bytes());
+                            });
+                        }
+                        Err(_) => std::thread::sleep(Duration::from_millis(2)),
+                    }
+                }
+            });
+        }
+    }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for pod in ["c", "l", "t1", "t2"] {
+            let _ = Command::new("ip").args(["netns", "del", &self.name(pod)]).status();
+        }
+    }
+}
+
+fn config() -> Config {
+    let vips = vec!["20.0.0.1/32".parse().unwrap(), "2000::1/128".parse().unwrap()];
+    Config {
+        vips: vips.clone(),
+        streams: vec![Stream { name: "s".into(), max_targets: 100, sctp_ports_only: false }],
+        flows: vec![Flow {
+            name: "f".into(),
+            stream: "s".into(),
+            destinations: vips.clone(),
+            protocols: vec![Protocol::Tcp, Protocol::Udp],
+            destination_ports: vec![(4000, 4000), (80, 80)],
+            ..Flow::default()
+        }],
+        nats: [Protocol::Tcp, Protocol::Udp]
+            .map(|protocol| Nat { vips: vips.clone(), protocol, port: 80, target_port: 5000 })
+            .to_vec(),
+    }
+}
+
+fn targets(net: &Net, which: &[u32]) -> BTreeMap<String, Targets> {
+    let one = |n: &u32| {
+        let index = net.index(&format!("nsm{n}"));
+        let v4 = Ipv4Addr::new(172, 16, *n as u8, 2);
+        let v6 = Ipv6Addr::new(0xfd00, *n as u16, 0, 0, 0, 0, 0, 2);
+        (*n, Target { v4: Some((v4, index)), v6: Some((v6, index)), mtu: 0 })
+    };
+    BTreeMap::from([("s".to_owned(), which.iter().map(one).collect())])
+}
+
+fn udp(vip: IpAddr, port: u16, size: usize) -> Option<u8> {
+    let any: IpAddr = if vip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).unwrap();
+    socket.connect((vip, port)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let mut buffer = [0; 16];
+    // Errors of earlier packets (too big) are told on the next call.
+    for _ in 0..3 {
+        if socket.send(&vec![7; size]).is_ok()
+            && let Ok(n) = socket.recv(&mut buffer)
+        {
+            return (n > 0).then_some(buffer[0]);
+        }
+    }
+    None
+}
+
+fn tcp(vip: IpAddr, port: u16, size: usize) -> Option<u8> {
+    let mut stream = TcpStream::connect_timeout(&SocketAddr::new(vip, port), Duration::from_secs(3)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    stream.write_all(&vec![1; size]).ok()?;
+    stream.shutdown(std::net::Shutdown::Write).ok()?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).ok()?;
+    (answer.get(1..5)? == (size as u32).to_be_bytes()).then_some(answer[0])
+}
+
+/// An echo request; the answer of any target counts.
+fn ping(vip: IpAddr, _port: u16, size: usize) -> Option<u8> {
+    use socket2::{Domain, Protocol, Socket, Type};
+    let (domain, protocol, kind) = match vip {
+        IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4, 8),
+        IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6, 128),
+    };
+    let socket = Socket::new(domain, Type::DGRAM, Some(protocol)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    socket.connect(&SocketAddr::new(vip, 0).into()).unwrap();
+    let mut packet = vec![0; 8 + size];
+    packet[0] = kind;
+    (&socket).write_all(&packet).unwrap();
+    (&socket).read(&mut packet).ok().map(|_| 1)
+}
+
+type Probe = fn(IpAddr, u16, usize) -> Option<u8>;
+
+/// Answers by target; nothing may be lost.
+fn all(net: &Net, probe: Probe, vip: IpAddr, port: u16, size: usize, count: usize) -> BTreeSet<u8> {
+    let answers =
+        net.within("c", move || (0..count).map(|_| probe(vip, port, size)).collect::<Vec<_>>()).join().unwrap();
+    assert!(answers.iter().all(Option::is_some), "{vip} port {port} size {size}: {answers:?}");
+    answers.into_iter().flatten().collect()
+}
+
+#[test]
+fn traffic_reaches_targets() {
+    let fs = BpfFs::new();
+    let net = Net::new();
+    net.serve(1, 4000);
+    net.serve(2, 4000);
+    // Port 80 is translated. (A target port cannot be addressed directly as well: its replies would be translated back.)
+    net.serve(1, 5000);
+    net.serve(2, 5000);
+    let settings = fs.settings();
+    let (config, both) = (config(), targets(&net, &[1, 2]));
+    let (c, b) = (config.clone(), both.clone());
+    let again = settings.clone();
+    let mut engine = net
+        .within("l", move || {
+            let mut engine = Engine::open(settings).unwrap();
+            engine.apply(&c, &b).unwrap();
+            engine.attach("ext").unwrap();
+            engine
+        })
+        .join()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    for vip in [IpAddr::V4(V4), IpAddr::V6(V6)] {
+        for (probe, port) in [(udp as Probe, 4000), (tcp, 4000), (udp, 80), (tcp, 80)] {
+            assert_eq!(all(&net, probe, vip, port, 100, 40), BTreeSet::from([1, 2]), "{vip} {port}");
+        }
+        // Segmentation offload and fragments: large transfers, datagrams of several fragments.
+        all(&net, tcp, vip, 4000, 2_000_000, 3);
+        all(&net, udp, vip, 4000, 5_000, 20);
+        all(&net, ping, vip, 0, 56, 10);
+    }
+
+    // One target less: everything to the other, at once.
+    engine.set_targets("s", &targets(&net, &[2])["s"]).unwrap();
+    assert_eq!(all(&net, udp, V4.into(), 4000, 100, 40), BTreeSet::from([2]));
+
+    // A process that dies and comes back: the maps are adopted, and nothing is lost on the way.
+    drop(engine);
+    assert_eq!(all(&net, udp, V6.into(), 4000, 100, 10), BTreeSet::from([2]));
+    let traffic = {
+        let stop = Arc::new(AtomicBool::new(false));
+        let end = stop.clone();
+        let handle = net.within("c", move || {
+            let (mut sent, mut lost) = (0, 0);
+            while !end.load(Ordering::Relaxed) {
+                sent += 1;
+                lost += (udp(V4.into(), 4000, 20).is_none()) as u32;
+            }
+            (sent, lost)
+        });
+        (stop, handle)
+    };
+    let c = config.clone();
+    let mut engine = net
+        .within("l", move || {
+            let mut engine = Engine::open(again).unwrap();
+            assert!(engine.adopted());
+            assert_eq!(engine.targets("s").unwrap().len(), 1);
+            for _ in 0..3 {
+                engine.attach("ext").unwrap();
+            }
+            engine.apply(&c, &both).unwrap();
+            engine
+        })
+        .join()
+        .unwrap();
+    let (one, two) = (targets(&net, &[1])["s"].clone(), targets(&net, &[1, 2])["s"].clone());
+    let started = Instant::now();
+    let mut swaps = 0;
+    while started.elapsed() < Duration::from_secs(2) {
+        engine.set_targets("s", if swaps % 2 == 0 { &one } else { &two }).unwrap();
+        swaps += 1;
+    }
+    traffic.0.store(true, Ordering::Relaxed);
+    let (sent, lost) = traffic.1.join().unwrap();
+    println!("{swaps} swaps under {sent} exchanges: {lost} lost");
+    assert_eq!(lost, 0);
+    assert!(swaps > 10 && sent > 100);
+    let reasons = engine.reasons().unwrap();
+    println!("{reasons:?}");
+    let count = |reason: Reason| reasons.iter().find(|(r, _)| *r == reason).unwrap().1.packets;
+    assert!(count(Reason::Redirected) > 500);
+    assert_eq!(count(Reason::Internal) + count(Reason::Helper) + count(Reason::NoAddress), 0);
+    assert!(engine.target_hits().unwrap().iter().all(|h| h.counter.packets > 0));
+    assert!(engine.flow_hits().unwrap()[0].counter.packets > 500);
+
+    // Clean removal leaves nothing.
+    let dir = fs.path();
+    net.within("l", move || Engine::remove(&dir, &["ext"]).unwrap()).join().unwrap();
+    assert_eq!(std::fs::read_dir(fs.path()).unwrap().count(), 0);
+}
