@@ -50,7 +50,7 @@ fn forwards(message: &lb::Response, hostname: &str) -> bool {
 }
 
 fn tell(forwarding: &watch::Sender<Option<bool>>, now: bool) {
-    let changed = forwarding.send_if_modified(|known| std::mem::replace(known, Some(now)) != Some(now));
+    let changed = forwarding.send_if_modified(|known| known.replace(now) != Some(now));
     if changed {
         tracing::info!(forwarding = now, "load balancer");
     }

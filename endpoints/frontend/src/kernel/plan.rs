@@ -244,9 +244,9 @@ mod tests {
     #[test]
     fn rules_of_others_and_of_an_unknown_configuration_stay() {
         let rule = |source: &str, priority, table| Rule { source: source.parse().expect("net"), priority, table };
-        let mut actual = Actual::default();
-        actual.rules =
+        let rules =
             [rule("20.0.0.1/32", 100, TABLE), rule("20.0.0.1/32", 101, TABLE + 1), rule("9.0.0.0/8", 50, TABLE)].into();
+        let actual = Actual { rules, ..Default::default() };
         let unknown = Desired { vips: None, ..desired(Copy::Keep, &[]) };
         assert!(!plan(&actual, &unknown).iter().any(|step| matches!(step, Step::DeleteRule(_))));
         let gone: Vec<_> = plan(&actual, &desired(Copy::Keep, &[]))

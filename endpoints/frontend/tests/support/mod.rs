@@ -1,4 +1,6 @@
 //! Two namespaces joined by a cable: the frontend's pod and a gateway with a BIRD of its own.
+// A harness is a test's text too: what it expects it says by `expect`.
+#![allow(clippy::expect_used)]
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::unix::net::UnixStream;
