@@ -26,7 +26,7 @@ use nsm_registry::{
 use nsm_transport::{Address, Listener, Transport};
 use std::{
     net::IpAddr,
-    os::fd::AsRawFd,
+    os::{fd::AsRawFd, unix::fs::MetadataExt},
     path::PathBuf,
     sync::{
         Arc,
@@ -387,6 +387,18 @@ async fn remote_connection_over_vxlan_has_six_segments() {
     drop((node_a, node_b));
 }
 
+/// Open files and threads of this process in or of a namespace.
+fn holders(ino: u64) -> Vec<String> {
+    let is = |path: &std::path::Path| std::fs::metadata(path).is_ok_and(|found| found.ino() == ino);
+    let entries = |folder: &str| std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
+    let files = entries("/proc/self/fd").filter(|file| is(file)).map(|file| {
+        let info = std::fs::read_to_string(file.to_string_lossy().replace("/fd/", "/fdinfo/")).unwrap_or_default();
+        format!("{}: {}", file.display(), info.replace('\n', " "))
+    });
+    let threads = entries("/proc/self/task").map(|task| task.join("ns/net")).filter(|file| is(file));
+    files.chain(threads.map(|thread| thread.display().to_string())).collect()
+}
+
 /// A pod that dies without a word takes its interfaces with it: nothing on the node holds its namespace.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_holds_the_namespace_of_a_dead_client() {
@@ -398,9 +410,9 @@ async fn nobody_holds_the_namespace_of_a_dead_client() {
 
     // The client has a runtime of its own, so that it can die with all its tasks.
     let source = world.source("nsc");
-    tokio::task::spawn_blocking(move || {
+    let namespace = tokio::task::spawn_blocking(move || {
         let runtime = tokio::runtime::Runtime::new().unwrap();
-        runtime.block_on(async {
+        let namespace = runtime.block_on(async {
             let client_ns = Netns::anonymous().unwrap();
             let client = Client::builder("nsc", Arc::new(Grpc::new(Transport::new(source).unwrap())))
                 .url(manager)
@@ -410,15 +422,18 @@ async fn nobody_holds_the_namespace_of_a_dead_client() {
             client.request(request(&client_ns), TIMEOUT).await.unwrap();
             client.request(request(&client_ns), TIMEOUT).await.unwrap();
             assert!(index(&client_ns, "nsm-0").await.is_some());
+            client_ns.id().ino
         });
         runtime.shutdown_timeout(Duration::from_secs(2));
+        namespace
     })
     .await
     .unwrap();
 
     let died = std::time::Instant::now();
     while index(&nse_ns, "svc-1").await.is_some() {
-        assert!(died.elapsed() < Duration::from_secs(5), "the interface to a dead client is still there");
+        let late = died.elapsed() > Duration::from_secs(8);
+        assert!(!late, "the interface to a dead client is still there; held by {:?}", holders(namespace));
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     println!("gone after {:?}", died.elapsed());
