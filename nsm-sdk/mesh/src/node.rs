@@ -285,8 +285,9 @@ fn manager(config: &NodeConfig, tokens: Tokens, finder: Lookup, hops: Arc<dyn Co
         .build()
 }
 
-/// Endpoint chain → recvfd → sendfd → discover → roundrobin → connectioncontext → mechanisms → wire → connect[
-/// mechanismtranslation → connectioncontext → wire → filtermechanisms → recvfd → sendfd ].
+/// Endpoint chain → recvfd → discover → roundrobin → connectioncontext → mechanisms → wire → connect[
+/// mechanismtranslation → connectioncontext → wire → filtermechanisms → recvfd → sendfd ]. There is no `sendfd` towards the
+/// caller: the namespace in its answer is the one the caller has sent, and would lie about unclaimed.
 fn forwarder(config: &NodeConfig, tokens: Tokens, finder: Lookup, grpc: Arc<dyn Connector>, ends: &Ends) -> Endpoint {
     let receive = RecvFdClient::new();
     let from_caller = RecvFdServer::new().releasing(Some(&receive));
@@ -312,7 +313,6 @@ fn forwarder(config: &NodeConfig, tokens: Tokens, finder: Lookup, grpc: Arc<dyn 
     }
     builder
         .element(from_caller)
-        .element(SendFdServer)
         .element(Discover::new(finder))
         .element(RoundRobin::default())
         .element(ServerContext::new())
