@@ -206,7 +206,7 @@ pub(crate) fn ordered(flows: &[Flow]) -> Vec<&Flow> {
 
 /// Whether a port list is no constraint.
 pub(crate) fn any_port(ranges: &[(u16, u16)]) -> bool {
-    ranges.is_empty() || ranges.iter().any(|r| *r == (0, u16::MAX))
+    ranges.is_empty() || ranges.contains(&(0, u16::MAX))
 }
 
 /// Whether a prefix list is no constraint.

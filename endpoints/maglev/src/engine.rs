@@ -6,13 +6,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use meridio_decision::layout::{Config as MapConfig, *};
-use meridio_decision::{Decision, Reason, target_index};
+use meridio_decision::target_index;
 
 use crate::classifier::{Classifier, compile};
 use crate::config::{Config, Stream, Target, Targets};
 use crate::error::Error;
 use crate::kernel::{Kernel, Options, remove_pins};
-use crate::sys::{self, RawMap, TestRun};
+use crate::sys::{self, RawMap, text, untext};
 use crate::table::{Table, chunks_for};
 
 /// A retired copy older than this is read by nobody; a younger one is waited for.
@@ -33,36 +33,23 @@ pub struct Settings {
 
 /// A stream as it lies in the maps.
 #[derive(Debug)]
-struct Slot {
-    stream: Stream,
-    entry: StreamEntry,
+pub(crate) struct Slot {
+    pub(crate) stream: Stream,
+    pub(crate) entry: StreamEntry,
     table: Table,
-    targets: [BTreeMap<u32, TargetEntry>; 2],
+    pub(crate) targets: [BTreeMap<u32, TargetEntry>; 2],
     switched: Instant,
-}
-
-/// Counters of one flow or target.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hits {
-    /// Stream name.
-    pub stream: String,
-    /// Flow name, or the target's identifier as text.
-    pub name: String,
-    /// Targets: identifier plus offset, as in the firewall mark.
-    pub mark: u32,
-    /// Packets and bytes.
-    pub counter: Counter,
 }
 
 /// The load balancer in the kernel.
 #[derive(Debug)]
 pub struct Engine {
-    kernel: Kernel,
-    settings: Settings,
-    config: MapConfig,
-    slots: BTreeMap<u32, Slot>,
-    counters: HashMap<String, u32>,
-    flows: Vec<(String, String)>,
+    pub(crate) kernel: Kernel,
+    pub(crate) settings: Settings,
+    pub(crate) config: MapConfig,
+    pub(crate) slots: BTreeMap<u32, Slot>,
+    pub(crate) counters: HashMap<String, u32>,
+    pub(crate) flows: Vec<(String, String)>,
     generations: [Option<Classifier>; 2],
     classifier_switched: Instant,
     adopted: bool,
@@ -80,22 +67,9 @@ pub(crate) fn target_entry(target: &Target, mark: u32) -> TargetEntry {
     }
 }
 
-fn failed(map: &RawMap) -> impl Fn(std::io::Error) -> Error + use<> {
+pub(crate) fn failed(map: &RawMap) -> impl Fn(std::io::Error) -> Error + use<> {
     let name = map.name;
     move |e| Error::Map { name, reason: e.to_string() }
-}
-
-fn text(name: &str) -> [u8; 128] {
-    let mut bytes = [0; 128];
-    for (to, from) in bytes.iter_mut().zip(name.bytes().take(127)) {
-        *to = from;
-    }
-    bytes
-}
-
-fn untext(bytes: &[u8; 128]) -> String {
-    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
-    String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
 
 impl Engine {
@@ -451,98 +425,6 @@ impl Engine {
         }
         Ok(())
     }
-
-    /// Packets and bytes of each flow.
-    ///
-    /// # Errors
-    /// A map cannot be read.
-    pub fn flow_hits(&self) -> Result<Vec<Hits>, Error> {
-        let map = &self.kernel.flow_hits;
-        let mut hits = Vec::new();
-        for (name, stream) in &self.flows {
-            let Some(index) = self.counters.get(name) else { continue };
-            let counter = map.sum(*index, self.kernel.cpus).map_err(failed(map))?;
-            hits.push(Hits { stream: stream.clone(), name: name.clone(), mark: 0, counter });
-        }
-        Ok(hits)
-    }
-
-    /// Packets and bytes of each ready target.
-    ///
-    /// # Errors
-    /// A map cannot be read.
-    pub fn target_hits(&self) -> Result<Vec<Hits>, Error> {
-        let map = &self.kernel.target_hits;
-        let mut hits = Vec::new();
-        for slot in self.slots.values() {
-            for id in slot.targets[(slot.entry.active & 1) as usize].keys() {
-                let number = slot.entry.target_base + id;
-                let counter = map.sum(number, self.kernel.cpus).map_err(failed(map))?;
-                let mark = self.settings.offset_start + number;
-                hits.push(Hits { stream: slot.stream.name.clone(), name: id.to_string(), mark, counter });
-            }
-        }
-        Ok(hits)
-    }
-
-    /// Packets and bytes by reason (see [`Reason`]).
-    ///
-    /// # Errors
-    /// A map cannot be read.
-    pub fn reasons(&self) -> Result<Vec<(Reason, Counter)>, Error> {
-        let map = &self.kernel.reasons;
-        let sum = |reason: Reason| {
-            let counter = map.sum(reason as u32, self.kernel.cpus).map_err(failed(map))?;
-            Ok((reason, counter))
-        };
-        Reason::ALL.into_iter().skip(1).map(sum).collect()
-    }
-
-    /// Runs a program on a packet with its Ethernet header, without sending it anywhere.
-    ///
-    /// # Errors
-    /// The kernel cannot.
-    pub fn test_run(&mut self, ingress: bool, packet: &[u8], repeat: u32) -> Result<TestRun, Error> {
-        let fd = self.kernel.program_fd(ingress)?;
-        sys::test_run(fd, packet, repeat).map_err(|e| Error::Load(format!("test run: {e}")))
-    }
-
-    /// Makes the program write down each decision, for [`Engine::last_decisions`].
-    ///
-    /// # Errors
-    /// The map cannot be written.
-    pub fn record(&mut self, on: bool) -> Result<(), Error> {
-        self.config.record = on as u32;
-        let map = &self.kernel.config;
-        map.set(&0u32, &self.config).map_err(failed(map))
-    }
-
-    /// The last recorded decision of each CPU, as words in the order of [`Decision`]'s fields.
-    ///
-    /// # Errors
-    /// The map cannot be read.
-    pub fn last_decisions(&self) -> Result<Vec<Decision>, Error> {
-        let map = &self.kernel.last;
-        let raw = map.decisions(self.kernel.cpus).map_err(failed(map))?;
-        Ok(raw.iter().map(decision).collect())
-    }
-
-    /// Instructions of the ingress program, and instructions that the verifier walked.
-    ///
-    /// # Errors
-    /// The kernel does not tell.
-    pub fn program_size(&mut self) -> Result<(u32, u32), Error> {
-        self.kernel.program_size()
-    }
-}
-
-fn decision(bytes: &[u8; 40]) -> Decision {
-    let mut words = [0u32; 9];
-    for (word, raw) in words.iter_mut().zip(bytes.chunks_exact(4)) {
-        *word = raw.try_into().map(u32::from_ne_bytes).unwrap_or_default();
-    }
-    let [verdict, reason, flow, counter, slot, row, identifier, target, nat_port] = words;
-    Decision { verdict, reason, flow, counter, slot, row, identifier, target, nat_port }
 }
 
 /// First place for `size` consecutive numbers below `limit` between what is used (start, size).
@@ -595,7 +477,7 @@ mod tests {
     #[test]
     fn offsets_are_first_fit() {
         let mut used = vec![];
-        let mut take = |used: &mut Vec<(u32, u32)>, size| {
+        let take = |used: &mut Vec<(u32, u32)>, size| {
             let at = first_fit(used.clone(), size, 10_000).unwrap();
             used.push((at, size));
             at

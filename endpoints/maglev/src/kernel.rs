@@ -68,7 +68,7 @@ fn versioned(directory: &Path) -> PathBuf {
 }
 
 fn check_bpffs(path: &Path) -> Result<(), Error> {
-    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+    const BPF_FS_MAGIC: libc::c_long = 0xcafe_4a11;
     let io = |source| Error::Io { path: path.to_owned(), source };
     let c_path = CString::new(path.as_os_str().as_bytes()).map_err(|e| io(e.into()))?;
     // SAFETY: a zeroed statfs is a valid buffer for the call to fill, and the path is NUL-terminated.
@@ -79,7 +79,7 @@ fn check_bpffs(path: &Path) -> Result<(), Error> {
     if result != 0 {
         return Err(io(std::io::Error::last_os_error()));
     }
-    if stat.f_type as i64 & 0xffff_ffff != BPF_FS_MAGIC {
+    if stat.f_type & 0xffff_ffff != BPF_FS_MAGIC {
         return Err(Error::NotBpfFs { path: path.to_owned() });
     }
     Ok(())

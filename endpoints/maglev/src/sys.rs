@@ -181,3 +181,18 @@ pub(crate) fn grace_period() {
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
 }
+
+/// A name as it lies in a map, cut off after 127 bytes.
+pub(crate) fn text(name: &str) -> [u8; 128] {
+    let mut bytes = [0; 128];
+    for (to, from) in bytes.iter_mut().zip(name.bytes().take(127)) {
+        *to = from;
+    }
+    bytes
+}
+
+/// The name again.
+pub(crate) fn untext(bytes: &[u8; 128]) -> String {
+    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}

@@ -1,4 +1,5 @@
 //! The same packets through the reference model, the decision on the host and the program in the kernel: one answer.
+#![allow(clippy::unwrap_used)] // a test says what it expects by unwrapping it
 
 mod common;
 
@@ -110,5 +111,52 @@ fn cached(
             image.forget_fragments();
             answer(&image.decide(bytes, if v6 { ETH_IPV6 } else { ETH_IPV4 }), image)
         })
+    }
+}
+
+/// Prints the cost of one decision in the kernel; the packet is restored for each run of 50, so that its TTL does not run out.
+#[test]
+fn cost_of_a_decision() {
+    use meridio_maglev::{Config, Flow, Protocol, Stream};
+    let fs = BpfFs::new();
+    let mut engine = Engine::open(fs.settings()).unwrap();
+    println!("{:?} instructions, verified", engine.program_size().unwrap());
+    let vip: ipnet::IpNet = "20.0.0.1/32".parse().unwrap();
+    for (flows, ready) in [(1u16, 4), (10, 4), (100, 100), (1000, 1000), (2000, 1000)] {
+        let config = Config {
+            vips: vec![vip],
+            streams: vec![Stream { name: "s".into(), max_targets: 1000, sctp_ports_only: false }],
+            flows: (0..flows)
+                .map(|n| Flow {
+                    name: format!("f{n:04}"),
+                    stream: "s".into(),
+                    destinations: vec![vip],
+                    protocols: vec![Protocol::Udp],
+                    destination_ports: vec![(1000 + n, 1000 + n)],
+                    ..Flow::default()
+                })
+                .collect(),
+            nats: vec![],
+        };
+        let targets = [("s".to_owned(), (1..=ready).map(|id| (id, common::target(id))).collect())].into();
+        let started = std::time::Instant::now();
+        engine.apply(&config, &targets).unwrap();
+        let applied = started.elapsed();
+        let started = std::time::Instant::now();
+        engine.set_targets("s", &(2..=ready).map(|id| (id, common::target(id))).collect()).unwrap();
+        let swapped = started.elapsed();
+        let mut packet = vec![0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 20, 0, 0, 1, 0x30, 0x39];
+        packet.extend((1000 + flows - 1).to_be_bytes());
+        packet.extend([0, 26, 0, 0]);
+        packet.extend([0; 18]);
+        let best = (0..400).map(|_| {
+            let run = engine.test_run(true, &frame(&packet, false), 50).unwrap();
+            assert_eq!(run.result, 7, "the fast path");
+            run.nanoseconds
+        });
+        println!(
+            "{flows} flows, {ready} targets: {} ns per packet, applied in {applied:?}, one target less in {swapped:?}",
+            best.min().unwrap()
+        );
     }
 }

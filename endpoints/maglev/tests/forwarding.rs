@@ -1,4 +1,5 @@
 //! Packets through real interfaces: client, load balancer and two targets in namespaces of their own.
+#![allow(clippy::unwrap_used)] // a test says what it expects by unwrapping it
 
 mod common;
 

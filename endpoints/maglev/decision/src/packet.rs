@@ -232,7 +232,7 @@ fn upper<P: Packet>(packet: &P, network: &Network) -> Result<Upper, Reason> {
 /// Whether an ICMP message quotes the packet that it is about.
 #[inline(always)]
 fn quotes(v6: bool, icmp_type: u8) -> bool {
-    if v6 { icmp_type >= 1 && icmp_type <= 4 } else { matches!(icmp_type, 3 | 4 | 5 | 11 | 12) }
+    if v6 { matches!(icmp_type, 1..=4) } else { matches!(icmp_type, 3 | 4 | 5 | 11 | 12) }
 }
 
 /// Reads what follows the fixed header.

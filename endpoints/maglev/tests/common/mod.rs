@@ -1,5 +1,6 @@
 //! What the tests of the engine share: a BPF file system of their own, generated configurations and packets.
 #![allow(dead_code)]
+#![allow(clippy::unwrap_used)] // a test says what it expects by unwrapping it
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -98,7 +99,7 @@ fn byte_match(rng: &mut Rng) -> ByteMatch {
         "sctp[8:4] = 0",
         "tcp[19:1] = 0",
     ];
-    ByteMatch::parse(&rng.pick(&texts)).unwrap()
+    ByteMatch::parse(rng.pick(&texts)).unwrap()
 }
 
 /// A configuration with its ready targets.

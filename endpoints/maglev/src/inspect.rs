@@ -1,0 +1,115 @@
+//! What can be asked of a running engine: counters, and test runs of its programs.
+
+use meridio_decision::layout::Counter;
+use meridio_decision::{Decision, Reason};
+
+use crate::engine::{Engine, failed};
+use crate::error::Error;
+use crate::sys::{self, TestRun};
+
+/// Counters of one flow or target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hits {
+    /// Stream name.
+    pub stream: String,
+    /// Flow name, or the target's identifier as text.
+    pub name: String,
+    /// Targets: identifier plus offset, as in the firewall mark.
+    pub mark: u32,
+    /// Packets and bytes.
+    pub counter: Counter,
+}
+
+impl Engine {
+    /// Packets and bytes of each flow.
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub fn flow_hits(&self) -> Result<Vec<Hits>, Error> {
+        let map = &self.kernel.flow_hits;
+        let mut hits = Vec::new();
+        for (name, stream) in &self.flows {
+            let Some(index) = self.counters.get(name) else { continue };
+            let counter = map.sum(*index, self.kernel.cpus).map_err(failed(map))?;
+            hits.push(Hits { stream: stream.clone(), name: name.clone(), mark: 0, counter });
+        }
+        Ok(hits)
+    }
+
+    /// Packets and bytes of each ready target.
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub fn target_hits(&self) -> Result<Vec<Hits>, Error> {
+        let map = &self.kernel.target_hits;
+        let mut hits = Vec::new();
+        for slot in self.slots.values() {
+            for id in slot.targets[(slot.entry.active & 1) as usize].keys() {
+                let number = slot.entry.target_base + id;
+                let counter = map.sum(number, self.kernel.cpus).map_err(failed(map))?;
+                let mark = self.settings.offset_start + number;
+                hits.push(Hits { stream: slot.stream.name.clone(), name: id.to_string(), mark, counter });
+            }
+        }
+        Ok(hits)
+    }
+
+    /// Packets and bytes by reason (see [`Reason`]).
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub fn reasons(&self) -> Result<Vec<(Reason, Counter)>, Error> {
+        let map = &self.kernel.reasons;
+        let sum = |reason: Reason| {
+            let counter = map.sum(reason as u32, self.kernel.cpus).map_err(failed(map))?;
+            Ok((reason, counter))
+        };
+        Reason::ALL.into_iter().skip(1).map(sum).collect()
+    }
+
+    /// Runs a program on a packet with its Ethernet header, without sending it anywhere.
+    ///
+    /// # Errors
+    /// The kernel cannot.
+    pub fn test_run(&mut self, ingress: bool, packet: &[u8], repeat: u32) -> Result<TestRun, Error> {
+        let fd = self.kernel.program_fd(ingress)?;
+        sys::test_run(fd, packet, repeat).map_err(|e| Error::Load(format!("test run: {e}")))
+    }
+
+    /// Makes the program write down each decision, for [`Engine::last_decisions`].
+    ///
+    /// # Errors
+    /// The map cannot be written.
+    pub fn record(&mut self, on: bool) -> Result<(), Error> {
+        self.config.record = on as u32;
+        let map = &self.kernel.config;
+        map.set(&0u32, &self.config).map_err(failed(map))
+    }
+
+    /// The last recorded decision of each CPU, as words in the order of [`Decision`]'s fields.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn last_decisions(&self) -> Result<Vec<Decision>, Error> {
+        let map = &self.kernel.last;
+        let raw = map.decisions(self.kernel.cpus).map_err(failed(map))?;
+        Ok(raw.iter().map(decision).collect())
+    }
+
+    /// Instructions of the ingress program, and instructions that the verifier walked.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn program_size(&mut self) -> Result<(u32, u32), Error> {
+        self.kernel.program_size()
+    }
+}
+
+fn decision(bytes: &[u8; 40]) -> Decision {
+    let mut words = [0u32; 9];
+    for (word, raw) in words.iter_mut().zip(bytes.chunks_exact(4)) {
+        *word = raw.try_into().map(u32::from_ne_bytes).unwrap_or_default();
+    }
+    let [verdict, reason, flow, counter, slot, row, identifier, target, nat_port] = words;
+    Decision { verdict, reason, flow, counter, slot, row, identifier, target, nat_port }
+}
