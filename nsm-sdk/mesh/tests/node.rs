@@ -1,5 +1,7 @@
 //! Whole nodes in one process: endpoint and client over their manager's unix socket, interfaces in namespaces of their own.
 
+#![allow(clippy::unwrap_used)] // Tests state what they expect by unwrapping it.
+
 use ipnet::IpNet;
 use nsm_chain::{
     Client, Connection, Element, Endpoint, Error, IpContext, Mechanism, NetworkServiceRequest, Next, RequestCall, Side,

@@ -51,7 +51,7 @@ impl RegistryPath {
     /// The last value of the key in `metadata`. `None` if there is none; an unreadable one is worth a warning only,
     /// as older peers send none or others.
     pub fn read(metadata: &MetadataMap) -> Option<Self> {
-        let value = metadata.get_all(KEY).iter().last()?;
+        let value = metadata.get_all(KEY).iter().next_back()?;
         match value.to_str().map_err(|e| e.to_string()).and_then(|t| serde_json::from_str(t).map_err(|e| e.to_string()))
         {
             Ok(path) => Some(path),

@@ -1,5 +1,7 @@
 //! Registry, manager's registry and clients over real connections: mTLS, tokens, descriptors, restarts.
 
+#![allow(clippy::unwrap_used)] // Tests state what they expect by unwrapping it.
+
 use futures_util::StreamExt;
 use nsm_identity::{Authority, X509Source};
 use nsm_registry::{
