@@ -1,4 +1,5 @@
 //! NSP and IPAM in one process, over real mTLS sockets on loopback, with restarts.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test states what it expects by unwrapping it")]
 
 use std::net::{Ipv6Addr, TcpListener};
 use std::path::Path;
@@ -87,7 +88,9 @@ macro_rules! eventually {
         loop {
             match $call.await {
                 Ok(response) => break response.into_inner(),
-                Err(status) if matches!(status.code(), Code::Unavailable | Code::Cancelled) && started.elapsed() < LIMIT => {
+                Err(status)
+                    if matches!(status.code(), Code::Unavailable | Code::Cancelled) && started.elapsed() < LIMIT =>
+                {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
                 Err(status) => panic!("{status}"),

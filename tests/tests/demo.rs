@@ -1,4 +1,5 @@
 //! The demo as a program: bad input, and a run that is killed.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test states what it expects by unwrapping it")]
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Command, Stdio};

@@ -1,4 +1,5 @@
 //! Ingress over TCP and UDP, IPv4 and IPv6; egress with the VIP as source; closing and opening a stream; a faulty configuration.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test states what it expects by unwrapping it")]
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};

@@ -64,8 +64,8 @@ pub fn gateway_bird(bfd_interval_ms: u32, bfd_multiplier: u32) -> String {
     }
     for number in [1, 2] {
         let (v4, v6) = lb_address(number);
-        let _ = write!(text, "protocol bgp LB{number}V4 from LINK4 {{ neighbor {v4} port 10179 as 8103; }}\n");
-        let _ = write!(text, "protocol bgp LB{number}V6 from LINK6 {{ neighbor {v6} port 10179 as 8103; }}\n");
+        let _ = writeln!(text, "protocol bgp LB{number}V4 from LINK4 {{ neighbor {v4} port 10179 as 8103; }}");
+        let _ = writeln!(text, "protocol bgp LB{number}V6 from LINK6 {{ neighbor {v6} port 10179 as 8103; }}");
     }
     text
 }

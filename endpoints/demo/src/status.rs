@@ -307,7 +307,7 @@ impl Observer {
 fn unready(process: &Process) -> Option<String> {
     let label = process.label();
     let Some(pid) = process.pid() else { return Some(format!("{label} to run")) };
-    let Some(path) = health_file(process, pid) else { return None };
+    let path = health_file(process, pid)?;
     let Ok(text) = std::fs::read(&path) else { return Some(format!("{label} to report its health")) };
     let Ok(report) = serde_json::from_slice::<Report>(&text) else {
         return Some(format!("{label}'s health to be readable"));

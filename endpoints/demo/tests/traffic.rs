@@ -1,4 +1,5 @@
 //! The traffic generator and its witnesses against a stand-in for a trench: one namespace that holds the VIPs and answers.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test states what it expects by unwrapping it")]
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv6Addr, TcpListener, UdpSocket};

@@ -1,4 +1,5 @@
 //! The ConfigMap layout of the original: read, refused with every fault named, written, and turned into messages.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test states what it expects by unwrapping it")]
 
 use meridio_model::{Configuration, GatewayProtocol, plan};
 

@@ -26,8 +26,7 @@ impl Availability {
 
     /// Says whether at least one stream has a ready target.
     pub(crate) fn set(&self, forwarding: bool) {
-        let changed =
-            self.forwarding.send_if_modified(|known| std::mem::replace(known, Some(forwarding)) != Some(forwarding));
+        let changed = self.forwarding.send_if_modified(|known| known.replace(forwarding) != Some(forwarding));
         if changed {
             tracing::info!(forwarding, "stream availability");
         }

@@ -1,5 +1,6 @@
 //! From what is known to what the engine shall do: a pure function.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -168,10 +169,11 @@ fn targets(
         match next_hops(message, subnets, unreachable, &mut desired.addresses) {
             Ok(target) => {
                 let ready = desired.targets.entry(stream.to_owned()).or_default();
-                if ready.contains_key(&identifier) {
-                    desired.notes.push(format!("{name}: identifier {identifier} is taken by another target"));
-                } else {
-                    ready.insert(identifier, target);
+                match ready.entry(identifier) {
+                    Entry::Occupied(_) => {
+                        desired.notes.push(format!("{name}: identifier {identifier} is taken by another target"));
+                    }
+                    Entry::Vacant(place) => _ = place.insert(target),
                 }
             }
             Err(reason) => desired.notes.push(format!("{name}: {reason}")),

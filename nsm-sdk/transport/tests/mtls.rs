@@ -1,4 +1,5 @@
 //! gRPC over the transport: identities, descriptors, rotation.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test states what it expects by unwrapping it")]
 
 use meridio_proto::ambassador::v1::{
     Stream as TapStream, StreamResponse, StreamStatus,
