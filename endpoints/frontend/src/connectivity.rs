@@ -143,20 +143,21 @@ impl Judge {
             self.no_default_since.remove(&family);
             return (State::Up, Copy::Follow, None);
         }
-        let state = match (view.up, settling) {
-            (true, _) => State::Up,
-            (false, Some(_)) => State::Unknown,
-            (false, None) => State::Down,
-        };
-        if settling.is_some() {
-            return (state, Copy::Keep, settling);
-        }
         if !view.up {
             self.no_default_since.remove(&family);
-            return (state, Copy::Remove, None);
+            return match settling {
+                Some(_) => (State::Unknown, Copy::Keep, settling),
+                None => (State::Down, Copy::Remove, None),
+            };
         }
+        // A session that has just come up is no way out before its route is in the kernel, and a route that is
+        // withdrawn often comes back: until the limit nothing is decided.
         let limit = *self.no_default_since.entry(family).or_insert(now) + NO_DEFAULT_LIMIT;
-        if now < limit { (state, Copy::Keep, Some(limit)) } else { (state, Copy::Remove, None) }
+        if now < limit {
+            return (State::Unknown, Copy::Keep, Some(limit));
+        }
+        let copy = if settling.is_some() { Copy::Keep } else { Copy::Remove };
+        (State::Up, copy, settling)
     }
 }
 
@@ -235,6 +236,16 @@ mod tests {
             let verdict = judge.look(&look, now);
             assert_eq!((verdict.connected, verdict.copies[&Family::V6]), (Some(false), Copy::Remove));
         }
+    }
+
+    #[tokio::test]
+    async fn a_session_without_its_route_in_the_kernel_is_no_way_out_yet() {
+        let (mut judge, now) = (Judge::default(), Instant::now());
+        judge.look(&seen(DOWN, NONE), now);
+        let late = now + GRACE;
+        assert_eq!(judge.look(&seen(DOWN, NONE), late).connected, Some(false));
+        assert_eq!(judge.look(&seen(BARE, NONE), late).connected, Some(false));
+        assert_eq!(judge.look(&seen(UP, NONE), after(late, 10)).connected, Some(true));
     }
 
     #[tokio::test]

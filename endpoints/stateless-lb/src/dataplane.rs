@@ -9,6 +9,7 @@ use meridio_common::{Backoff, Health};
 use meridio_maglev::{Engine, Error, Options};
 use nsm_kernel::{Netns, error::ignore_missing};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::availability::Availability;
@@ -19,6 +20,8 @@ use crate::settings::Settings;
 
 /// Numbers that marks and tables of targets can have, from the offset's start on.
 const TABLES: u32 = 32_768;
+/// How long targets out of reach may hold back a load balancer that has just started.
+const COMPLETE_WITHIN: Duration = Duration::from_secs(10);
 
 /// The engine and what surrounds it.
 pub(crate) struct Dataplane {
@@ -31,6 +34,7 @@ pub(crate) struct Dataplane {
     attached: Option<u32>,
     /// The last desired state that was applied, and faults of the last one that was not.
     applied: Option<Desired>,
+    gate: Gate,
 }
 
 impl Dataplane {
@@ -53,7 +57,17 @@ impl Dataplane {
             availability.set(forwarding(&engine));
         }
         let settings = settings.clone();
-        Ok(Dataplane { engine: Some(engine), netns, settings, health, availability, attached: None, applied: None })
+        let gate = Gate { open: engine.adopted(), since: None };
+        Ok(Dataplane {
+            engine: Some(engine),
+            netns,
+            settings,
+            health,
+            availability,
+            attached: None,
+            applied: None,
+            gate,
+        })
     }
 
     /// Follows the inputs until `stop`. The kernel goes on forwarding afterwards.
@@ -96,6 +110,7 @@ impl Dataplane {
             done &= self.attach(inputs.external).await;
         }
         done &= self.route(&desired).await;
+        done &= self.announce(&desired);
         self.report(&desired);
         done && configured
     }
@@ -134,7 +149,6 @@ impl Dataplane {
                 return false;
             }
         };
-        self.availability.set(forwarding(&engine));
         self.engine = Some(engine);
         match result {
             Ok(()) => {
@@ -184,6 +198,15 @@ impl Dataplane {
                 tracing::debug!(%ip, %error, "neighbour entry stays");
             }
         }
+    }
+
+    /// Tells the frontend whether this load balancer can forward; `false`: look again soon.
+    fn announce(&mut self, desired: &Desired) -> bool {
+        let Some(engine) = &self.engine else { return false };
+        let forwarding = forwarding(engine);
+        let open = self.gate.look(forwarding, desired.missing, Instant::now());
+        self.availability.set(forwarding && open);
+        open || !forwarding
     }
 
     /// Attaches the programs to the external interface whenever it is a new one.
@@ -259,6 +282,24 @@ impl Dataplane {
     }
 }
 
+/// A load balancer that has just started attracts traffic when it reaches all targets, not the first one: what belongs to the
+/// others would be sent to the wrong ones. A target that stays out of reach holds it back for a while only.
+#[derive(Debug)]
+struct Gate {
+    open: bool,
+    since: Option<Instant>,
+}
+
+impl Gate {
+    fn look(&mut self, forwarding: bool, missing: usize, now: Instant) -> bool {
+        if forwarding && !self.open {
+            let since = *self.since.get_or_insert(now);
+            self.open = missing == 0 || now.duration_since(since) >= COMPLETE_WITHIN;
+        }
+        self.open
+    }
+}
+
 /// Interface and address of each next hop.
 fn hops(desired: &Desired) -> BTreeSet<(u32, IpAddr)> {
     let targets = desired.targets.values().flat_map(|t| t.values());
@@ -290,5 +331,21 @@ async fn changed_or_later(inputs: &mut watch::Receiver<Inputs>, backoff: &mut Ba
     tokio::select! {
         _ = inputs.changed() => {}
         () = backoff.wait() => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fresh_load_balancer_waits_for_all_targets_but_not_for_ever() {
+        let now = Instant::now();
+        let mut gate = Gate { open: false, since: None };
+        assert!(!gate.look(false, 0, now), "nothing to forward to");
+        assert!(!gate.look(true, 2, now) && gate.look(true, 0, now), "all there");
+        assert!(gate.look(true, 1, now), "a target that is lost later closes nothing");
+        let mut gate = Gate { open: false, since: None };
+        assert!(!gate.look(true, 1, now) && gate.look(true, 1, now + COMPLETE_WITHIN));
     }
 }

@@ -23,6 +23,8 @@ pub(crate) struct Desired {
     pub(crate) targets: BTreeMap<String, Targets>,
     /// What keeps registered targets out, one line each.
     pub(crate) notes: Vec<String>,
+    /// How many enabled targets are kept out.
+    pub(crate) missing: usize,
     /// Addresses of all registered targets, ready or not.
     pub(crate) addresses: BTreeSet<IpAddr>,
 }
@@ -176,7 +178,10 @@ fn targets(
                     Entry::Vacant(place) => _ = place.insert(target),
                 }
             }
-            Err(reason) => desired.notes.push(format!("{name}: {reason}")),
+            Err(reason) => {
+                desired.missing += 1;
+                desired.notes.push(format!("{name}: {reason}"));
+            }
         }
     }
 }

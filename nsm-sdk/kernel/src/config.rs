@@ -88,6 +88,11 @@ pub struct Observed {
     pub neighbours: Vec<Neighbour>,
 }
 
+/// Table of the guards: it drops.
+const GUARD_TABLE: u32 = 252;
+/// Priority of guards: behind every rule that the kernel places by itself, before the main table's.
+const GUARD_PRIORITY: u32 = 32_765;
+
 /// One change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -136,12 +141,31 @@ impl Policy {
 
 /// A table that a policy of an interface may live in.
 fn policy_table(table: u32) -> bool {
-    table != 0 && !(TABLE_RESERVED..TABLE_LARGE).contains(&table)
+    table != 0 && table != GUARD_TABLE && !(TABLE_RESERVED..TABLE_LARGE).contains(&table)
 }
 
 /// The lowest table that nobody uses.
 fn free_table(used: &BTreeSet<u32>) -> u32 {
     (1..).find(|t| policy_table(*t) && !used.contains(t)).unwrap_or(TABLE_LARGE)
+}
+
+/// The guard of a policy that takes all traffic of its source: what the policy's own table does not take is dropped.
+///
+/// It stays when the policy goes. Sockets outlive their address, and what they still send must not leave by another way, from which an
+/// answer could come or an address be learnt. The guard ends with the namespace.
+fn guard(policy: &Policy) -> Option<Rule> {
+    let all = policy.protocol.is_none() && policy.sport.is_none() && policy.dport.is_none();
+    all.then(|| Rule::from_source(policy.from, GUARD_TABLE).with_priority(GUARD_PRIORITY))
+}
+
+fn plan_guards(policies: &[Policy], seen: &Observed, steps: &mut Vec<Step>) {
+    for rule in policies.iter().filter_map(guard).filter(|rule| !seen.rules.iter().any(|have| rule.matches(have))) {
+        let drop = Route::blackhole(crate::netlink::any(rule.v6), GUARD_TABLE, 0);
+        if !seen.routes.iter().any(|have| drop.same(have)) && !steps.contains(&Step::SetRoute(drop.clone())) {
+            steps.push(Step::SetRoute(drop));
+        }
+        steps.push(Step::AddRule(rule));
+    }
 }
 
 /// Compares what is wanted with what is there. An empty plan means: nothing to write.
@@ -158,6 +182,7 @@ pub fn plan(wanted: &InterfaceConfig, seen: &Observed) -> Vec<Step> {
     let routes: Vec<_> = wanted.routes.iter().map(|r| route(r, TABLE_MAIN, index)).collect();
     set_missing(&routes, &seen.routes, &mut steps);
     if let Some(policies) = &wanted.policies {
+        plan_guards(policies, seen, &mut steps);
         plan_policies(policies, seen, &mut steps);
     }
     for neighbour in &wanted.neighbours {
