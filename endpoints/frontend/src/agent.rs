@@ -334,7 +334,15 @@ fn views(
         let own = || attraction.gateways.iter().filter(move |gateway| gateway.family() == family);
         let up = own().any(|gateway| status.gateway_up(gateway, interface));
         let default_route = actual.bird_default(family, table).is_some();
-        (family, FamilyView { configured: own().next().is_some(), up, default_route })
+        (
+            family,
+            FamilyView {
+                configured: own().next().is_some(),
+                up,
+                default_route,
+                way_out: actual.way_out(family, table),
+            },
+        )
     };
     Family::BOTH.into_iter().map(view).collect()
 }

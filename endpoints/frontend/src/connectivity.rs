@@ -22,6 +22,8 @@ pub struct FamilyView {
     pub up: bool,
     /// BIRD's default route of this family is in the kernel.
     pub default_route: bool,
+    /// A default route of this family is in the kernel, BIRD's or our copy.
+    pub way_out: bool,
 }
 
 /// One look.
@@ -146,8 +148,9 @@ impl Judge {
         if !view.up {
             self.no_default_since.remove(&family);
             return match settling {
-                Some(_) => (State::Unknown, Copy::Keep, settling),
-                None => (State::Down, Copy::Remove, None),
+                // Where nothing leads out there is nothing to lose by saying so, and an entry of an earlier pod may have to go.
+                Some(_) if view.way_out => (State::Unknown, Copy::Keep, settling),
+                _ => (State::Down, Copy::Remove, None),
             };
         }
         // A session that has just come up is no way out before its route is in the kernel, and a route that is
@@ -165,10 +168,10 @@ impl Judge {
 mod tests {
     use super::*;
 
-    const UP: FamilyView = FamilyView { configured: true, up: true, default_route: true };
-    const DOWN: FamilyView = FamilyView { configured: true, up: false, default_route: false };
-    const BARE: FamilyView = FamilyView { configured: true, up: true, default_route: false };
-    const NONE: FamilyView = FamilyView { configured: false, up: false, default_route: false };
+    const UP: FamilyView = FamilyView { configured: true, up: true, default_route: true, way_out: true };
+    const DOWN: FamilyView = FamilyView { configured: true, up: false, default_route: false, way_out: true };
+    const BARE: FamilyView = FamilyView { configured: true, up: true, default_route: false, way_out: true };
+    const NONE: FamilyView = FamilyView { configured: false, up: false, default_route: false, way_out: false };
 
     fn seen(v4: FamilyView, v6: FamilyView) -> Observation {
         Observation { carrier: true, bird: Some([(Family::V4, v4), (Family::V6, v6)].into()) }
@@ -191,6 +194,14 @@ mod tests {
         assert_eq!(judge.look(&seen(UP, DOWN), now).connected, Some(false));
         assert_eq!(judge.look(&seen(UP, NONE), now).connected, Some(true));
         assert_eq!(judge.look(&seen(NONE, NONE), now).connected, Some(false));
+    }
+
+    #[tokio::test]
+    async fn a_new_pod_has_no_connectivity_from_its_first_look() {
+        let (mut judge, now) = (Judge::default(), Instant::now());
+        let bare = FamilyView { way_out: false, ..DOWN };
+        assert_eq!(judge.look(&seen(bare, bare), now).connected, Some(false));
+        assert_eq!(judge.look(&seen(UP, UP), after(now, 900)).connected, Some(true));
     }
 
     #[tokio::test]

@@ -80,6 +80,11 @@ impl Actual {
         let own = |route: &&Route| route.family == family && route.table == table && route.origin == Origin::Bird;
         self.routes.iter().filter(own).filter(|route| !route.hops.is_empty()).min_by_key(|route| route.metric)
     }
+
+    /// Whether any default route of a family leads out of a table.
+    pub fn way_out(&self, family: Family, table: u32) -> bool {
+        self.routes.iter().any(|route| route.family == family && route.table == table && !route.hops.is_empty())
+    }
 }
 
 /// What is wanted.
