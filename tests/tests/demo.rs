@@ -39,6 +39,21 @@ fn bad_input_is_refused_by_name_and_leaves_nothing() {
 }
 
 #[test]
+fn an_interface_name_that_is_too_long_is_named() {
+    let _turn = turn();
+    let mut command = Command::new("timeout");
+    let command =
+        command.arg("20").arg(binary().unwrap()).arg("frontend").env("NFE_EXTERNAL_INTERFACE", "sixteen-bytes-xx");
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    println!("{}", text.trim());
+    assert!(
+        !output.status.success() && text.contains("NFE_EXTERNAL_INTERFACE") && text.contains("sixteen-bytes-xx"),
+        "{text}"
+    );
+}
+
+#[test]
 fn without_root_the_demo_says_so() {
     let _turn = turn();
     // The binary may lie where only root can read: nobody gets it by a descriptor.

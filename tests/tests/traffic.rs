@@ -96,6 +96,18 @@ fn a_closed_stream_gets_nothing_and_an_opened_one_gets_its_share() {
     check_clean(&stage).unwrap();
 }
 
+/// The conduit with two port-NATs of one port to different target ports.
+fn with_two_nats(good: &str) -> String {
+    let nat = |to: u16| {
+        let lines = ["- port: 4711".to_owned(), format!("  target-port: {to}"), "  protocol: tcp".to_owned()];
+        let vips = ["  vips:".to_owned(), "  - vip-a-1-v4".to_owned()];
+        lines.into_iter().chain(vips).map(|line| format!("      {line}\n")).collect::<String>()
+    };
+    let conduit = "    - name: conduit-a-1\n      trench: trench-a\n";
+    let nats = format!("{conduit}      destination-port-nats:\n{}{}", nat(4000), nat(4001));
+    good.replace(conduit, &nats)
+}
+
 #[test]
 fn a_faulty_configuration_leaves_the_last_good_one_forwarding() {
     let _turn = turn();
@@ -111,6 +123,7 @@ fn a_faulty_configuration_leaves_the_last_good_one_forwarding() {
             good.replace("priority: 1\n      stream: stream-a-i", "priority: 1\n      stream: stream-x"),
             "stream-x",
         ),
+        ("port-NATs that overlap", with_two_nats(&good), "4711"),
     ];
     let traffic = observer.traffic().unwrap();
     for (what, text, named) in faults {
