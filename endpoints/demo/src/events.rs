@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::cleanup;
-use crate::process::signal;
 use crate::report::Event;
 use crate::status::Observer;
 use crate::topology::Kind;
@@ -242,9 +241,8 @@ impl Director<'_> {
                 bail!("no bird runs in {}", pod.plan.name);
             }
             let mark = self.traffic.mark();
-            for &pid in &birds {
-                signal(pid, nix::sys::signal::Signal::SIGKILL);
-            }
+            // One whose frontend was restarted is a child of ours by now.
+            cleanup::kill_and_reap(&birds, Duration::from_secs(2));
             std::thread::sleep(Duration::from_secs(1));
             self.wait_whole(&all, mark.at, event);
             self.account(mark, &Rules::default(), event);
