@@ -49,7 +49,6 @@ pub struct Engine {
     pub(crate) config: MapConfig,
     pub(crate) slots: BTreeMap<u32, Slot>,
     pub(crate) counters: HashMap<String, u32>,
-    pub(crate) flows: Vec<(String, String)>,
     generations: [Option<Classifier>; 2],
     classifier_switched: Instant,
     adopted: bool,
@@ -88,7 +87,6 @@ impl Engine {
             config,
             slots: BTreeMap::new(),
             counters: HashMap::new(),
-            flows: Vec::new(),
             generations: [None, None],
             classifier_switched: Instant::now(),
         };
@@ -260,6 +258,10 @@ impl Engine {
             let map = &self.kernel.target_hits;
             map.zero(target_base + identifier, self.kernel.cpus).map_err(failed(map))?;
         }
+        for reason in 0..MAX_REASONS as u32 {
+            let map = &self.kernel.stream_drops;
+            map.zero(number * MAX_REASONS as u32 + reason, self.kernel.cpus).map_err(failed(map))?;
+        }
         let names = &self.kernel.stream_names;
         names.set(&number, &text(&stream.name)).map_err(failed(names))?;
         let never = Instant::now().checked_sub(CALM).unwrap_or_else(Instant::now);
@@ -351,8 +353,10 @@ impl Engine {
             compile(config, &|name| places.get(name).copied().unwrap_or(0), &mut counter)?
         };
         for (index, name) in fresh {
-            let (hits, names) = (&self.kernel.flow_hits, &self.kernel.flow_names);
-            hits.zero(index, self.kernel.cpus).map_err(failed(hits))?;
+            let names = &self.kernel.flow_names;
+            for map in [&self.kernel.flow_hits, &self.kernel.flow_drops] {
+                map.zero(index, self.kernel.cpus).map_err(failed(map))?;
+            }
             names.set(&index, &text(&name)).map_err(failed(names))?;
         }
         let new = 1 - (self.config.active & 1);
@@ -368,7 +372,6 @@ impl Engine {
         self.config.switches = self.config.switches.wrapping_add(1);
         map.set(&0u32, &self.config).map_err(failed(map))?;
         self.classifier_switched = Instant::now();
-        self.flows = config.flows.iter().map(|f| (f.name.clone(), f.stream.clone())).collect();
         self.generations[new as usize] = Some(classifier);
         self.forget_counters()
     }

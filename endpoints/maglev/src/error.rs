@@ -19,6 +19,20 @@ pub enum Error {
         /// The directory.
         path: PathBuf,
     },
+    /// Nobody has loaded a load balancer of this layout there.
+    #[error("{directory}: no load balancer of map layout {version} here (is it running, and of the same version?)")]
+    NotLive {
+        /// The directory.
+        directory: PathBuf,
+        /// The layout that this build reads.
+        version: u32,
+    },
+    /// Another process traces.
+    #[error("{directory}: somebody else traces this load balancer (one at a time)")]
+    Traced {
+        /// The directory.
+        directory: PathBuf,
+    },
     /// A file operation failed.
     #[error("{path}: {source}")]
     Io {

@@ -34,14 +34,18 @@ impl Packet for Bytes<'_> {
 
 /// A whole load balancer in memory.
 pub struct Image {
-    classifier: Classifier,
-    streams: Vec<StreamEntry>,
-    rows: Vec<Vec<u16>>,
-    targets: HashMap<u32, TargetEntry>,
-    fragments: RefCell<HashMap<FragmentKey, FragmentValue>>,
-    clock: Cell<u64>,
-    unused: ByteList,
+    pub(crate) classifier: Classifier,
+    pub(crate) streams: Vec<StreamEntry>,
+    pub(crate) stream_names: Vec<String>,
+    pub(crate) rows: Vec<Vec<u16>>,
+    pub(crate) targets: HashMap<u32, TargetEntry>,
+    pub(crate) fragments: RefCell<HashMap<FragmentKey, FragmentValue>>,
+    pub(crate) clock: Cell<u64>,
+    pub(crate) unused: ByteList,
 }
+
+/// Chunk numbers of an image: those of a stream begin at this times its slot.
+pub(crate) const CHUNKS_PER_STREAM: u32 = 32;
 
 impl Image {
     /// Compiles a configuration with its targets by stream name.
@@ -61,6 +65,7 @@ impl Image {
         let mut image = Image {
             classifier,
             streams: Vec::new(),
+            stream_names: config.streams.iter().map(|s| s.name.clone()).collect(),
             rows: Vec::new(),
             targets: HashMap::new(),
             fragments: RefCell::default(),
@@ -80,7 +85,7 @@ impl Image {
             image.streams.push(StreamEntry {
                 ready: [!table.ready().is_empty() as u32, 0],
                 rows: table.rows().len() as u32,
-                chunk: [n as u32 * 32, 0],
+                chunk: [n as u32 * CHUNKS_PER_STREAM, 0],
                 target_base: base,
                 max_targets: stream.max_targets,
                 flags: if stream.sctp_ports_only { stream_flag::SCTP_PORTS_ONLY } else { 0 },
@@ -94,9 +99,14 @@ impl Image {
 
     /// Decides about a packet (from its network header on).
     pub fn decide(&self, packet: &[u8], ethertype: u16) -> Decision {
+        self.examine(packet, ethertype).decision
+    }
+
+    /// As [`Image::decide`], with everything that was found on the way.
+    pub(crate) fn examine(&self, packet: &[u8], ethertype: u16) -> Scratch {
         let mut scratch = Scratch::default();
         decide(&Bytes(packet), self, ethertype, &mut scratch);
-        scratch.decision
+        scratch
     }
 
     /// Name of the flow with an index of a decision.
@@ -166,8 +176,8 @@ impl Tables for Image {
     }
 
     fn row(&self, chunk: u32, index: u32) -> Option<u16> {
-        let rows = self.rows.get(chunk as usize / 32)?;
-        rows.get((chunk as usize % 32) * CHUNK_ROWS + index as usize).copied()
+        let rows = self.rows.get((chunk / CHUNKS_PER_STREAM) as usize)?;
+        rows.get((chunk % CHUNKS_PER_STREAM) as usize * CHUNK_ROWS + index as usize).copied()
     }
 
     fn target(&self, index: u32) -> Option<&TargetEntry> {

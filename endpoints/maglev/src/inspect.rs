@@ -5,35 +5,24 @@ use meridio_decision::{Decision, Reason};
 
 use crate::engine::{Engine, failed};
 use crate::error::Error;
+use crate::live::{Counters, Hits, Live};
 use crate::sys::{self, TestRun};
 
-/// Counters of one flow or target.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hits {
-    /// Stream name.
-    pub stream: String,
-    /// Flow name, or the target's identifier as text.
-    pub name: String,
-    /// Targets: identifier plus offset, as in the firewall mark.
-    pub mark: u32,
-    /// Packets and bytes.
-    pub counter: Counter,
-}
-
 impl Engine {
+    /// Everything that is counted.
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub fn counters(&self) -> Result<Counters, Error> {
+        Live::open(&self.settings.kernel.directory)?.counters()
+    }
+
     /// Packets and bytes of each flow.
     ///
     /// # Errors
     /// A map cannot be read.
     pub fn flow_hits(&self) -> Result<Vec<Hits>, Error> {
-        let map = &self.kernel.flow_hits;
-        let mut hits = Vec::new();
-        for (name, stream) in &self.flows {
-            let Some(index) = self.counters.get(name) else { continue };
-            let counter = map.sum(*index, self.kernel.cpus).map_err(failed(map))?;
-            hits.push(Hits { stream: stream.clone(), name: name.clone(), mark: 0, counter });
-        }
-        Ok(hits)
+        Ok(self.counters()?.flows)
     }
 
     /// Packets and bytes of each ready target.
@@ -41,17 +30,7 @@ impl Engine {
     /// # Errors
     /// A map cannot be read.
     pub fn target_hits(&self) -> Result<Vec<Hits>, Error> {
-        let map = &self.kernel.target_hits;
-        let mut hits = Vec::new();
-        for slot in self.slots.values() {
-            for id in slot.targets[(slot.entry.active & 1) as usize].keys() {
-                let number = slot.entry.target_base + id;
-                let counter = map.sum(number, self.kernel.cpus).map_err(failed(map))?;
-                let mark = self.settings.offset_start + number;
-                hits.push(Hits { stream: slot.stream.name.clone(), name: id.to_string(), mark, counter });
-            }
-        }
-        Ok(hits)
+        Ok(self.counters()?.targets)
     }
 
     /// Packets and bytes by reason (see [`Reason`]).
@@ -59,12 +38,7 @@ impl Engine {
     /// # Errors
     /// A map cannot be read.
     pub fn reasons(&self) -> Result<Vec<(Reason, Counter)>, Error> {
-        let map = &self.kernel.reasons;
-        let sum = |reason: Reason| {
-            let counter = map.sum(reason as u32, self.kernel.cpus).map_err(failed(map))?;
-            Ok((reason, counter))
-        };
-        Reason::ALL.into_iter().skip(1).map(sum).collect()
+        Ok(self.counters()?.reasons)
     }
 
     /// Runs a program on a packet with its Ethernet header, without sending it anywhere.

@@ -55,7 +55,8 @@ pub(crate) struct Kernel {
     pub(crate) nats: RawMap,
     pub(crate) flow_hits: RawMap,
     pub(crate) target_hits: RawMap,
-    pub(crate) reasons: RawMap,
+    pub(crate) flow_drops: RawMap,
+    pub(crate) stream_drops: RawMap,
     pub(crate) last: RawMap,
     pub(crate) stream_names: RawMap,
     pub(crate) flow_names: RawMap,
@@ -63,11 +64,11 @@ pub(crate) struct Kernel {
     pub(crate) cpus: usize,
 }
 
-fn versioned(directory: &Path) -> PathBuf {
+pub(crate) fn versioned(directory: &Path) -> PathBuf {
     directory.join(format!("v{LAYOUT_VERSION}"))
 }
 
-fn check_bpffs(path: &Path) -> Result<(), Error> {
+pub(crate) fn check_bpffs(path: &Path) -> Result<(), Error> {
     const BPF_FS_MAGIC: libc::c_long = 0xcafe_4a11;
     let io = |source| Error::Io { path: path.to_owned(), source };
     let c_path = CString::new(path.as_os_str().as_bytes()).map_err(|e| io(e.into()))?;
@@ -83,6 +84,11 @@ fn check_bpffs(path: &Path) -> Result<(), Error> {
         return Err(Error::NotBpfFs { path: path.to_owned() });
     }
     Ok(())
+}
+
+/// CPUs that per-CPU values are kept for.
+pub(crate) fn cpus() -> Result<usize, Error> {
+    aya::util::nr_cpus().map_err(|(what, e)| Error::Load(format!("{what}: {e}")))
 }
 
 fn has_check_mtu() -> bool {
@@ -124,12 +130,13 @@ impl Kernel {
             nats: map("NATS")?,
             flow_hits: map("FLOW_HITS")?,
             target_hits: map("TARGET_HITS")?,
-            reasons: map("REASONS")?,
+            flow_drops: map("FLOW_DROPS")?,
+            stream_drops: map("STREAM_DROPS")?,
             last: map("LAST")?,
             stream_names: map("STREAM_NAMES")?,
             flow_names: map("FLOW_NAMES")?,
             chunks: options.chunks,
-            cpus: aya::util::nr_cpus().map_err(|(what, e)| Error::Load(format!("{what}: {e}")))?,
+            cpus: cpus()?,
             ebpf,
         };
         const _: () = assert!(CHUNK_ROWS * 2 < 4 << 20, "a chunk must fit a map value");

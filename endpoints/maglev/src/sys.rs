@@ -1,8 +1,11 @@
 //! The bpf system call for what the loader library has no call for: maps of large values, and test runs.
 #![allow(unsafe_code)] // SAFETY: bpf(2) takes pointers; each call below states why they are valid.
 
+use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use meridio_decision::{Decision, layout::*};
 
@@ -10,7 +13,10 @@ const LOOKUP: libc::c_long = 1;
 const UPDATE: libc::c_long = 2;
 const DELETE: libc::c_long = 3;
 const NEXT_KEY: libc::c_long = 4;
+const OBJ_GET: libc::c_long = 7;
 const TEST_RUN: libc::c_long = 10;
+/// Opened for reading only.
+const READ_ONLY: u32 = 1 << 3;
 
 /// Values that are plain bytes: `repr(C)`, no padding, every bit pattern valid.
 ///
@@ -25,7 +31,7 @@ macro_rules! plain {
     )* };
 }
 plain!(u16, u32, u64, [u8; 128], Config, Vector, FlowEntry, StreamEntry, TargetEntry, NatKey, PrefixKey, Counter);
-plain!(ByteList, FragmentKey, FragmentValue, Decision, PortMap, Chunk);
+plain!(ByteList, FragmentKey, FragmentValue, Decision, PortMap, Chunk, Trace);
 
 #[repr(C)]
 #[derive(Default)]
@@ -35,6 +41,14 @@ struct ElementAttr {
     key: u64,
     value: u64,
     flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ObjectAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
 }
 
 #[repr(C)]
@@ -58,10 +72,10 @@ struct TestRunAttr {
     pad: u32,
 }
 
-fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<()> {
+fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: attr is a live, properly sized attribute block; the pointers in it are live for the call (callers).
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, attr as *mut T, size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 /// A map by its file descriptor; sizes are fixed by the types of the calls, which [`crate::kernel`] pairs with names.
@@ -72,27 +86,59 @@ pub(crate) struct RawMap {
 }
 
 impl RawMap {
+    /// Opens a pinned map for reading.
+    pub(crate) fn pinned(path: &Path, name: &'static str) -> io::Result<Self> {
+        Self::open(path, name, READ_ONLY)
+    }
+
+    /// Opens a pinned map for reading and writing.
+    pub(crate) fn pinned_writable(path: &Path, name: &'static str) -> io::Result<Self> {
+        Self::open(path, name, 0)
+    }
+
+    fn open(path: &Path, name: &'static str, flags: u32) -> io::Result<Self> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let fd = bpf(OBJ_GET, &mut ObjectAttr { path: path.as_ptr() as u64, flags, fd: 0 })?;
+        // SAFETY: the kernel has just given this descriptor to us alone.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        Ok(RawMap { fd, name })
+    }
+
     fn element(&self, key: u64, value: u64) -> ElementAttr {
         ElementAttr { map_fd: self.fd.as_raw_fd() as u32, key, value, ..ElementAttr::default() }
     }
 
     /// Writes one element.
     pub(crate) fn set<K: Plain, V: Plain>(&self, key: &K, value: &V) -> io::Result<()> {
-        bpf(UPDATE, &mut self.element(key as *const K as u64, value as *const V as u64))
+        bpf(UPDATE, &mut self.element(key as *const K as u64, value as *const V as u64)).map(drop)
     }
 
     /// Writes one element from a slice that is as long as the map's value; `None` for another length.
     pub(crate) fn set_slice(&self, key: u32, value: &[u16; CHUNK_ROWS]) -> io::Result<()> {
-        bpf(UPDATE, &mut self.element(&raw const key as u64, value.as_ptr() as u64))
+        bpf(UPDATE, &mut self.element(&raw const key as u64, value.as_ptr() as u64)).map(drop)
     }
 
     /// Reads one element; `None`: no such key.
     pub(crate) fn get<K: Plain, V: Plain>(&self, key: &K, mut value: V) -> io::Result<Option<V>> {
         match bpf(LOOKUP, &mut self.element(key as *const K as u64, &raw mut value as u64)) {
-            Ok(()) => Ok(Some(value)),
+            Ok(_) => Ok(Some(value)),
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
             Err(e) => Err(e),
         }
+    }
+
+    /// Reads a chunk of rows.
+    pub(crate) fn chunk(&self, index: u32) -> io::Result<Vec<u16>> {
+        let mut rows = vec![0u16; CHUNK_ROWS];
+        bpf(LOOKUP, &mut self.element(&raw const index as u64, rows.as_mut_ptr() as u64))?;
+        Ok(rows)
+    }
+
+    /// Reads a map of port classes.
+    pub(crate) fn ports(&self, index: u32) -> io::Result<Box<PortMap>> {
+        let mut ports = Box::new([0u16; 65_536]);
+        bpf(LOOKUP, &mut self.element(&raw const index as u64, ports.as_mut_ptr() as u64))?;
+        Ok(ports)
     }
 
     /// Sums a per-CPU element over all CPUs.
@@ -107,7 +153,7 @@ impl RawMap {
     /// Sets a per-CPU counter to zero.
     pub(crate) fn zero(&self, index: u32, cpus: usize) -> io::Result<()> {
         let values = vec![Counter::default(); cpus];
-        bpf(UPDATE, &mut self.element(&raw const index as u64, values.as_ptr() as u64))
+        bpf(UPDATE, &mut self.element(&raw const index as u64, values.as_ptr() as u64)).map(drop)
     }
 
     /// Reads a per-CPU array of decisions (for tests).
@@ -135,7 +181,7 @@ impl RawMap {
         loop {
             let from = at.as_ref().map_or(0, |k| k as *const K as u64);
             match bpf(NEXT_KEY, &mut self.element(from, &raw mut next as u64)) {
-                Ok(()) => keys.push(next),
+                Ok(_) => keys.push(next),
                 Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(keys),
                 Err(e) => return Err(e),
             }
@@ -180,6 +226,14 @@ pub(crate) fn grace_period() {
     if result != 0 {
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
+}
+
+/// The clock that the program reads, ns.
+pub fn monotonic() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a live timespec to fill.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 /// A name as it lies in a map, cut off after 127 bytes.

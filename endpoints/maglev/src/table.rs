@@ -90,6 +90,11 @@ impl Table {
         &self.rows
     }
 
+    /// The identifier that a row belongs to when everybody is ready; `None`: no such row.
+    pub fn owner(&self, row: u32) -> Option<u32> {
+        self.base.get(row as usize).map(|id| *id as u32)
+    }
+
     /// Ready identifiers, ascending.
     pub fn ready(&self) -> &[u16] {
         &self.ready

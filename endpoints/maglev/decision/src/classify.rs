@@ -86,6 +86,53 @@ fn word(vector: &Vector, index: usize) -> u64 {
     }
 }
 
+/// In which respects a flow matches a packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Matched {
+    /// Protocol.
+    pub protocol: bool,
+    /// Destination address.
+    pub destination: bool,
+    /// Source address.
+    pub source: bool,
+    /// Destination port.
+    pub destination_port: bool,
+    /// Source port.
+    pub source_port: bool,
+    /// Byte matches.
+    pub bytes: bool,
+}
+
+impl Matched {
+    /// In all of them.
+    pub const fn all(self) -> bool {
+        self.protocol && self.destination && self.source && self.destination_port && self.source_port && self.bytes
+    }
+}
+
+/// Judges one flow; on the host only. `excluded`: its byte matches do not hold.
+pub(crate) fn judge(
+    dimensions: &Dimensions<'_>,
+    excluded: &Asked,
+    use_excluded: u64,
+    kind: Kind,
+    flags: u32,
+    flow: u32,
+) -> Matched {
+    let (index, bit) = ((flow / 64) as usize, 1u64 << (flow % 64));
+    let has = |vector: &Vector| word(vector, index) & bit != 0;
+    let ping = matches!(kind, Kind::Ping);
+    let source_port = ping || (matches!(kind, Kind::Ports) && flags & flag::SOURCE_PORTS == 0);
+    Matched {
+        protocol: has(dimensions.proto),
+        destination: has(dimensions.dst),
+        source: flags & flag::SOURCES == 0 || has(dimensions.src),
+        destination_port: ping || has(dimensions.dport),
+        source_port: source_port || has(dimensions.sport),
+        bytes: excluded.excluded.get(index).copied().unwrap_or(0) & use_excluded & bit == 0,
+    }
+}
+
 /// Index of the lowest bit set; the value is not 0. By hand because eBPF has no such instruction and LLVM's
 /// replacement may read a table.
 #[inline(always)]

@@ -1,6 +1,6 @@
 //! From packet to target: the decision itself, over whatever holds the tables.
 
-use crate::classify::{Asked, Dimensions, search};
+use crate::classify::{Asked, Dimensions, Matched, judge, search};
 use crate::layout::*;
 use crate::packet::{self, Kind, Network, Packet, Transport, protocol};
 use crate::{Reason, hash};
@@ -232,6 +232,22 @@ fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scr
         tables.remember(&s.fragment, &s.first);
     }
     Ok(())
+}
+
+/// In which respects a flow matches the packet that `s` was used for to decide; for explanations, on the host. `None`: the
+/// tables contradict each other, or the packet was not looked up by flows.
+pub fn matched<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch, flow: u32) -> Option<Matched> {
+    let flags = tables.generation().1;
+    let use_excluded = if flags & flag::BYTES != 0 && matches!(s.transport.kind, Kind::Ports) {
+        if !s.asked.ask(packet, tables, s.generation, &s.transport) {
+            return None;
+        }
+        u64::MAX
+    } else {
+        0
+    };
+    let dimensions = Dimensions::of(tables, s.generation, flags, s.class, &s.transport, &s.prefix)?;
+    Some(judge(&dimensions, &s.asked, use_excluded, s.transport.kind, flags, flow))
 }
 
 /// Index of a target's entry: two copies per identifier, so that a swap changes row and next hop together.

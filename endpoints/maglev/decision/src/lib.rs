@@ -10,8 +10,11 @@ pub mod decide;
 pub mod hash;
 pub mod layout;
 pub mod packet;
+mod reason;
+pub mod trace;
 
-pub use decide::{Decision, NONE, Scratch, Tables, Verdict, decide, target_index};
+pub use classify::Matched;
+pub use decide::{Decision, NONE, Scratch, Tables, Verdict, decide, matched, target_index};
 pub use packet::{ETH_IPV4, ETH_IPV6, Packet};
 
 /// Why a packet to a VIP did not take the fast path. The first group drops it, the second hands it to the stack.

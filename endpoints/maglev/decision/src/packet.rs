@@ -246,19 +246,22 @@ pub fn transport<P: Packet>(
     quoted: &mut Network,
     t: &mut Transport,
 ) -> Result<(), Reason> {
+    // Before anything can fail: what an earlier packet left must not be told about this one.
+    t.kind = Kind::Other;
+    t.protocol = network.protocol;
+    t.sport = 0;
+    t.dport = 0;
+    t.first_fragment = false;
+    t.quote = 0;
+    t.quote_l4 = 0;
     if network.lying || network.end > packet.len() {
         return Err(Reason::Malformed);
     }
     let up = upper(packet, network)?;
-    t.kind = Kind::Other;
     t.protocol = up.protocol;
     t.offset = up.offset;
-    t.sport = 0;
-    t.dport = 0;
     t.first_fragment = up.more_fragments && up.fragment_offset == 0;
     t.fragment_id = up.fragment_id;
-    t.quote = 0;
-    t.quote_l4 = 0;
     if up.offset > network.end {
         return Err(Reason::Truncated);
     }

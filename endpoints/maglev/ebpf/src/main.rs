@@ -5,6 +5,7 @@
 
 mod maps;
 mod rewrite;
+mod trace;
 
 use aya_ebpf::{
     EbpfContext,
@@ -13,10 +14,12 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use maps::{CONFIG, FLOW_HITS, LAST, Maps, REASONS, SCRATCH, TARGET_HITS, TARGETS, count};
+use maps::{
+    CONFIG, FLOW_DROPS, FLOW_HITS, LAST, Maps, REASONS, SCRATCH, STREAM_DROPS, Size, TARGET_HITS, TARGETS, count,
+};
 use meridio_decision::{
-    Decision, ETH_IPV4, ETH_IPV6, NONE, Packet, Reason, Verdict, decide,
-    layout::TargetEntry,
+    Decision, ETH_IPV4, ETH_IPV6, NONE, Packet, Reason, Scratch, Verdict, decide,
+    layout::{MAX_REASONS, MAX_STREAMS, TargetEntry},
     packet::{Network, Transport},
 };
 
@@ -72,29 +75,49 @@ pub fn meridio_ingress(ctx: TcContext) -> i32 {
     // SAFETY: a per-CPU value that only this program uses, and it does not nest on one CPU.
     let scratch = unsafe { &mut *scratch };
     decide(&Skb(&ctx), &Maps, ethertype, scratch);
-    let decision = &scratch.decision;
-    record(decision);
-    if decision.verdict == Verdict::Pass as u32 {
+    record(&scratch.decision);
+    if scratch.decision.verdict == Verdict::Pass as u32 {
         return TC_ACT_UNSPEC;
     }
-    let bytes = ctx.len().wrapping_sub(L2);
+    // SAFETY: reads of the context's fields.
+    let segments = unsafe { (*ctx.skb.skb).gso_segs };
+    let size = Size { segments: if segments == 0 { 1 } else { segments }, bytes: ctx.len().wrapping_sub(L2) };
+    let (action, reason) = act(&ctx, scratch, size);
+    count(&REASONS, reason, size);
+    if action == TC_ACT_SHOT {
+        dropped(&scratch.decision, reason, size);
+    }
+    trace::packet(&ctx, scratch, action, reason, size);
+    action
+}
+
+/// What is done to a packet for a VIP, and the number of the reason.
+#[inline(always)]
+fn act(ctx: &TcContext, scratch: &Scratch, size: Size) -> (i32, u32) {
+    let decision = &scratch.decision;
     if decision.counter != NONE {
-        count(&FLOW_HITS, decision.counter, bytes);
+        count(&FLOW_HITS, decision.counter, size);
     }
     if decision.verdict == Verdict::Drop as u32 {
-        count(&REASONS, decision.reason, bytes);
-        return TC_ACT_SHOT;
+        return (TC_ACT_SHOT, decision.reason);
     }
-    let outcome = forward(&ctx, decision, &scratch.network, &scratch.transport, bytes);
-    match outcome {
+    match forward(ctx, decision, &scratch.network, &scratch.transport) {
         Ok((action, reason)) => {
-            count(&REASONS, reason as u32, bytes);
-            action
+            count(&TARGET_HITS, decision.target / 2, size);
+            (action, reason as u32)
         }
-        Err(reason) => {
-            count(&REASONS, reason as u32, bytes);
-            TC_ACT_SHOT
-        }
+        Err(reason) => (TC_ACT_SHOT, reason as u32),
+    }
+}
+
+/// Counts a dropped packet where it belongs, as far as that is known.
+#[inline(always)]
+fn dropped(decision: &Decision, reason: u32, size: Size) {
+    if decision.counter != NONE {
+        count(&FLOW_DROPS, decision.counter, size);
+    }
+    if decision.slot < MAX_STREAMS as u32 {
+        count(&STREAM_DROPS, decision.slot * MAX_REASONS as u32 + reason, size);
     }
 }
 
@@ -116,14 +139,12 @@ fn forward(
     decision: &Decision,
     network: &Network,
     transport: &Transport,
-    bytes: u32,
 ) -> Result<(i32, Reason), Reason> {
     let target = TARGETS.get(decision.target).ok_or(Reason::Internal)?;
     let ifindex = if network.v6 { target.ifindex6 } else { target.ifindex4 };
     if ifindex == 0 {
         return Err(Reason::NoAddress);
     }
-    count(&TARGET_HITS, decision.target / 2, bytes);
     if decision.nat_port != 0 {
         rewrite::destination(ctx, network, transport, decision.nat_port as u16)?;
     }

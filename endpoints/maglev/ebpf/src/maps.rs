@@ -3,7 +3,7 @@
 use aya_ebpf::{
     helpers::bpf_ktime_get_ns,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 use meridio_decision::{Decision, Scratch, Tables, layout::*};
 
@@ -39,6 +39,17 @@ pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue> = LruHashMap::pinne
 pub static FLOW_HITS: PerCpuArray<Counter> = PerCpuArray::pinned(2 * MAX_FLOWS as u32, 0);
 #[map]
 pub static TARGET_HITS: PerCpuArray<Counter> = PerCpuArray::pinned(MAX_TARGETS as u32, 0);
+/// What was dropped of each flow, by the index of [`FLOW_HITS`].
+#[map]
+pub static FLOW_DROPS: PerCpuArray<Counter> = PerCpuArray::pinned(2 * MAX_FLOWS as u32, 0);
+/// What was dropped of each stream, by slot and reason. (What was forwarded is the sum of its targets.)
+#[map]
+pub static STREAM_DROPS: PerCpuArray<Counter> = PerCpuArray::pinned((MAX_STREAMS * MAX_REASONS) as u32, 0);
+/// Which packets are traced; the one entry is written by whoever traces.
+#[map]
+pub static TRACE: Array<Trace> = Array::pinned(1, 0);
+#[map]
+pub static TRACE_EVENTS: RingBuf = RingBuf::pinned(TRACE_RING, 0);
 #[map]
 pub static REASONS: PerCpuArray<Counter> = PerCpuArray::pinned(MAX_REASONS as u32, 0);
 /// Working memory of one packet. Not pinned: it means nothing to user space.
@@ -174,14 +185,23 @@ fn port_class(index: u32, port: u16) -> u32 {
     unsafe { *ports.cast::<u16>().add(core::hint::black_box(port) as usize) as u32 }
 }
 
+/// What a packet adds to counters.
+#[derive(Clone, Copy)]
+pub struct Size {
+    /// Packets that a super-packet stands for, else 1.
+    pub segments: u32,
+    /// Bytes from the network header on.
+    pub bytes: u32,
+}
+
 /// Adds a packet to a per-CPU counter.
 #[inline(always)]
-pub fn count(map: &PerCpuArray<Counter>, index: u32, bytes: u32) {
+pub fn count(map: &PerCpuArray<Counter>, index: u32, size: Size) {
     if let Some(counter) = map.get_ptr_mut(index) {
         // SAFETY: a per-CPU value; the program does not migrate between CPUs.
         unsafe {
-            (*counter).packets += 1;
-            (*counter).bytes += bytes as u64;
+            (*counter).packets += size.segments as u64;
+            (*counter).bytes += size.bytes as u64;
         }
     }
 }
