@@ -78,16 +78,14 @@ impl Kernel {
     /// First IPv4 address of an interface, `None` too while the interface is missing.
     pub async fn ipv4_of(&self, name: &str) -> Result<Option<Ipv4Addr>, Error> {
         let Some(link) = self.link_message(name).await? else { return Ok(None) };
-        let mut addresses = self.handle.address().get().set_link_index_filter(link.header.index).execute();
+        let addresses = self.handle.address().get().set_link_index_filter(link.header.index).execute();
         let fail = |cause| Error::Netlink { object: format!("addresses of {name}"), cause };
-        while let Some(address) = addresses.try_next().await.map_err(fail)? {
-            for attribute in address.attributes {
-                if let rtnetlink::packet_route::address::AddressAttribute::Address(IpAddr::V4(ip)) = attribute {
-                    return Ok(Some(ip));
-                }
-            }
-        }
-        Ok(None)
+        // Read to its end: the kernel refuses another dump while this one goes on.
+        let addresses: Vec<_> = addresses.try_collect().await.map_err(fail)?;
+        Ok(addresses.into_iter().flat_map(|address| address.attributes).find_map(|attribute| match attribute {
+            rtnetlink::packet_route::address::AddressAttribute::Address(IpAddr::V4(ip)) => Some(ip),
+            _ => None,
+        }))
     }
 
     async fn link_message(&self, name: &str) -> Result<Option<LinkMessage>, Error> {

@@ -8,6 +8,7 @@ mod route;
 mod rule;
 
 use std::io;
+use std::sync::Arc;
 
 use futures_util::StreamExt;
 use rtnetlink::Handle;
@@ -15,6 +16,7 @@ use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::RouteNetlinkMessage;
+use tokio::sync::Mutex;
 
 use crate::Error;
 
@@ -40,6 +42,8 @@ pub(crate) const REPLACE: u16 = NLM_F_CREATE | NLM_F_REPLACE;
 #[derive(Clone, Debug)]
 pub struct Netlink {
     handle: Handle,
+    /// Held for the length of a dump: the kernel refuses a second one on the same socket with EBUSY.
+    dumping: Arc<Mutex<()>>,
 }
 
 impl Netlink {
@@ -48,7 +52,7 @@ impl Netlink {
         let (connection, handle, _) =
             rtnetlink::new_connection_with_strict_check().map_err(|e| Error::io("open netlink socket", e))?;
         tokio::spawn(connection);
-        Ok(Netlink { handle })
+        Ok(Netlink { handle, dumping: Arc::default() })
     }
 
     /// The library's own handle, for requests that this crate has no method for.
@@ -87,7 +91,15 @@ impl Netlink {
     ) -> Result<Vec<RouteNetlinkMessage>, Error> {
         let mut found = Vec::new();
         for _ in 0..DUMP_TRIES {
-            let answer = self.exchange(message.clone(), NLM_F_REQUEST | NLM_F_DUMP).await;
+            let (netlink, message) = (self.clone(), message.clone());
+            let turn = self.dumping.clone().lock_owned().await;
+            // A task of its own: the kernel goes on with a dump that its caller has given up, and so does the turn.
+            let dump = tokio::spawn(async move {
+                let answer = netlink.exchange(message, NLM_F_REQUEST | NLM_F_DUMP).await;
+                drop(turn);
+                answer
+            });
+            let answer = dump.await.unwrap_or_else(|error| Err(Failure::Connection(error.to_string())));
             let (messages, torn) = answer.map_err(|failure| failure.describe(what.to_string()))?;
             found = messages;
             if !torn {
@@ -130,6 +142,37 @@ impl Failure {
         match self {
             Failure::Kernel(source) => Error::Netlink { what, source },
             Failure::Connection(cause) => Error::Connection { what, cause },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::Netns;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn dumps_of_one_namespace_at_the_same_time_all_succeed() {
+        let netns = Netns::anonymous().unwrap();
+        netns.netlink().await.unwrap().link_up(1).await.unwrap();
+        let tasks: Vec<_> = (0..200)
+            .map(|n| {
+                let netns = netns.clone();
+                tokio::spawn(async move {
+                    let netlink = netns.netlink().await.unwrap();
+                    match n % 4 {
+                        // One who leaves in the middle does not spoil it for the others.
+                        0 => {
+                            drop(tokio::time::timeout(std::time::Duration::from_micros(n), netlink.routes(None)).await)
+                        }
+                        1 => assert!(!netlink.routes(None).await.unwrap().is_empty()),
+                        2 => assert!(!netlink.addresses(None).await.unwrap().is_empty()),
+                        _ => assert_eq!(netlink.links().await.unwrap().len(), 1),
+                    }
+                })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap();
         }
     }
 }
