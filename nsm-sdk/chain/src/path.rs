@@ -67,6 +67,13 @@ pub fn advance(connection: &mut Connection, name: &str) -> Result<usize, PathErr
     Ok(index)
 }
 
+/// Whether the path of a message as it comes in goes through the process called `name` and on: it has been answered by the hops
+/// behind it before.
+pub fn leads_through(connection: &Connection, name: &str) -> bool {
+    let own = [0, 1].into_iter().find(|&offset| segment(connection, offset).is_some_and(|s| s.name == name));
+    own.is_some_and(|offset| segment(connection, offset + 1).is_some())
+}
+
 /// Makes an answer the sender's view again: the inverse of [`advance`].
 pub fn restore(connection: &mut Connection, index: usize) {
     let Some(path) = &mut connection.path else { return };

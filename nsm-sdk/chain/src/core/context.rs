@@ -50,6 +50,9 @@ pub struct Context {
     pub remote: Option<Remote>,
     /// Ends a replayed operation early because a close is waiting behind it. Waits for other processes heed it.
     pub cancel: Option<CancellationToken>,
+    /// The path says that this connection was established before, whatever this process remembers of it: it may have been
+    /// restarted. What works is not closed then because a refresh fails; set by `updatepath`, heeded by [`unwind`](crate::unwind).
+    pub refresh: bool,
     /// Typed values of elements that this crate does not know; see [`Context::insert_extension`].
     pub extensions: Extensions,
 }
@@ -142,6 +145,11 @@ impl Postponed {
     /// The same values with a deadline counted from now; nothing ends a clean-up early.
     pub fn context(&self) -> Context {
         Context { deadline: self.time.map(|time| Instant::now() + time), cancel: None, ..self.ctx.clone() }
+    }
+
+    /// Whether the connection was established before; see [`Context::refresh`].
+    pub fn is_refresh(&self) -> bool {
+        self.ctx.refresh
     }
 
     /// The time that was left.

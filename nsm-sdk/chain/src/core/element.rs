@@ -197,7 +197,12 @@ where
 }
 
 /// Closes what `next` has made, for an element that fails after it; returns the error to answer with.
+///
+/// A connection that was established before this request is left alone: its data path works, and its client asks again.
 pub async fn unwind(next: &Next, connection: Connection, postponed: &Postponed, error: Error) -> Error {
+    if postponed.is_refresh() {
+        return error;
+    }
     match next.close(CloseCall::new(connection, postponed.context())).await {
         Ok(()) => error,
         Err(close) => error.also("connection closed with error", &close),

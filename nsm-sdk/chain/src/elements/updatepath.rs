@@ -1,6 +1,6 @@
 //! Puts this process's segment into the path.
 
-use crate::{CloseCall, Connection, Element, Error, Next, RequestCall, path};
+use crate::{CloseCall, Connection, Element, Error, Next, RequestCall, State, path};
 use tonic::Code;
 
 /// Finds or makes the segment called `name` and gives the connection its id; restores the sender's view on return.
@@ -33,7 +33,10 @@ impl Element for UpdatePath {
     }
 
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let reselect = call.connection().state() == State::ReselectRequested;
+        let asked_before = !reselect && path::leads_through(&call.connection(), &self.name);
         let back = self.advance(call.connection_mut())?;
+        call.ctx.refresh |= asked_before;
         let mut connection = next.request(call).await?;
         path::restore(&mut connection, back);
         Ok(connection)
@@ -42,5 +45,63 @@ impl Element for UpdatePath {
     async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
         self.advance(&mut call.message)?;
         next.close(call).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Chain, Path, PathSegment,
+        core::testing::{Spy, request_with},
+        unwind,
+    };
+    use std::sync::Arc;
+
+    /// Fails once what is below it has succeeded.
+    struct Fails;
+
+    #[async_trait::async_trait]
+    impl Element for Fails {
+        fn name(&self) -> &'static str {
+            "fails"
+        }
+
+        async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+            let (id, postponed) = (call.id().to_owned(), call.ctx.postpone());
+            let connection = next.request(call).await?;
+            Err(unwind(&next, connection, &postponed, Error::new("fails", id, "on purpose")).await)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_failed_refresh_closes_nothing_even_if_this_process_is_new() {
+        let connection = |names: &[&str], state: State| Connection {
+            id: "0".into(),
+            path: Some(Path {
+                index: 0,
+                path_segments: names
+                    .iter()
+                    .enumerate()
+                    .map(|(n, name)| PathSegment { name: (*name).into(), id: n.to_string(), ..Default::default() })
+                    .collect(),
+            }),
+            state: state.into(),
+            ..Default::default()
+        };
+        for (names, state, closes) in [
+            (&["nsc", "mgr", "fwd"][..], State::Up, 0),
+            (&["nsc", "mgr", "fwd"], State::ReselectRequested, 1),
+            (&["nsc"], State::Up, 1),
+            // Somebody else's: our own segment is new.
+            (&["nsc", "other", "fwd"], State::Up, 1),
+            // Nothing was established below us.
+            (&["nsc", "mgr"], State::Up, 1),
+        ] {
+            let spy = Arc::<Spy>::default();
+            let chain = Chain::builder().element(UpdatePath::new("mgr")).element(Fails).element(spy.clone()).build();
+            chain.request(request_with(connection(names, state))).await.unwrap_err();
+            assert_eq!((spy.requests(), spy.closes()), (1, closes), "{names:?} {state:?}");
+        }
     }
 }
