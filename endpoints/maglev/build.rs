@@ -54,9 +54,11 @@ fn main() {
         Ok(status) => fail(&format!("building the eBPF program failed ({status}), see above")),
         Err(error) => fail(&format!("starting cargo for the eBPF program failed: {error}")),
     }
-    let object = target.join("bpfel-unknown-none/release/meridio");
-    if let Err(error) = std::fs::copy(&object, out.join("meridio.bpf.o")) {
-        fail(&format!("{}: {error}", object.display()));
+    for program in ["meridio", "bench"] {
+        let object = target.join("bpfel-unknown-none/release").join(program);
+        if let Err(error) = std::fs::copy(&object, out.join(program).with_extension("bpf.o")) {
+            fail(&format!("{}: {error}", object.display()));
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 //! Loading: maps pinned on a BPF file system, programs attached by clsact. Both outlive the process that made them.
-#![allow(unsafe_code)] // SAFETY: one use below: statfs of a path.
+#![allow(unsafe_code)] // SAFETY: two uses below: statfs of a path, a limit of this process.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd};
@@ -91,6 +91,16 @@ pub(crate) fn cpus() -> Result<usize, Error> {
     aya::util::nr_cpus().map_err(|(what, e)| Error::Load(format!("{what}: {e}")))
 }
 
+/// Before 5.11 maps count against the limit of locked memory, which is far below their size by default. Where the limit
+/// may not be raised the loading itself says what is wrong.
+fn raise_memlock() {
+    let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the call reads one live rlimit.
+    if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) } != 0 {
+        tracing::debug!(error = %std::io::Error::last_os_error(), "limit of locked memory stays");
+    }
+}
+
 fn has_check_mtu() -> bool {
     match aya::util::KernelVersion::current() {
         Ok(version) => version >= aya::util::KernelVersion::new(5, 12, 0),
@@ -104,6 +114,7 @@ impl Kernel {
         let directory = versioned(&options.directory);
         std::fs::create_dir_all(&directory).map_err(|source| Error::Io { path: directory.clone(), source })?;
         check_bpffs(&directory)?;
+        raise_memlock();
         let check_mtu: u32 = has_check_mtu() as u32;
         let mut loader = EbpfLoader::new();
         let mut ebpf = loader

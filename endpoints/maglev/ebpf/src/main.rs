@@ -5,12 +5,13 @@
 
 mod maps;
 mod rewrite;
+mod skb;
 mod trace;
 
 use aya_ebpf::{
     EbpfContext,
     bindings::{TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh},
-    helpers::generated::{bpf_check_mtu, bpf_redirect_neigh, bpf_skb_load_bytes},
+    helpers::generated::{bpf_check_mtu, bpf_redirect_neigh},
     macros::classifier,
     programs::TcContext,
 };
@@ -18,13 +19,12 @@ use maps::{
     CONFIG, FLOW_DROPS, FLOW_HITS, LAST, Maps, REASONS, SCRATCH, STREAM_DROPS, Size, TARGET_HITS, TARGETS, count,
 };
 use meridio_decision::{
-    Decision, ETH_IPV4, ETH_IPV6, NONE, Packet, Reason, Scratch, Verdict, decide,
+    Decision, ETH_IPV4, ETH_IPV6, NONE, Reason, Scratch, Verdict, decide,
     layout::{MAX_REASONS, MAX_STREAMS, TargetEntry},
     packet::{Network, Transport},
 };
+use skb::{L2, Skb, ethertype};
 
-/// Length of the Ethernet header that TC ingress sees in front of the network header.
-const L2: u32 = 14;
 /// The packet is addressed to this machine's link address.
 const PACKET_HOST: u32 = 0;
 const AF_INET: u32 = 2;
@@ -34,30 +34,6 @@ const CHECK_MTU_SEGS: u64 = 1;
 /// Whether the kernel has `bpf_check_mtu` (5.12); set by the loader, so that the verifier drops the call elsewhere.
 #[unsafe(no_mangle)]
 static HAS_CHECK_MTU: u32 = 1;
-
-/// The packet as the decision reads it.
-pub struct Skb<'a>(pub &'a TcContext);
-
-impl Packet for Skb<'_> {
-    #[inline(always)]
-    fn len(&self) -> u32 {
-        self.0.len().wrapping_sub(L2)
-    }
-
-    #[inline(always)]
-    fn read_into<const N: usize>(&self, offset: u32, bytes: &mut [u8; N]) -> bool {
-        // SAFETY: the helper writes N bytes to a buffer of N bytes, or fails.
-        let result = unsafe {
-            bpf_skb_load_bytes(self.0.as_ptr().cast(), offset.wrapping_add(L2), bytes.as_mut_ptr().cast(), N as u32)
-        };
-        result == 0
-    }
-}
-
-#[inline(always)]
-fn ethertype(ctx: &TcContext) -> u16 {
-    u16::from_be(ctx.skb.protocol() as u16)
-}
 
 /// Decides about each packet from outside.
 #[classifier]

@@ -13,8 +13,8 @@ use meridio_decision::{
 };
 
 use crate::{
-    L2, Skb,
     maps::{EGRESS_SCRATCH, Maps},
+    skb::{L2, Skb},
 };
 
 /// The checksum may be 0 for "none" and must not become 0 (UDP).

@@ -1,0 +1,153 @@
+//! The load balancer under test, and what it is configured to.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::process::Command;
+
+use ipnet::{IpNet, Ipv4Net};
+use meridio_maglev::config::Bytes;
+use meridio_maglev::{Config, Engine, Flow, Nat, Options, Protocol, Settings, Stream, Target, Targets};
+
+use crate::topology::{FAN, TARGET, Topology, Way, fan_address};
+
+/// Numbers of flows and of targets that are compared.
+pub(crate) const FLOWS: [u32; 5] = [1, 10, 100, 1_000, 2_000];
+pub(crate) const TARGETS: [u32; 3] = [4, 100, 1_000];
+/// Destination port of the first flow; each flow has one of its own.
+pub(crate) const FIRST_PORT: u16 = 1_000;
+
+/// What the classifier is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Load {
+    /// Flows on one VIP, told apart by their port.
+    pub(crate) flows: u32,
+    /// Ready targets of the stream.
+    pub(crate) targets: u32,
+    /// Every dimension is in use: sources, source ports, byte matches, port translation.
+    pub(crate) everything: bool,
+}
+
+impl Load {
+    pub(crate) fn new(flows: u32, targets: u32) -> Self {
+        Load { flows, targets, everything: false }
+    }
+
+    /// The combinations of flows and targets, and one with everything.
+    pub(crate) fn all(quick: bool) -> Vec<Load> {
+        if quick {
+            return vec![Load::new(1, 4), Load::new(1_000, 1_000)];
+        }
+        let mut all: Vec<Load> = TARGETS.iter().flat_map(|t| FLOWS.map(|f| Load::new(f, *t))).collect();
+        all.push(Load { flows: 1_000, targets: 1_000, everything: true });
+        all
+    }
+
+    /// Name in tables.
+    pub(crate) fn name(self) -> String {
+        let everything = if self.everything { ", every dimension" } else { "" };
+        format!("{} flows, {} targets{everything}", self.flows, self.targets)
+    }
+}
+
+/// Streams: the fan's by their number of targets, and the same numbers with the one real target behind each.
+fn streams() -> Vec<(String, u32, bool)> {
+    TARGETS.iter().flat_map(|n| [(format!("fan-{n}"), *n, true), (format!("target-{n}"), *n, false)]).collect()
+}
+
+pub(crate) struct Balancer {
+    pub(crate) engine: Engine,
+    targets: BTreeMap<String, Targets>,
+    now: Option<(Load, bool)>,
+    _fs: BpfFs,
+}
+
+impl Balancer {
+    pub(crate) fn new(topology: &Topology) -> Self {
+        let fs = BpfFs::new();
+        let kernel = Options::new(fs.0.path().join("lb"));
+        let (fan, target) = (topology.index("middle", "mbf0"), topology.index("middle", "mbt0"));
+        let hop = |address: Ipv4Addr, index| Target { v4: Some((address, index)), ..Target::default() };
+        let targets = streams()
+            .into_iter()
+            .map(|(name, n, in_fan)| {
+                let one = |id| (id, if in_fan { hop(fan_address(id), fan) } else { hop(TARGET, target) });
+                (name, (1..=n).map(one).collect())
+            })
+            .collect();
+        let engine = topology.within("middle", || {
+            let mut engine = Engine::open(Settings { kernel, offset_start: 5_000 }).unwrap_or_else(|e| panic!("{e}"));
+            engine.attach(&Way::Balancer.interface()).unwrap_or_else(|e| panic!("{e}"));
+            engine
+        });
+        Balancer { engine, targets, now: None, _fs: fs }
+    }
+
+    /// Takes a configuration in use; `fan`: traffic goes to the fan, else to the target.
+    pub(crate) fn configure(&mut self, load: Load, fan: bool) {
+        if self.now == Some((load, fan)) {
+            return;
+        }
+        let config = config(load, fan);
+        self.engine.apply(&config, &self.targets).unwrap_or_else(|e| panic!("{e:?}"));
+        self.now = Some((load, fan));
+    }
+
+    /// The stream that a configuration of the fan uses, with its targets.
+    pub(crate) fn fan_stream(&self, targets: u32) -> (String, Targets) {
+        let name = format!("fan-{targets}");
+        let targets = self.targets.get(&name).cloned().unwrap_or_default();
+        (name, targets)
+    }
+}
+
+fn config(load: Load, fan: bool) -> Config {
+    let vip: Ipv4Net = if fan { Way::Balancer.fan_vip() } else { Way::Balancer.target_vip() }.into();
+    let vip = IpNet::V4(vip);
+    let stream = format!("{}-{}", if fan { "fan" } else { "target" }, load.targets);
+    let flow = |n: u32| {
+        let port = FIRST_PORT + n as u16;
+        let mut flow = Flow {
+            name: format!("flow-{n:04}"),
+            stream: stream.clone(),
+            destinations: vec![vip],
+            protocols: vec![Protocol::Tcp, Protocol::Udp],
+            destination_ports: vec![(port, port)],
+            ..Flow::default()
+        };
+        if load.everything {
+            flow.sources = vec!["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()];
+            flow.source_ports = vec![(1_024, 65_535)];
+            // The length of the bench's datagrams.
+            flow.byte_matches = if n < 8 { vec![] } else { vec![Bytes::parse("udp[4:2] & 0xff00 = 0").unwrap()] };
+        }
+        flow
+    };
+    let nat = Nat { vips: vec![vip], protocol: Protocol::Udp, port: 900, target_port: 901 };
+    Config {
+        vips: vec![vip],
+        streams: streams()
+            .into_iter()
+            .map(|(name, n, _)| Stream { name, max_targets: n.clamp(100, FAN), sctp_ports_only: false })
+            .collect(),
+        flows: (0..load.flows).map(flow).collect(),
+        nats: if load.everything { vec![nat] } else { vec![] },
+    }
+}
+
+/// A BPF file system of its own.
+struct BpfFs(tempfile::TempDir);
+
+impl BpfFs {
+    fn new() -> Self {
+        let directory = tempfile::Builder::new().prefix("mdb-bpf-").tempdir().unwrap();
+        let status = Command::new("mount").args(["-t", "bpf", "bpf"]).arg(directory.path()).status().unwrap();
+        assert!(status.success(), "mount of a BPF file system");
+        BpfFs(directory)
+    }
+}
+
+impl Drop for BpfFs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}

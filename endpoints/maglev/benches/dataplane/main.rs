@@ -1,0 +1,84 @@
+//! Figures of the data plane, all of one run, as ratios to plain kernel forwarding on the same topology.
+//!
+//! `sudo tools/bench dataplane [--quick] [PART...]`; parts: packets, program, latency, connections, throughput, change.
+//! Prints tables, writes `target/bench/dataplane.json`. See [`peer`] for another balancer in the same tables.
+#![allow(clippy::unwrap_used)] // a bench that cannot go on ends with what was in its way
+
+mod change;
+mod lanes;
+mod peer;
+mod program;
+mod report;
+mod sockets;
+mod topology;
+mod traffic;
+
+use std::time::Instant;
+
+use lanes::Balancer;
+use peer::Peer;
+use report::Report;
+use topology::Topology;
+use traffic::Programs;
+
+/// What can be asked for by name.
+const PARTS: [&str; 6] = ["packets", "program", "latency", "connections", "throughput", "change"];
+
+/// How much is measured.
+pub(crate) struct Effort {
+    /// Interleaved rounds; the medians are over these.
+    pub(crate) rounds: usize,
+    /// Short samples and fewer sizes: shows that everything works, the figures mean little.
+    pub(crate) quick: bool,
+}
+
+fn main() {
+    let (mut quick, mut parts) = (false, Vec::new());
+    for argument in std::env::args().skip(1) {
+        match argument.as_str() {
+            // cargo bench says so to every bench.
+            "--bench" => {}
+            "--quick" => quick = true,
+            part if PARTS.contains(&part) => parts.push(part.to_owned()),
+            other => {
+                eprintln!("{other:?}: not --quick, and not one of {}", PARTS.join(", "));
+                std::process::exit(64);
+            }
+        }
+    }
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("the data-plane bench needs root (network namespaces, eBPF)");
+        std::process::exit(1);
+    }
+    let wanted = |part: &str| parts.is_empty() || parts.iter().any(|p| p == part);
+    let effort = Effort { rounds: if quick { 2 } else { 5 }, quick };
+    let started = Instant::now();
+    let mut report = Report::new(quick);
+
+    let topology = Topology::new();
+    let mut programs = Programs::load(&topology);
+    let mut balancer = Balancer::new(&topology);
+    let mut peer = Peer::from_environment();
+
+    if wanted("program") {
+        report.add("program", program::measure(&effort, &topology, &mut balancer, &programs));
+    }
+    if wanted("packets") {
+        report.add("packets", traffic::measure(&effort, &topology, &mut balancer, &mut programs, &mut peer));
+    }
+    let servers = sockets::Servers::start(&topology);
+    if wanted("latency") {
+        report.add("latency", sockets::latency(&effort, &topology, &mut balancer, &mut peer));
+    }
+    if wanted("connections") {
+        report.add("connections", sockets::connections(&effort, &topology, &mut balancer, &mut peer));
+    }
+    if wanted("throughput") {
+        report.add("throughput", sockets::throughput(&effort, &topology, &mut balancer, &mut peer));
+    }
+    drop(servers);
+    if wanted("change") {
+        report.add("change", change::measure(&effort, &topology, &mut balancer, &mut programs));
+    }
+    report.write(started.elapsed());
+}
