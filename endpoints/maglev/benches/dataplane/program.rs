@@ -37,12 +37,7 @@ fn parse_only(programs: &Programs, packets: u16) -> f64 {
     median(&times)
 }
 
-pub(crate) fn measure(
-    effort: &Effort,
-    topology: &Topology,
-    balancer: &mut Balancer,
-    programs: &Programs,
-) -> Section {
+pub(crate) fn measure(effort: &Effort, topology: &Topology, balancer: &mut Balancer, programs: &Programs) -> Section {
     let loads = Load::all(effort.quick);
     let packets = if effort.quick { 50 } else { 300 };
     let mut parse = Samples::default();

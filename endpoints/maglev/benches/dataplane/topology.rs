@@ -180,15 +180,20 @@ impl Topology {
     pub(crate) fn own_core(&self, on: bool) {
         for way in [Way::Balancer, Way::Kernel, Way::Peer] {
             let device = way.interface();
-            // Receive offload is what makes veth poll at all.
+            let thread = || {
+                let script = format!("echo {} > /sys/class/net/{device}/threaded", on as u8);
+                command("ip", &["netns", "exec", &self.name("middle"), "sh", "-c", &script]);
+            };
+            // Receive offload is what makes veth poll at all, so it comes first and goes last.
+            if !on {
+                thread();
+            }
             for (pod, name) in [("middle", device.clone()), ("generator", format!("mbg{}", way as u8))] {
                 self.within(pod, move || receive_offload(&name, on));
             }
-            let script = format!("echo {} > /sys/class/net/{device}/threaded", on as u8);
-            command("ip", &["netns", "exec", &self.name("middle"), "sh", "-c", &script]);
             if on {
-                let thread = kernel_thread(&format!("napi/{device}-"));
-                pin(thread, 1);
+                thread();
+                pin(kernel_thread(&format!("napi/{device}-")), 1);
             }
         }
     }
