@@ -154,7 +154,7 @@ impl Bytes {
 pub struct Nat {
     /// VIP prefixes.
     pub vips: Vec<IpNet>,
-    /// Protocol; SCTP is refused (its checksum covers the whole packet).
+    /// Protocol.
     pub protocol: Protocol,
     /// Port that clients address.
     pub port: u16,
@@ -292,9 +292,6 @@ impl Config {
         let mut seen: BTreeSet<(IpNet, Protocol, u16, bool)> = BTreeSet::new();
         for nat in &self.nats {
             let object = format!("port-nat {}->{} {:?}", nat.port, nat.target_port, nat.protocol);
-            if nat.protocol == Protocol::Sctp {
-                faults.push(Error::config(&object, "SCTP ports cannot be translated"));
-            }
             if nat.port == 0 || nat.target_port == 0 {
                 faults.push(Error::config(&object, "port 0"));
             }

@@ -3,20 +3,20 @@
 //! switches.
 
 use std::collections::{BTreeMap, HashMap};
-use std::time::{Duration, Instant};
 
 use meridio_decision::layout::{Config as MapConfig, *};
 use meridio_decision::target_index;
 
 use crate::classifier::{Classifier, compile};
 use crate::config::{Config, Stream, Target, Targets};
+use crate::detour::Detour;
 use crate::error::Error;
+use crate::grace::Retired;
 use crate::kernel::{Kernel, Options, remove_pins};
-use crate::sys::{self, RawMap, text, untext};
-use crate::table::{Table, chunks_for};
+use crate::place::Room;
+use crate::sys::{RawMap, text, untext};
+use crate::table::Table;
 
-/// A retired copy older than this is read by nobody; a younger one is waited for.
-const CALM: Duration = Duration::from_secs(2);
 /// Set in every mark, so that one rule can tell packets that this program marked.
 pub const MARK_FLAG: u32 = 0x4d00_0000;
 /// The part of a mark that is identifier plus offset.
@@ -38,7 +38,9 @@ pub(crate) struct Slot {
     pub(crate) entry: StreamEntry,
     table: Table,
     pub(crate) targets: [BTreeMap<u32, TargetEntry>; 2],
-    switched: Instant,
+    /// What is known of a copy's targets may be wrong: writing them was interrupted by an error.
+    unsure: [bool; 2],
+    retired: Retired,
 }
 
 /// The load balancer in the kernel.
@@ -50,8 +52,11 @@ pub struct Engine {
     pub(crate) slots: BTreeMap<u32, Slot>,
     pub(crate) counters: HashMap<String, u32>,
     generations: [Option<Classifier>; 2],
-    classifier_switched: Instant,
+    retired: Retired,
+    /// Slot that the next new stream gets if it is free.
+    next_slot: u32,
     adopted: bool,
+    detour: Result<Detour, String>,
 }
 
 /// The map entry of a target; `number` is offset from the start of marks.
@@ -88,12 +93,50 @@ impl Engine {
             slots: BTreeMap::new(),
             counters: HashMap::new(),
             generations: [None, None],
-            classifier_switched: Instant::now(),
+            // An earlier process may have switched a moment ago.
+            retired: Retired::Busy,
+            next_slot: 0,
+            detour: Err("not attached yet".into()),
         };
+        // Whoever held fragments before holds them no longer.
+        engine.set_hold(0)?;
         if engine.adopted {
             engine.adopt()?;
         }
         Ok(engine)
+    }
+
+    fn set_hold(&mut self, interface: u32) -> Result<(), Error> {
+        self.config.hold = interface;
+        let map = &self.kernel.config;
+        map.set(&0u32, &self.config).map_err(failed(map))
+    }
+
+    /// Index of the interface through which this process takes back what the program cannot place at once: fragments
+    /// that arrive before their first one, and (if routed there) ICMP errors that this machine makes about replies of VIPs.
+    ///
+    /// # Errors
+    /// Why there is none: these packets are dropped then.
+    pub fn detour(&self) -> Result<u32, &str> {
+        self.detour.as_ref().map(|detour| detour.index).map_err(String::as_str)
+    }
+
+    fn start_detour(&mut self) -> Result<(), Error> {
+        if self.detour.is_ok() {
+            return Ok(());
+        }
+        let started = self.kernel.fragments.try_clone().and_then(Detour::start).map_err(|e| e.to_string());
+        self.detour = match started {
+            Ok(detour) => self.kernel.attach_ingress(&detour.name).map(|()| detour).map_err(|e| e.to_string()),
+            Err(error) => Err(error),
+        };
+        match &self.detour {
+            Ok(detour) => self.set_hold(detour.index),
+            Err(error) => {
+                tracing::warn!(error, "fragments out of order are dropped");
+                Ok(())
+            }
+        }
     }
 
     /// Whether the maps held a complete configuration when this engine was opened.
@@ -113,7 +156,8 @@ impl Engine {
     pub fn attach(&mut self, interface: &str) -> Result<(), Error> {
         self.kernel.attach(interface)?;
         // Programs of another layout are gone from here now, so are their maps.
-        remove_pins(&self.settings.kernel.directory, true)
+        remove_pins(&self.settings.kernel.directory, Some(&self.settings.kernel))?;
+        self.start_detour()
     }
 
     /// Removes programs and maps: the end of forwarding, on request only.
@@ -123,12 +167,15 @@ impl Engine {
     pub fn remove(directory: &std::path::Path, interfaces: &[&str]) -> Result<(), Error> {
         for interface in interfaces {
             Kernel::detach(interface)?;
+            crate::qdisc::remove_unused(interface).map_err(|e| Error::Attach {
+                interface: (*interface).to_owned(),
+                reason: format!("clsact cannot be removed: {e}"),
+            })?;
         }
-        remove_pins(directory, false)
+        remove_pins(directory, None)
     }
 
     fn adopt(&mut self) -> Result<(), Error> {
-        let now = Instant::now();
         for slot in 0..MAX_STREAMS as u32 {
             let streams = &self.kernel.streams;
             let entry = streams.get(&slot, StreamEntry::default()).map_err(failed(streams))?.unwrap_or_default();
@@ -155,7 +202,9 @@ impl Engine {
                 max_targets: entry.max_targets,
                 sctp_ports_only: entry.flags & stream_flag::SCTP_PORTS_ONLY != 0,
             };
-            self.slots.insert(slot, Slot { stream, entry, table, targets, switched: now });
+            let retired = Retired::now(&self.kernel.grace);
+            self.slots.insert(slot, Slot { stream, entry, table, targets, unsure: [false; 2], retired });
+            self.next_slot = (slot + 1) % MAX_STREAMS as u32;
         }
         let generation = self.config.active & 1;
         for index in 0..2 * MAX_FLOWS as u32 {
@@ -192,29 +241,46 @@ impl Engine {
     /// # Errors
     /// Every fault of the configuration; the previous one goes on forwarding.
     pub fn apply(&mut self, config: &Config, targets: &BTreeMap<String, Targets>) -> Result<(), Vec<Error>> {
-        let faults = config.faults();
+        let mut faults = config.faults();
+        for stream in &config.streams {
+            let identifiers = targets.get(&stream.name).into_iter().flat_map(|t| t.keys());
+            faults.extend(outside(stream, identifiers));
+        }
         if !faults.is_empty() {
             return Err(faults);
         }
         let one = |e| vec![e];
-        let empty = Targets::new();
-        let mut places = HashMap::new();
+        // Everything that can be refused is found out before anything is written.
+        let used = self.slots.iter().map(|(n, s)| (*n, s.entry)).collect();
+        let mut room = Room::new(used, self.kernel.chunks, self.next_slot);
+        let (mut places, mut fresh) = (HashMap::new(), Vec::new());
         for stream in &config.streams {
-            let ready = targets.get(&stream.name).unwrap_or(&empty);
             let found = self.slots.iter().find(|(_, s)| s.stream == *stream).map(|(n, _)| *n);
             let number = match found {
-                Some(number) => {
-                    self.swap(number, ready).map_err(one)?;
+                Some(number) => number,
+                None => {
+                    let (number, entry) = room.take(stream).map_err(one)?;
+                    fresh.push((number, entry, stream));
                     number
                 }
-                None => self.create(stream, ready).map_err(one)?,
             };
             places.insert(stream.name.clone(), number);
         }
-        self.switch_classifier(config, &places).map_err(one)?;
+        let (classifier, counters) = self.compile(config, &places).map_err(one)?;
+        for (number, entry, stream) in fresh {
+            self.create(number, entry, stream).map_err(one)?;
+        }
+        let empty = Targets::new();
+        for stream in &config.streams {
+            let ready = targets.get(&stream.name).unwrap_or(&empty);
+            if let Some(number) = places.get(&stream.name) {
+                self.swap(*number, ready).map_err(one)?;
+            }
+        }
+        self.switch_classifier(config, classifier, &counters).map_err(one)?;
         let gone: Vec<u32> = self.slots.keys().copied().filter(|n| !places.values().any(|p| p == n)).collect();
         if !gone.is_empty() {
-            sys::grace_period();
+            self.retired.wait(&self.kernel.grace).map_err(one)?;
         }
         for number in gone {
             self.release(number).map_err(one)?;
@@ -232,31 +298,12 @@ impl Engine {
         self.swap(number, targets)
     }
 
-    fn create(&mut self, stream: &Stream, ready: &Targets) -> Result<u32, Error> {
-        let object = format!("stream {:?}", stream.name);
-        let table =
-            Table::new(stream.max_targets).ok_or_else(|| Error::config(&object, "max-targets is not in 1..10000"))?;
-        let number = (0..MAX_STREAMS as u32).find(|n| !self.slots.contains_key(n));
-        let number = number.ok_or_else(|| Error::config(&object, format!("more than {MAX_STREAMS} streams")))?;
-        let rows = table.rows().len() as u32;
-        let size = chunks_for(rows);
-        let used = self.slots.values().flat_map(|s| s.entry.chunk.map(|c| (c, chunks_for(s.entry.rows)))).collect();
-        let chunks = first_fit(used, 2 * size, self.kernel.chunks)
-            .ok_or_else(|| Error::config(&object, "no room for its table: raise the number of chunks"))?;
-        let used = self.slots.values().map(|s| (s.entry.target_base, s.entry.max_targets)).collect();
-        let target_base = first_fit(used, stream.max_targets, MAX_TARGETS as u32 - 1)
-            .ok_or_else(|| Error::config(&object, format!("more than {MAX_TARGETS} targets in all streams")))?;
-        let entry = StreamEntry {
-            rows,
-            chunk: [chunks, chunks + size],
-            target_base,
-            max_targets: stream.max_targets,
-            flags: if stream.sctp_ports_only { stream_flag::SCTP_PORTS_ONLY } else { 0 },
-            ..StreamEntry::default()
-        };
+    /// Writes a stream without targets to a free slot.
+    fn create(&mut self, number: u32, entry: StreamEntry, stream: &Stream) -> Result<(), Error> {
+        let Some(table) = Table::new(stream.max_targets) else { return Ok(()) };
         for identifier in 1..=stream.max_targets {
             let map = &self.kernel.target_hits;
-            map.zero(target_base + identifier, self.kernel.cpus).map_err(failed(map))?;
+            map.zero(entry.target_base + identifier, self.kernel.cpus).map_err(failed(map))?;
         }
         for reason in 0..MAX_REASONS as u32 {
             let map = &self.kernel.stream_drops;
@@ -264,14 +311,11 @@ impl Engine {
         }
         let names = &self.kernel.stream_names;
         names.set(&number, &text(&stream.name)).map_err(failed(names))?;
-        let never = Instant::now().checked_sub(CALM).unwrap_or_else(Instant::now);
         let targets = [BTreeMap::new(), BTreeMap::new()];
-        self.slots.insert(number, Slot { stream: stream.clone(), entry, table, targets, switched: never });
-        self.swap(number, ready)?;
-        if ready.is_empty() {
-            self.write_entry(number)?;
-        }
-        Ok(number)
+        let slot = Slot { stream: stream.clone(), entry, table, targets, unsure: [true; 2], retired: Retired::Free };
+        self.slots.insert(number, slot);
+        self.next_slot = (number + 1) % MAX_STREAMS as u32;
+        self.write_entry(number)
     }
 
     fn write_entry(&self, number: u32) -> Result<(), Error> {
@@ -283,9 +327,8 @@ impl Engine {
     fn swap(&mut self, number: u32, ready: &Targets) -> Result<(), Error> {
         let start = self.settings.offset_start;
         let Some(slot) = self.slots.get_mut(&number) else { return Ok(()) };
-        if let Some(id) = ready.keys().find(|id| !(1..=slot.stream.max_targets).contains(id)) {
-            let reason = format!("identifier {id} is not in 1..{}", slot.stream.max_targets);
-            return Err(Error::config(format!("stream {:?}", slot.stream.name), reason));
+        if let Some(fault) = outside(&slot.stream, ready.keys()) {
+            return Err(fault);
         }
         let base = slot.entry.target_base;
         let wanted: BTreeMap<u32, TargetEntry> =
@@ -295,16 +338,18 @@ impl Engine {
             return Ok(());
         }
         let new = 1 - old;
-        if slot.switched.elapsed() < CALM {
-            sys::grace_period();
-        }
+        slot.retired.wait(&self.kernel.grace)?;
         let map = &self.kernel.targets;
-        for id in slot.targets[new].keys().filter(|id| !wanted.contains_key(id)) {
-            map.set(&target_index(base, *id, new as u32), &TargetEntry::default()).map_err(failed(map))?;
-        }
-        for (id, entry) in &wanted {
-            if slot.targets[new].get(id) != Some(entry) {
-                map.set(&target_index(base, *id, new as u32), entry).map_err(failed(map))?;
+        let unsure = std::mem::replace(&mut slot.unsure[new], true);
+        let before = std::mem::take(&mut slot.targets[new]);
+        let touched: Vec<u32> = match unsure {
+            true => (1..=slot.stream.max_targets).collect(),
+            false => before.keys().chain(wanted.keys().filter(|id| !before.contains_key(id))).copied().collect(),
+        };
+        for id in touched {
+            if unsure || before.get(&id) != wanted.get(&id) {
+                let entry = wanted.get(&id).copied().unwrap_or_default();
+                map.set(&target_index(base, id, new as u32), &entry).map_err(failed(map))?;
             }
         }
         slot.targets[new] = wanted;
@@ -313,10 +358,13 @@ impl Engine {
         // Two writes: first what describes the copy that nobody reads, then the one byte that packets go by.
         slot.entry.ready[new] = !ready.is_empty() as u32;
         self.kernel.streams.set(&number, &slot.entry).map_err(failed(&self.kernel.streams))?;
-        slot.entry.active = new as u32;
-        slot.entry.swaps = slot.entry.swaps.wrapping_add(1);
-        self.kernel.streams.set(&number, &slot.entry).map_err(failed(&self.kernel.streams))?;
-        slot.switched = Instant::now();
+        let mut switched = slot.entry;
+        switched.active = new as u32;
+        switched.swaps = switched.swaps.wrapping_add(1);
+        self.kernel.streams.set(&number, &switched).map_err(failed(&self.kernel.streams))?;
+        slot.entry = switched;
+        slot.unsure[new] = false;
+        slot.retired = Retired::now(&self.kernel.grace);
         Ok(())
     }
 
@@ -336,42 +384,57 @@ impl Engine {
         Ok(())
     }
 
-    fn switch_classifier(&mut self, config: &Config, places: &HashMap<String, u32>) -> Result<(), Error> {
+    /// Compiles the flows, and finds a counter for each that has none yet.
+    fn compile(
+        &self,
+        config: &Config,
+        places: &HashMap<String, u32>,
+    ) -> Result<(Classifier, Vec<(u32, String)>), Error> {
+        let used: std::collections::HashSet<u32> = self.counters.values().copied().collect();
+        let mut free = (0..2 * MAX_FLOWS as u32).filter(|n| !used.contains(n));
         let mut fresh = Vec::new();
-        let classifier = {
-            let counters = &mut self.counters;
-            let mut counter = |name: &str| match counters.get(name) {
-                Some(index) => *index,
-                None => {
-                    let used: std::collections::HashSet<u32> = counters.values().copied().collect();
-                    let index = (0..2 * MAX_FLOWS as u32).find(|n| !used.contains(n)).unwrap_or(0);
-                    counters.insert(name.to_owned(), index);
-                    fresh.push((index, name.to_owned()));
-                    index
-                }
-            };
-            compile(config, &|name| places.get(name).copied().unwrap_or(0), &mut counter)?
+        let mut counter = |name: &str| match self.counters.get(name) {
+            Some(index) => *index,
+            None => {
+                // Two generations of flows fit, and no flow is in more.
+                let index = free.next().unwrap_or(0);
+                fresh.push((index, name.to_owned()));
+                index
+            }
         };
+        let classifier = compile(config, &|name| places.get(name).copied().unwrap_or(0), &mut counter)?;
+        Ok((classifier, fresh))
+    }
+
+    /// Writes flows to the generation that is not in use and switches to it.
+    fn switch_classifier(
+        &mut self,
+        config: &Config,
+        classifier: Classifier,
+        fresh: &[(u32, String)],
+    ) -> Result<(), Error> {
+        let new = 1 - (self.config.active & 1);
+        self.retired.wait(&self.kernel.grace)?;
         for (index, name) in fresh {
             let names = &self.kernel.flow_names;
             for map in [&self.kernel.flow_hits, &self.kernel.flow_drops] {
-                map.zero(index, self.kernel.cpus).map_err(failed(map))?;
+                map.zero(*index, self.kernel.cpus).map_err(failed(map))?;
             }
-            names.set(&index, &text(&name)).map_err(failed(names))?;
+            names.set(index, &text(name)).map_err(failed(names))?;
+            self.counters.insert(name.clone(), *index);
         }
-        let new = 1 - (self.config.active & 1);
-        if self.classifier_switched.elapsed() < CALM {
-            sys::grace_period();
-        }
-        self.write_generation(new, &classifier)?;
+        let before = self.generations[new as usize].take();
+        self.write_generation(new, &classifier, before.as_ref())?;
         self.config.flags[new as usize] = classifier.flags;
-        self.config.version = LAYOUT_VERSION;
         let map = &self.kernel.config;
         map.set(&0u32, &self.config).map_err(failed(map))?;
-        self.config.active = new;
-        self.config.switches = self.config.switches.wrapping_add(1);
-        map.set(&0u32, &self.config).map_err(failed(map))?;
-        self.classifier_switched = Instant::now();
+        let mut switched = self.config;
+        switched.version = LAYOUT_VERSION;
+        switched.active = new;
+        switched.switches = switched.switches.wrapping_add(1);
+        map.set(&0u32, &switched).map_err(failed(map))?;
+        self.config = switched;
+        self.retired = Retired::now(&self.kernel.grace);
         self.generations[new as usize] = Some(classifier);
         self.forget_counters()
     }
@@ -389,9 +452,9 @@ impl Engine {
         Ok(())
     }
 
-    fn write_generation(&mut self, generation: u32, c: &Classifier) -> Result<(), Error> {
+    /// `before`: what the generation is known to hold.
+    fn write_generation(&self, generation: u32, c: &Classifier, before: Option<&Classifier>) -> Result<(), Error> {
         let k = &self.kernel;
-        let before = self.generations[generation as usize].as_ref();
         write_prefixes(&k.vips, generation, &c.vips)?;
         write_prefixes(&k.sources, generation, &c.sources)?;
         for (n, (map, old)) in
@@ -430,17 +493,22 @@ impl Engine {
     }
 }
 
-/// First place for `size` consecutive numbers below `limit` between what is used (start, size).
-fn first_fit(mut used: Vec<(u32, u32)>, size: u32, limit: u32) -> Option<u32> {
-    used.sort_unstable();
-    let mut at = 0;
-    for (start, length) in used {
-        if start >= at + size {
-            break;
+impl Drop for Engine {
+    /// Only the way through this process ends; all else forwards on.
+    fn drop(&mut self) {
+        if self.detour.is_ok()
+            && let Err(error) = self.set_hold(0)
+        {
+            tracing::warn!(%error, "fragments out of order");
         }
-        at = at.max(start + length);
     }
-    (at + size <= limit).then_some(at)
+}
+
+/// The identifier that a stream cannot have.
+fn outside<'a>(stream: &Stream, mut identifiers: impl Iterator<Item = &'a u32>) -> Option<Error> {
+    let id = identifiers.find(|id| !(1..=stream.max_targets).contains(id))?;
+    let reason = format!("identifier {id} is not in 1..{}", stream.max_targets);
+    Some(Error::config(format!("stream {:?}", stream.name), reason))
 }
 
 fn write_rows(map: &RawMap, first: u32, rows: &[u16]) -> Result<(), Error> {
@@ -471,27 +539,4 @@ fn write_prefixes(map: &RawMap, generation: u32, wanted: &BTreeMap<PrefixKey, u3
         map.set(&PrefixKey { space: key.space | generation, ..*key }, class).map_err(failed(map))?;
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::first_fit;
-
-    #[test]
-    fn offsets_are_first_fit() {
-        let mut used = vec![];
-        let take = |used: &mut Vec<(u32, u32)>, size| {
-            let at = first_fit(used.clone(), size, 10_000).unwrap();
-            used.push((at, size));
-            at
-        };
-        assert_eq!(take(&mut used, 200), 0);
-        assert_eq!(take(&mut used, 100), 200);
-        assert_eq!(take(&mut used, 1), 300);
-        assert_eq!(take(&mut used, 1), 301);
-        used.retain(|u| u.0 != 200);
-        assert_eq!(take(&mut used, 50), 200);
-        assert_eq!(take(&mut used, 55), 302);
-        assert_eq!(take(&mut used, 50), 250);
-    }
 }

@@ -5,6 +5,7 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
@@ -12,7 +13,8 @@ use aya::{Ebpf, EbpfLoader};
 use meridio_decision::layout::{CHUNK_ROWS, DEFAULT_CHUNKS, LAYOUT_VERSION};
 
 use crate::error::Error;
-use crate::sys::RawMap;
+use crate::grace::Grace;
+use crate::sys::{RawMap, max_entries};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/meridio.bpf.o"));
 
@@ -29,12 +31,14 @@ pub struct Options {
     pub directory: PathBuf,
     /// Chunks of the row map (128 KiB each); only used when the maps are made.
     pub chunks: u32,
+    /// Version of the maps' layout; tests set another one to play an older process.
+    pub layout: u32,
 }
 
 impl Options {
     /// Default sizes.
     pub fn new(directory: impl Into<PathBuf>) -> Self {
-        Options { directory: directory.into(), chunks: DEFAULT_CHUNKS as u32 }
+        Options { directory: directory.into(), chunks: DEFAULT_CHUNKS as u32, layout: LAYOUT_VERSION }
     }
 }
 
@@ -53,6 +57,8 @@ pub(crate) struct Kernel {
     pub(crate) rows: RawMap,
     pub(crate) targets: RawMap,
     pub(crate) nats: RawMap,
+    pub(crate) fragments: RawMap,
+    pub(crate) grace: Arc<Grace>,
     pub(crate) flow_hits: RawMap,
     pub(crate) target_hits: RawMap,
     pub(crate) flow_drops: RawMap,
@@ -64,8 +70,8 @@ pub(crate) struct Kernel {
     pub(crate) cpus: usize,
 }
 
-pub(crate) fn versioned(directory: &Path) -> PathBuf {
-    directory.join(format!("v{LAYOUT_VERSION}"))
+pub(crate) fn versioned(directory: &Path, layout: u32) -> PathBuf {
+    directory.join(format!("v{layout}"))
 }
 
 pub(crate) fn check_bpffs(path: &Path) -> Result<(), Error> {
@@ -111,7 +117,7 @@ fn has_check_mtu() -> bool {
 impl Kernel {
     /// Loads the programs, with the maps pinned in the directory if they are there, else with new ones.
     pub(crate) fn load(options: &Options) -> Result<Self, Error> {
-        let directory = versioned(&options.directory);
+        let directory = versioned(&options.directory, options.layout);
         std::fs::create_dir_all(&directory).map_err(|source| Error::Io { path: directory.clone(), source })?;
         check_bpffs(&directory)?;
         raise_memlock();
@@ -127,6 +133,7 @@ impl Kernel {
             program(&mut ebpf, name)?.load().map_err(|e| Error::Load(chain(&e)))?;
         }
         let map = |name: &'static str| raw(&ebpf, name);
+        let rows = map("ROWS")?;
         let kernel = Kernel {
             config: map("CONFIG")?,
             vips: map("VIPS")?,
@@ -136,9 +143,13 @@ impl Kernel {
             flows: map("FLOWS")?,
             byte_lists: map("BYTE_LISTS")?,
             streams: map("STREAMS")?,
-            rows: map("ROWS")?,
+            // Adopted maps may be of another size than the one asked for.
+            chunks: max_entries(&rows.fd).map_err(|e| Error::Map { name: "ROWS", reason: e.to_string() })?,
+            rows,
             targets: map("TARGETS")?,
             nats: map("NATS")?,
+            fragments: map("FRAGMENTS")?,
+            grace: Arc::new(Grace::new()?),
             flow_hits: map("FLOW_HITS")?,
             target_hits: map("TARGET_HITS")?,
             flow_drops: map("FLOW_DROPS")?,
@@ -146,7 +157,6 @@ impl Kernel {
             last: map("LAST")?,
             stream_names: map("STREAM_NAMES")?,
             flow_names: map("FLOW_NAMES")?,
-            chunks: options.chunks,
             cpus: cpus()?,
             ebpf,
         };
@@ -156,15 +166,24 @@ impl Kernel {
 
     /// Attaches both programs to an interface of this network namespace, or replaces the ones attached before.
     pub(crate) fn attach(&mut self, interface: &str) -> Result<(), Error> {
+        self.attach_some(interface, &[(INGRESS, TcAttachType::Ingress), (EGRESS, TcAttachType::Egress)])
+    }
+
+    /// Attaches the program that decides only.
+    pub(crate) fn attach_ingress(&mut self, interface: &str) -> Result<(), Error> {
+        self.attach_some(interface, &[(INGRESS, TcAttachType::Ingress)])
+    }
+
+    fn attach_some(&mut self, interface: &str, programs: &[(&str, TcAttachType)]) -> Result<(), Error> {
         let fault = |reason: String| Error::Attach { interface: interface.to_owned(), reason };
         match tc::qdisc_add_clsact(interface) {
             Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
             Err(error) if chain(&error).contains("File exists") => {}
             Err(error) => return Err(fault(chain(&error))),
         }
-        for (name, direction) in [(INGRESS, TcAttachType::Ingress), (EGRESS, TcAttachType::Egress)] {
+        for (name, direction) in programs {
             let program = program(&mut self.ebpf, name)?;
-            replace(program, interface, direction).map_err(|e| fault(chain(&e)))?;
+            replace(program, interface, *direction).map_err(|e| fault(chain(&e)))?;
         }
         Ok(())
     }
@@ -196,7 +215,9 @@ impl Kernel {
 }
 
 /// Removes everything pinned by any version of this layout below `directory`.
-pub(crate) fn remove_pins(directory: &Path, keep_current: bool) -> Result<(), Error> {
+///
+/// `keep`: the directory of the layout in use.
+pub(crate) fn remove_pins(directory: &Path, keep: Option<&Options>) -> Result<(), Error> {
     let io = |path: &Path, source| Error::Io { path: path.to_owned(), source };
     let entries = match std::fs::read_dir(directory) {
         Ok(entries) => entries,
@@ -206,7 +227,7 @@ pub(crate) fn remove_pins(directory: &Path, keep_current: bool) -> Result<(), Er
     for entry in entries.flatten() {
         let name = entry.file_name();
         let ours = name.to_str().and_then(|n| n.strip_prefix('v')).is_some_and(|n| n.parse::<u32>().is_ok());
-        if !ours || (keep_current && entry.path() == versioned(directory)) {
+        if !ours || keep.is_some_and(|options| entry.path() == versioned(&options.directory, options.layout)) {
             continue;
         }
         for pin in std::fs::read_dir(entry.path()).map_err(|e| io(&entry.path(), e))?.flatten() {

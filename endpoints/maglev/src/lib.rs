@@ -8,13 +8,17 @@
 
 pub mod classifier;
 pub mod config;
+mod detour;
 mod engine;
 mod error;
 mod explain;
+mod grace;
 mod image;
 mod inspect;
 mod kernel;
 mod live;
+mod place;
+mod qdisc;
 pub mod reference;
 mod snapshot;
 mod sys;
@@ -28,7 +32,7 @@ pub use explain::{Candidate, Chosen, Explanation, Headers, Standing, StreamState
 pub use image::{Bytes, Image};
 pub use kernel::Options;
 pub use live::{Counters, Hits, Live, StreamHits};
-pub use meridio_decision::layout::{Counter, TargetEntry, TraceEvent, trace_flag};
+pub use meridio_decision::layout::{Counter, LAYOUT_VERSION, TargetEntry, TraceEvent, trace_flag};
 pub use meridio_decision::packet::Kind;
 pub use meridio_decision::{Decision, ETH_IPV4, ETH_IPV6, NONE, Reason, Verdict};
 pub use sys::{TestRun, monotonic};

@@ -92,7 +92,7 @@ impl Live {
             Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => absent(),
             other => other,
         })?;
-        let pins = versioned(directory);
+        let pins = versioned(directory, LAYOUT_VERSION);
         let map = |name: &'static str| {
             RawMap::pinned(&pins.join(name), name).map_err(|e| match e.kind() {
                 io::ErrorKind::NotFound => absent(),

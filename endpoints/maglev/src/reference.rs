@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ipnet::IpNet;
 use meridio_decision::hash;
@@ -40,6 +41,7 @@ struct Key {
     ports: Option<(u16, u16)>,
     ping: Option<u16>,
     quote: bool,
+    first_fragment: bool,
     l4: usize,
 }
 
@@ -132,7 +134,16 @@ fn is_echo(v6: bool, t: u8) -> bool {
 /// `Ok(None)`: for the stack of this machine.
 fn key(b: &[u8], v6: bool) -> Result<Option<Key>, Reason> {
     let h = header(b, v6, true)?;
-    let mut k = Key { src: h.src, dst: h.dst, protocol: h.protocol, ports: None, ping: None, quote: false, l4: h.l4 };
+    let mut k = Key {
+        src: h.src,
+        dst: h.dst,
+        protocol: h.protocol,
+        ports: None,
+        ping: None,
+        quote: false,
+        first_fragment: h.first_fragment,
+        l4: h.l4,
+    };
     if h.l4 > h.end {
         return Err(Reason::Truncated);
     }
@@ -144,14 +155,16 @@ fn key(b: &[u8], v6: bool) -> Result<Option<Key>, Reason> {
     match (h.protocol, v6) {
         (6, _) => {
             need(20)?;
-            if b[h.l4 + 12] >> 4 < 5 {
+            let header = (b[h.l4 + 12] >> 4) as usize * 4;
+            if header < 20 || (header > h.end - h.l4 && !h.first_fragment) {
                 return Err(Reason::Malformed);
             }
             k.ports = Some(ports(h.l4));
         }
         (17, _) => {
             need(8)?;
-            if (1..8).contains(&u16_at(b, h.l4 + 4).unwrap_or(0)) {
+            let length = u16_at(b, h.l4 + 4).unwrap_or(0) as usize;
+            if (1..8).contains(&length) || (length > h.end - h.l4 && !h.first_fragment) {
                 return Err(Reason::Malformed);
             }
             k.ports = Some(ports(h.l4));
@@ -200,7 +213,16 @@ fn quoted(b: &[u8], v6: bool, outer: &Header) -> Result<Key, Reason> {
     if h.later_fragment {
         return Err(Reason::FragmentedError);
     }
-    let mut k = Key { src: h.dst, dst: h.src, protocol: h.protocol, ports: None, ping: None, quote: true, l4: h.l4 };
+    let mut k = Key {
+        src: h.dst,
+        dst: h.src,
+        protocol: h.protocol,
+        ports: None,
+        ping: None,
+        quote: true,
+        first_fragment: false,
+        l4: h.l4,
+    };
     match h.protocol {
         6 | 17 | 132 => {
             if h.l4 + 4 > end {
@@ -306,13 +328,20 @@ pub fn base_table(max_targets: u32) -> Vec<u16> {
 pub struct Reference {
     config: Config,
     targets: BTreeMap<String, Targets>,
-    bases: BTreeMap<u32, Vec<u16>>,
+    bases: BTreeMap<u32, Arc<Vec<u16>>>,
+}
+
+/// The base table of a stream; made once, because it depends on nothing else.
+fn shared_base(max_targets: u32) -> Arc<Vec<u16>> {
+    static TABLES: Mutex<BTreeMap<u32, Arc<Vec<u16>>>> = Mutex::new(BTreeMap::new());
+    let mut tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);
+    tables.entry(max_targets).or_insert_with(|| Arc::new(base_table(max_targets))).clone()
 }
 
 impl Reference {
     /// A model of a faultless configuration.
     pub fn new(config: Config, targets: BTreeMap<String, Targets>) -> Self {
-        let bases = config.streams.iter().map(|s| (s.max_targets, base_table(s.max_targets))).collect();
+        let bases = config.streams.iter().map(|s| (s.max_targets, shared_base(s.max_targets))).collect();
         Reference { config, targets, bases }
     }
 
@@ -330,8 +359,10 @@ impl Reference {
         };
         let flows = ordered(&self.config.flows);
         let Some(flow) = flows.into_iter().find(|f| matches(f, &k, b)) else { return Answer::Drop(Reason::NoFlow) };
+        let nat_port = self.nat(&k);
         match self.target(flow, &k) {
-            Some(identifier) => Answer::Forward { flow: flow.name.clone(), identifier, nat_port: self.nat(&k) },
+            Some(_) if nat_port != 0 && k.protocol == 132 && k.first_fragment => Answer::Drop(Reason::Untranslatable),
+            Some(identifier) => Answer::Forward { flow: flow.name.clone(), identifier, nat_port },
             None => Answer::Drop(Reason::NoTarget),
         }
     }

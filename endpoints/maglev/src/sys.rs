@@ -14,7 +14,9 @@ const UPDATE: libc::c_long = 2;
 const DELETE: libc::c_long = 3;
 const NEXT_KEY: libc::c_long = 4;
 const OBJ_GET: libc::c_long = 7;
+const CREATE: libc::c_long = 0;
 const TEST_RUN: libc::c_long = 10;
+const INFO: libc::c_long = 15;
 /// Opened for reading only.
 const READ_ONLY: u32 = 1 << 3;
 
@@ -41,6 +43,35 @@ struct ElementAttr {
     key: u64,
     value: u64,
     flags: u64,
+}
+
+#[repr(C)]
+struct CreateAttr {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    inner_map_fd: u32,
+}
+
+#[repr(C)]
+struct InfoAttr {
+    fd: u32,
+    length: u32,
+    info: u64,
+}
+
+/// The beginning of `struct bpf_map_info`.
+#[repr(C)]
+#[derive(Default)]
+struct MapInfo {
+    map_type: u32,
+    id: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
 }
 
 #[repr(C)]
@@ -102,6 +133,11 @@ impl RawMap {
         // SAFETY: the kernel has just given this descriptor to us alone.
         let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
         Ok(RawMap { fd, name })
+    }
+
+    /// The same map once more.
+    pub(crate) fn try_clone(&self) -> io::Result<RawMap> {
+        Ok(RawMap { fd: self.fd.try_clone()?, name: self.name })
     }
 
     fn element(&self, key: u64, value: u64) -> ElementAttr {
@@ -218,14 +254,21 @@ pub(crate) fn test_run(program: i32, packet: &[u8], repeat: u32) -> io::Result<T
     Ok(TestRun { result: attr.retval, packet: out, nanoseconds: attr.duration })
 }
 
-/// Waits until no packet that was being processed at the time of the call is any more: the kernel's own grace period.
-pub(crate) fn grace_period() {
-    const GLOBAL: libc::c_long = 1;
-    // SAFETY: membarrier takes no pointers.
-    let result = unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) };
-    if result != 0 {
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
+/// Makes a map that is pinned nowhere.
+pub(crate) fn create_map(name: &'static str, attr: [u32; 6]) -> io::Result<RawMap> {
+    let [map_type, key_size, value_size, max_entries, map_flags, inner_map_fd] = attr;
+    let fd = bpf(CREATE, &mut CreateAttr { map_type, key_size, value_size, max_entries, map_flags, inner_map_fd })?;
+    // SAFETY: a file descriptor that the call has just made and nobody else has.
+    Ok(RawMap { fd: unsafe { OwnedFd::from_raw_fd(fd as i32) }, name })
+}
+
+/// Entries that a map was made for.
+pub(crate) fn max_entries(fd: &OwnedFd) -> io::Result<u32> {
+    let mut info = MapInfo::default();
+    let mut attr =
+        InfoAttr { fd: fd.as_raw_fd() as u32, length: size_of::<MapInfo>() as u32, info: &raw mut info as u64 };
+    bpf(INFO, &mut attr)?;
+    Ok(info.max_entries)
 }
 
 /// The clock that the program reads, ns.

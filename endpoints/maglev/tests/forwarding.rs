@@ -3,147 +3,49 @@
 
 mod common;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsFd;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::BpfFs;
-use meridio_maglev::{Config, Engine, Flow, Nat, Protocol, Reason, Stream, Target, Targets};
+use common::net::{Net, V4, V6};
+use meridio_maglev::{Config, Engine, Flow, Nat, Protocol, Reason, Stream};
 
-const V4: Ipv4Addr = Ipv4Addr::new(20, 0, 0, 1);
-const V6: Ipv6Addr = Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 1);
-
-fn ip(args: &str) {
-    let out = Command::new("ip").args(args.split_whitespace()).output().unwrap();
-    assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
-}
-
-/// Namespaces of one test, removed at the end.
-struct Net {
-    id: String,
-    stop: Arc<AtomicBool>,
-}
-
-impl Net {
-    fn name(&self, pod: &str) -> String {
-        format!("mdt-{}-{pod}", self.id)
-    }
-
-    fn new() -> Self {
-        let net = Net { id: format!("{:x}", std::process::id()), stop: Arc::default() };
-        for pod in ["c", "l", "t1", "t2"] {
-            ip(&format!("netns add {}", net.name(pod)));
-            ip(&format!("-n {} link set lo up", net.name(pod)));
-            for key in [
-                "net.ipv6.conf.all.accept_dad=0",
-                "net.ipv6.conf.default.accept_dad=0",
-                "net.ipv4.ip_forward=1",
-                "net.ipv6.conf.all.forwarding=1",
-                "net.ipv4.conf.all.rp_filter=0",
-                "net.ipv4.conf.default.rp_filter=0",
-                "net.ipv4.fwmark_reflect=1",
-                "net.ipv6.fwmark_reflect=1",
-                "net.ipv4.ping_group_range=0 2147483647",
-            ] {
-                let (key, value) = key.split_once('=').unwrap();
-                let path = format!("/proc/sys/{}", key.replace('.', "/"));
-                net.within(pod, move || std::fs::write(path, value).unwrap()).join().unwrap();
+/// Echo servers of a target: each answer begins with the target's number.
+fn serve(net: &Net, number: u8, port: u16) {
+    for vip in [IpAddr::V4(V4), IpAddr::V6(V6)] {
+        let (stop, tcp_stop) = (net.stop.clone(), net.stop.clone());
+        net.within(&format!("t{number}"), move || {
+            let socket = UdpSocket::bind((vip, port)).unwrap();
+            socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+            let mut buffer = [0; 65_536];
+            while !stop.load(Ordering::Relaxed) {
+                if let Ok((_, from)) = socket.recv_from(&mut buffer) {
+                    let _ = socket.send_to(&[number], from);
+                }
             }
-        }
-        net.wire("c", "ext", 1, "10.0.0", "fd0a");
-        net.wire("t1", "nsm1", 2, "172.16.1", "fd00:1");
-        net.wire("t2", "nsm2", 2, "172.16.2", "fd00:2");
-        let c = net.name("c");
-        ip(&format!("-n {c} route add {V4}/32 via 10.0.0.2"));
-        ip(&format!("-n {c} -6 route add {V6}/128 via fd0a::2"));
-        for n in 1..=2 {
-            let t = net.name(&format!("t{n}"));
-            ip(&format!("-n {t} addr add {V4}/32 dev lo"));
-            ip(&format!("-n {t} addr add {V6}/128 dev lo nodad"));
-            ip(&format!("-n {t} route add default via 172.16.{n}.1"));
-            ip(&format!("-n {t} -6 route add default via fd00:{n}::1"));
-        }
-        net
-    }
-
-    /// Pod and load balancer share a cable; the pod has host part 2 (client: 1).
-    fn wire(&self, pod: &str, device: &str, host: u8, v4: &str, v6: &str) {
-        let (l, p) = (self.name("l"), self.name(pod));
-        ip(&format!("link add {device} netns {l} type veth peer name eth0 netns {p}"));
-        let other = if host == 1 { 2 } else { 1 };
-        for (ns, dev, n) in [(&l, device, other), (&p, "eth0", host)] {
-            ip(&format!("-n {ns} addr add {v4}.{n}/24 dev {dev}"));
-            ip(&format!("-n {ns} addr add {v6}::{n}/64 dev {dev} nodad"));
-            ip(&format!("-n {ns} link set {dev} up"));
-        }
-    }
-
-    /// Runs in a pod's namespace, on a thread of its own.
-    fn within<T: Send + 'static>(
-        &self,
-        pod: &str,
-        f: impl FnOnce() -> T + Send + 'static,
-    ) -> std::thread::JoinHandle<T> {
-        let path = format!("/run/netns/{}", self.name(pod));
-        std::thread::spawn(move || {
-            let file = std::fs::File::open(path).unwrap();
-            nix::sched::setns(file.as_fd(), nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-            f()
-        })
-    }
-
-    fn index(&self, device: &str) -> u32 {
-        let out = Command::new("ip").args(["-n", &self.name("l"), "-o", "link", "show", device]).output().unwrap();
-        String::from_utf8(out.stdout).unwrap().split(':').next().unwrap().trim().parse().unwrap()
-    }
-
-    /// Echo servers of a target: each answer begins with the target's number.
-    fn serve(&self, number: u8, port: u16) {
-        for vip in [IpAddr::V4(V4), IpAddr::V6(V6)] {
-            let (stop, tcp_stop) = (self.stop.clone(), self.stop.clone());
-            self.within(&format!("t{number}"), move || {
-                let socket = UdpSocket::bind((vip, port)).unwrap();
-                socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-                let mut buffer = [0; 65_536];
-                while !stop.load(Ordering::Relaxed) {
-                    if let Ok((_, from)) = socket.recv_from(&mut buffer) {
-                        let _ = socket.send_to(&[number], from);
+        });
+        net.within(&format!("t{number}"), move || {
+            let listener = TcpListener::bind((vip, port)).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            while !tcp_stop.load(Ordering::Relaxed) {
+                match listener.accept() {
+                    Ok((mut stream, _)) => {
+                        std::thread::spawn(move || {
+                            stream.set_nonblocking(false).unwrap();
+                            let mut all = Vec::new();
+                            let _ = stream.read_to_end(&mut all);
+                            let _ = stream.write_all(&[number]);
+                            let _ = stream.write_all(&(all.len() as u32).to_be_bytes());
+                        });
                     }
+                    Err(_) => std::thread::sleep(Duration::from_millis(2)),
                 }
-            });
-            self.within(&format!("t{number}"), move || {
-                let listener = TcpListener::bind((vip, port)).unwrap();
-                listener.set_nonblocking(true).unwrap();
-                while !tcp_stop.load(Ordering::Relaxed) {
-                    match listener.accept() {
-                        Ok((mut stream, _)) => {
-                            std::thread::spawn(move || {
-                                stream.set_nonblocking(false).unwrap();
-                                let mut all = Vec::new();
-                                let _ = stream.read_to_end(&mut all);
-                                let _ = stream.write_all(&[number]);
-                                let _ = stream.write_all(&(all.len() as u32).to_be_bytes());
-                            });
-                        }
-                        Err(_) => std::thread::sleep(Duration::from_millis(2)),
-                    }
-                }
-            });
-        }
-    }
-}
-
-impl Drop for Net {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for pod in ["c", "l", "t1", "t2"] {
-            let _ = Command::new("ip").args(["netns", "del", &self.name(pod)]).status();
-        }
+            }
+        });
     }
 }
 
@@ -164,16 +66,6 @@ fn config() -> Config {
             .map(|protocol| Nat { vips: vips.clone(), protocol, port: 80, target_port: 5000 })
             .to_vec(),
     }
-}
-
-fn targets(net: &Net, which: &[u32]) -> BTreeMap<String, Targets> {
-    let one = |n: &u32| {
-        let index = net.index(&format!("nsm{n}"));
-        let v4 = Ipv4Addr::new(172, 16, *n as u8, 2);
-        let v6 = Ipv6Addr::new(0xfd00, *n as u16, 0, 0, 0, 0, 0, 2);
-        (*n, Target { v4: Some((v4, index)), v6: Some((v6, index)), mtu: 0 })
-    };
-    BTreeMap::from([("s".to_owned(), which.iter().map(one).collect())])
 }
 
 fn udp(vip: IpAddr, port: u16, size: usize) -> Option<u8> {
@@ -232,14 +124,14 @@ fn all(net: &Net, probe: Probe, vip: IpAddr, port: u16, size: usize, count: usiz
 #[test]
 fn traffic_reaches_targets() {
     let fs = BpfFs::new();
-    let net = Net::new();
-    net.serve(1, 4000);
-    net.serve(2, 4000);
+    let net = Net::new(2);
+    serve(&net, 1, 4000);
+    serve(&net, 2, 4000);
     // Port 80 is translated. (A target port cannot be addressed directly as well: its replies would be translated back.)
-    net.serve(1, 5000);
-    net.serve(2, 5000);
+    serve(&net, 1, 5000);
+    serve(&net, 2, 5000);
     let settings = fs.settings();
-    let (config, both) = (config(), targets(&net, &[1, 2]));
+    let (config, both) = (config(), net.targets(&[1, 2]));
     let (c, b) = (config.clone(), both.clone());
     let again = settings.clone();
     let mut engine = net
@@ -258,12 +150,14 @@ fn traffic_reaches_targets() {
         }
         // Segmentation offload and fragments: large transfers, datagrams of several fragments.
         all(&net, tcp, vip, 4000, 2_000_000, 3);
+        all(&net, tcp, vip, 80, 2_000_000, 3);
         all(&net, udp, vip, 4000, 5_000, 20);
         all(&net, ping, vip, 0, 56, 10);
+        all(&net, ping, vip, 0, 4_000, 3);
     }
 
     // One target less: everything to the other, at once.
-    engine.set_targets("s", &targets(&net, &[2])["s"]).unwrap();
+    engine.set_targets("s", &net.targets(&[2])["s"]).unwrap();
     assert_eq!(all(&net, udp, V4.into(), 4000, 100, 40), BTreeSet::from([2]));
 
     // A process that dies and comes back: the maps are adopted, and nothing is lost on the way.
@@ -296,7 +190,7 @@ fn traffic_reaches_targets() {
         })
         .join()
         .unwrap();
-    let (one, two) = (targets(&net, &[1])["s"].clone(), targets(&net, &[1, 2])["s"].clone());
+    let (one, two) = (net.targets(&[1])["s"].clone(), net.targets(&[1, 2])["s"].clone());
     let started = Instant::now();
     let mut swaps = 0;
     while started.elapsed() < Duration::from_secs(2) {

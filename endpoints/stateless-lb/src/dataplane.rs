@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::Context;
 use meridio_common::{Backoff, Health};
 use meridio_maglev::{Engine, Error, Options};
 use nsm_kernel::{Netns, error::ignore_missing};
@@ -26,6 +25,8 @@ const COMPLETE_WITHIN: Duration = Duration::from_secs(10);
 /// The engine and what surrounds it.
 pub(crate) struct Dataplane {
     engine: Option<Engine>,
+    /// Why the kernel refused the engine the last time.
+    refused: Option<String>,
     netns: Netns,
     settings: Settings,
     health: Health,
@@ -38,36 +39,57 @@ pub(crate) struct Dataplane {
 }
 
 impl Dataplane {
-    /// Loads the programs and adopts what an earlier process has left; that forwards on meanwhile.
-    ///
-    /// # Errors
-    /// No BPF file system, no rights, a kernel that refuses.
-    pub(crate) fn open(
-        settings: &Settings,
-        netns: Netns,
-        health: Health,
-        availability: Availability,
-    ) -> anyhow::Result<Self> {
-        let maglev = meridio_maglev::Settings {
-            kernel: Options::new(&settings.bpf_dir),
-            offset_start: settings.identifier_offset_start,
-        };
-        let engine = Engine::open(maglev).context("load balancer in the kernel")?;
-        if engine.adopted() {
-            availability.set(forwarding(&engine));
-        }
-        let settings = settings.clone();
-        let gate = Gate { open: engine.adopted(), since: None };
-        Ok(Dataplane {
-            engine: Some(engine),
+    /// What is to follow the inputs; the kernel is asked for nothing yet.
+    pub(crate) fn new(settings: &Settings, netns: Netns, health: Health, availability: Availability) -> Self {
+        Dataplane {
+            engine: None,
+            refused: None,
             netns,
-            settings,
+            settings: settings.clone(),
             health,
             availability,
             attached: None,
             applied: None,
-            gate,
-        })
+            gate: Gate { open: false, since: None },
+        }
+    }
+
+    /// Loads the programs and adopts what an earlier process has left, which forwards on meanwhile; `false`: the kernel
+    /// refuses, for whatever reason, and readiness says which.
+    async fn open(&mut self) -> bool {
+        if self.engine.is_some() {
+            return true;
+        }
+        let maglev = meridio_maglev::Settings {
+            kernel: Options::new(&self.settings.bpf_dir),
+            offset_start: self.settings.identifier_offset_start,
+        };
+        let opened = tokio::task::spawn_blocking(move || Engine::open(maglev)).await;
+        let reason = match opened {
+            Ok(Ok(engine)) => {
+                if engine.adopted() {
+                    self.availability.set(forwarding(&engine));
+                }
+                self.gate.open = engine.adopted();
+                self.refused = None;
+                self.health.waiting("DataPlane", "a configuration to attach with", "is the NSP running?");
+                self.engine = Some(engine);
+                return true;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        let kept = "what an earlier process has attached forwards on";
+        self.health.waiting(
+            "DataPlane",
+            &format!("the kernel: {reason}; {kept}"),
+            "see deploy/README.md for what it needs",
+        );
+        if self.refused.as_ref() != Some(&reason) {
+            tracing::error!(reason, kept, "no load balancer in the kernel");
+            self.refused = Some(reason);
+        }
+        false
     }
 
     /// Follows the inputs until `stop`. The kernel goes on forwarding afterwards.
@@ -95,12 +117,15 @@ impl Dataplane {
 
     /// One round; `false`: try again although nothing has changed.
     async fn step(&mut self, inputs: &Inputs) -> bool {
+        if !self.open().await {
+            return false;
+        }
         let adopted = self.engine.as_ref().is_some_and(Engine::adopted);
         let mut done = true;
         if adopted {
             done &= self.attach(inputs.external).await;
         }
-        let Some(desired) = desired(inputs) else {
+        let Some(desired) = desired(inputs, &self.settings.sctp_ports_only) else {
             self.waiting(inputs);
             return done;
         };
@@ -237,6 +262,9 @@ impl Dataplane {
                 tracing::info!(interface = name, index, "attached");
                 self.attached = Some(index);
                 self.health.serving("DataPlane");
+                let fault = self.engine.as_ref().and_then(|engine| engine.detour().err());
+                let line = |fault| format!("fragments that arrive before their first one are dropped: {fault}");
+                self.health.note("Detour", fault.map(line).into_iter().collect());
                 true
             }
             Err(error) => {
@@ -262,8 +290,8 @@ impl Dataplane {
                 }
             }
         }
-        let start = self.settings.identifier_offset_start;
-        match routing::apply(&self.netns, &wanted, &desired.config.vips, start..start + TABLES).await {
+        let own = routing::Own { tables: tables(&self.settings), detour: engine.detour().ok() };
+        match routing::apply(&self.netns, &wanted, &desired.config.vips, &own).await {
             Ok(()) => true,
             Err(error) => {
                 tracing::warn!(%error, "slow path incomplete");
@@ -298,6 +326,11 @@ impl Gate {
         }
         self.open
     }
+}
+
+/// Numbers of the tables of targets.
+pub(crate) fn tables(settings: &Settings) -> std::ops::Range<u32> {
+    settings.identifier_offset_start..settings.identifier_offset_start + TABLES
 }
 
 /// Interface and address of each next hop.
@@ -347,5 +380,102 @@ mod tests {
         assert!(gate.look(true, 1, now), "a target that is lost later closes nothing");
         let mut gate = Gate { open: false, since: None };
         assert!(!gate.look(true, 1, now) && gate.look(true, 1, now + COMPLETE_WITHIN));
+    }
+
+    /// A directory, with a BPF file system on request, gone at the end.
+    struct Directory(std::path::PathBuf);
+
+    impl Directory {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("mdt-{name}-{}", std::process::id()));
+            std::fs::create_dir_all(&path).unwrap();
+            Directory(path)
+        }
+
+        fn mount(&self) {
+            let status = std::process::Command::new("mount").args(["-t", "bpf", "bpf"]).arg(&self.0).status().unwrap();
+            assert!(status.success(), "mounting bpffs needs root");
+        }
+    }
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            let _ = std::process::Command::new("umount").arg("-q").arg(&self.0).status();
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        settings: Settings,
+    }
+
+    fn dataplane(directory: &Directory) -> Dataplane {
+        use clap::Parser;
+        let directory = directory.0.join("lb");
+        let settings = Cli::parse_from(["lb", "--bpf-dir", directory.to_str().unwrap()]).settings;
+        let netns = Netns::anonymous().unwrap();
+        Dataplane::new(&settings, netns, Health::detached("test"), Availability::new("test"))
+    }
+
+    fn waits_for(dataplane: &Dataplane, subservice: &str) -> Option<String> {
+        let report = dataplane.health.report();
+        let subservice = report.subservices.get(subservice)?;
+        (!subservice.serving).then(|| subservice.waits_for.clone())
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn readiness_says_what_the_kernel_refuses_until_it_does_not() {
+        let directory = Directory::new("refused");
+        let mut dataplane = dataplane(&directory);
+        assert!(!dataplane.step(&Inputs::default()).await, "to be tried again");
+        let reason = waits_for(&dataplane, "DataPlane").unwrap();
+        assert!(reason.contains("not on a BPF file system"), "{reason}");
+        directory.mount();
+        dataplane.step(&Inputs::default()).await;
+        assert!(dataplane.engine.is_some());
+        assert_eq!(waits_for(&dataplane, "DataPlane").unwrap(), "a configuration to attach with");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn readiness_says_what_is_wrong_with_a_configuration_and_the_last_good_one_stays() {
+        use meridio_proto::nsp::v1 as nsp;
+        let directory = Directory::new("faults");
+        directory.mount();
+        let mut dataplane = dataplane(&directory);
+        let vip = nsp::Vip { name: "vip".into(), address: "20.0.0.1/32".into(), ..Default::default() };
+        let stream = nsp::Stream { name: "s".into(), max_targets: 10, ..Default::default() };
+        let flow = nsp::Flow {
+            name: "web".into(),
+            stream: Some(stream.clone()),
+            vips: vec![vip.clone()],
+            source_subnets: vec!["0.0.0.0/0".into()],
+            destination_port_ranges: vec!["80".into()],
+            source_port_ranges: vec!["any".into()],
+            protocols: vec!["tcp".into()],
+            ..Default::default()
+        };
+        let good = Inputs {
+            vips: Some(vec![vip]),
+            conduits: Some(vec![]),
+            streams: Some(vec![stream]),
+            flows: Some(vec![flow.clone()]),
+            targets: Some(vec![]),
+            subnets: Some(BTreeSet::new()),
+            ..Inputs::default()
+        };
+        dataplane.step(&good).await;
+        assert_eq!(waits_for(&dataplane, "Configuration"), None);
+        let bad = nsp::Flow { name: "bad".into(), protocols: vec!["icmp".into()], ..flow };
+        let faulty = Inputs { flows: Some(vec![bad]), ..good.clone() };
+        dataplane.step(&faulty).await;
+        let reason = waits_for(&dataplane, "Configuration").unwrap();
+        assert!(reason.contains("the last good one forwards on"), "{reason}");
+        let report = dataplane.health.report();
+        assert!(report.subservices["Configuration"].to_do.contains("icmp"), "{report:?}");
+        assert_eq!(dataplane.engine.as_ref().unwrap().streams(), ["s"]);
+        dataplane.step(&good).await;
+        assert_eq!(waits_for(&dataplane, "Configuration"), None);
     }
 }

@@ -30,13 +30,16 @@ pub(crate) struct Desired {
 }
 
 /// The desired state, once everything has been told at least once.
-pub(crate) fn desired(inputs: &Inputs) -> Option<Desired> {
+///
+/// `sctp_ports_only`: streams whose SCTP packets are spread by their ports alone.
+pub(crate) fn desired(inputs: &Inputs, sctp_ports_only: &[String]) -> Option<Desired> {
     let mut desired = Desired::default();
     vips(&mut desired, inputs.vips.as_ref()?);
     let streams = inputs.streams.as_ref()?;
     for stream in streams {
         let stream = model::Stream::from_nsp(stream);
-        let stream = Stream { name: stream.name, max_targets: stream.max_targets, sctp_ports_only: false };
+        let sctp_ports_only = sctp_ports_only.contains(&stream.name);
+        let stream = Stream { name: stream.name, max_targets: stream.max_targets, sctp_ports_only };
         desired.config.streams.push(stream);
     }
     desired.config.streams.sort();
@@ -119,11 +122,6 @@ fn nats(desired: &mut Desired, message: &nsp::Conduit) {
         Err(faults) => return desired.faults.extend(faults.lines()),
     };
     for (nat, message) in conduit.port_nats.iter().zip(&message.destination_port_nats) {
-        if nat.protocol == model::Protocol::Sctp {
-            let line = format!("port-nat {} of conduit {}: SCTP is not translated", nat.port, conduit.name);
-            desired.notes.push(line);
-            continue;
-        }
         desired.config.nats.push(Nat {
             vips: addresses(&message.vips),
             protocol: protocol(nat.protocol),

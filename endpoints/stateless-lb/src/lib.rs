@@ -46,8 +46,11 @@ const LAST_WORD: Duration = Duration::from_millis(200);
 /// Runs the load balancer until `stop`. What it has set up in the kernel stays: the next run adopts it.
 ///
 /// # Errors
-/// Faulty settings, no rights, no BPF file system, or a socket that cannot be made.
+/// Faulty settings, or a socket that cannot be made. What the kernel refuses is told by readiness and tried again.
 pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<()> {
+    if settings.remove {
+        return remove(&settings).await;
+    }
     let health = Health::start("Meridio-load-balancer", &settings.health_socket, &stop)?;
     health.register(Probe::Startup, &[]);
     health.register(
@@ -59,7 +62,7 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     let netns = Netns::current().context("network namespace")?;
     prepare(&settings, &netns, &health).await;
     let availability = Availability::new(&hostname);
-    let dataplane = Dataplane::open(&settings, netns.clone(), health.clone(), availability.clone())?;
+    let dataplane = Dataplane::new(&settings, netns.clone(), health.clone(), availability.clone());
 
     let shared = Shared::new();
     let mut tasks = JoinSet::new();
@@ -76,6 +79,16 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     told.cancel();
     while tasks.join_next().await.is_some() {}
     result
+}
+
+/// The end of forwarding in this network namespace.
+async fn remove(settings: &Settings) -> anyhow::Result<()> {
+    let (directory, interface) = (settings.bpf_dir.clone(), settings.external_interface.clone());
+    tokio::task::spawn_blocking(move || meridio_maglev::Engine::remove(&directory, &[&interface])).await??;
+    let netns = Netns::current().context("network namespace")?;
+    routing::remove(&netns, dataplane::tables(settings)).await.context("rules and routes")?;
+    tracing::info!("removed");
+    Ok(())
 }
 
 /// Everything that needs an identity.

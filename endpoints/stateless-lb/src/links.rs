@@ -240,4 +240,83 @@ mod tests {
         assert!(suspects.answer(ip, at(71_000)), "a minute of good conduct is rewarded");
         assert!(!suspects.answer("172.16.0.10".parse().unwrap(), at(71_000)), "who never failed cannot come back");
     }
+
+    fn ip(args: &str) {
+        let out = std::process::Command::new("ip").args(args.split(' ')).output().unwrap();
+        assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
+    }
+
+    /// Two namespaces with a cable between them, removed at the end.
+    struct Cable(String);
+
+    impl Cable {
+        fn new() -> Self {
+            let cable = Cable(format!("mdl-{:x}", std::process::id()));
+            let (l, p) = (format!("{}-l", cable.0), format!("{}-p", cable.0));
+            for ns in [&l, &p] {
+                ip(&format!("netns add {ns}"));
+            }
+            ip(&format!("link add nsm-0 netns {l} type veth peer name eth0 netns {p}"));
+            for (ns, device, host) in [(&l, "nsm-0", 1), (&p, "eth0", 2)] {
+                ip(&format!("-n {ns} addr add 172.31.0.{host}/24 dev {device}"));
+                ip(&format!("-n {ns} link set {device} up"));
+            }
+            cable
+        }
+    }
+
+    impl Drop for Cable {
+        fn drop(&mut self) {
+            for end in ["l", "p"] {
+                let name = format!("{}-{end}", self.0);
+                let _ = std::process::Command::new("ip").args(["netns", "del", &name]).status();
+            }
+        }
+    }
+
+    async fn until(shared: &Shared, what: &str, condition: impl Fn(&crate::inputs::Inputs) -> bool) {
+        let mut inputs = shared.subscribe();
+        let waiting = inputs.wait_for(|inputs| condition(inputs));
+        let waited = tokio::time::timeout(Duration::from_secs(30), waiting).await;
+        assert!(waited.is_ok(), "{what}: {:?}", shared.get());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_silent_target_leaves_and_comes_back_not_too_soon() {
+        let cable = Cable::new();
+        let (l, p) = (format!("{}-l", cable.0), format!("{}-p", cable.0));
+        let netns = Netns::named(&l).unwrap();
+        let target: IpAddr = "172.31.0.2".parse().unwrap();
+        let shared = Shared::new();
+        let message = meridio_proto::nsp::v1::Target { ips: vec!["172.31.0.2/24".to_owned()], ..Default::default() };
+        shared.change(|inputs| inputs.targets = Some(vec![message]));
+        let stop = CancellationToken::new();
+        let following = run(netns.clone(), "nsm-".to_owned(), "ext".to_owned(), shared.clone(), stop.clone());
+        let following = tokio::spawn(following);
+        until(&shared, "its subnet", |inputs| inputs.subnets.as_ref().is_some_and(|s| s.len() == 1)).await;
+
+        // It no longer answers; what is sent to it makes the kernel ask.
+        ip(&format!("-n {p} link set eth0 arp off"));
+        ip(&format!("-n {l} neigh flush dev nsm-0"));
+        let send = move || {
+            let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+            let _ = socket.send_to(b"anybody there?", (target, 9));
+        };
+        netns.run(send).await.unwrap();
+        until(&shared, "out", |inputs| inputs.unreachable.contains(&target)).await;
+        let out = Instant::now();
+        ip(&format!("-n {p} link set eth0 arp on"));
+        until(&shared, "back", |inputs| inputs.unreachable.is_empty()).await;
+        let took = out.elapsed();
+        assert!(took >= HOLD.0 - PROBE, "after {took:?}");
+
+        // An entry that is only deleted says nothing about the target.
+        let before = shared.subscribe();
+        netns.run(send).await.unwrap();
+        ip(&format!("-n {l} neigh flush dev nsm-0"));
+        tokio::time::sleep(CONFIRM * 4).await;
+        assert!(!before.has_changed().unwrap() && shared.get().unreachable.is_empty());
+        stop.cancel();
+        following.await.unwrap();
+    }
 }

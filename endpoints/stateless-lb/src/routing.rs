@@ -19,11 +19,25 @@ const TARGETS: u32 = 200;
 /// Priority of the rules that end the way of a packet to a VIP which no target's rule has taken: the primary network must never
 /// see one.
 const GUARD: u32 = 201;
-/// Table of these rules: it drops.
+/// Table of these rules. What the stack itself says to a VIP (an error about a reply that is too big) takes the load
+/// balancer's detour, which lets nothing else pass; where there is none it drops.
 const GUARD_TABLE: u32 = 4098;
+/// Metrics in it: the detour before the drop.
+const DETOUR: u32 = 100;
+/// See [`DETOUR`].
+const DROP: u32 = 2000;
 
 /// Table number to next hop and interface, per family.
 pub(crate) type Wanted = BTreeMap<(bool, u32), (IpAddr, u32)>;
+
+/// What is the load balancer's own.
+#[derive(Clone, Debug)]
+pub(crate) struct Own {
+    /// Numbers of the tables of targets.
+    pub(crate) tables: std::ops::Range<u32>,
+    /// Interface of the engine's detour.
+    pub(crate) detour: Option<u32>,
+}
 
 /// What to change.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -44,11 +58,15 @@ fn guard(vip: &IpNet) -> Rule {
 }
 
 /// The guards of `vips`: a table that drops, before the rules that lead into it.
-fn plan_guards(plan: &mut Plan, vips: &[IpNet], routes: &[Route], rules: &[Rule]) {
+fn plan_guards(plan: &mut Plan, vips: &[IpNet], detour: Option<u32>, routes: &[Route], rules: &[Rule]) {
     for v6 in [false, true] {
-        let drop = Route::blackhole(Route::default_of(v6, GUARD_TABLE).destination, GUARD_TABLE, 0);
-        if !routes.iter().any(|existing| drop.same(existing)) {
-            plan.set_routes.push(drop);
+        let all = Route::default_of(v6, GUARD_TABLE);
+        let drop = Route::blackhole(all.destination, GUARD_TABLE, DROP);
+        let detour = detour.map(|index| Route { metric: DETOUR, link_scope: true, ..all.via(None, index, false) });
+        for route in [Some(drop), detour].into_iter().flatten() {
+            if !routes.iter().any(|existing| route.same(existing)) {
+                plan.set_routes.push(route);
+            }
         }
     }
     let wanted: Vec<Rule> = vips.iter().map(guard).collect();
@@ -57,14 +75,8 @@ fn plan_guards(plan: &mut Plan, vips: &[IpNet], routes: &[Route], rules: &[Rule]
     plan.delete_rules.extend(rules.iter().filter(stale).cloned());
 }
 
-/// The difference between what is wanted and what is there. `tables` are the numbers that are ours.
-pub(crate) fn plan(
-    wanted: &Wanted,
-    vips: &[IpNet],
-    tables: std::ops::Range<u32>,
-    routes: &[Route],
-    rules: &[Rule],
-) -> Plan {
+/// The difference between what is wanted and what is there.
+pub(crate) fn plan(wanted: &Wanted, vips: &[IpNet], own: &Own, routes: &[Route], rules: &[Rule]) -> Plan {
     let mut plan = Plan::default();
     for ((v6, table), (ip, index)) in wanted {
         let route = Route::default_of(*v6, *table).via(Some(*ip), *index, false);
@@ -76,23 +88,18 @@ pub(crate) fn plan(
         }
     }
     let keys: BTreeSet<(bool, u32)> = wanted.keys().copied().collect();
-    let stale = |v6: bool, table: u32| tables.contains(&table) && !keys.contains(&(v6, table));
+    let stale = |v6: bool, table: u32| own.tables.contains(&table) && !keys.contains(&(v6, table));
     let ours = |r: &&Rule| r.mark.is_some_and(|m| m & !MARK_MASK == MARK_FLAG);
     plan.delete_rules = rules.iter().filter(ours).filter(|r| stale(r.v6, r.table)).cloned().collect();
     plan.delete_routes = routes.iter().filter(|r| stale(r.is_v6(), r.table)).cloned().collect();
-    plan_guards(&mut plan, vips, routes, rules);
+    plan_guards(&mut plan, vips, own.detour, routes, rules);
     plan
 }
 
 /// Brings the kernel to what is wanted.
-pub(crate) async fn apply(
-    netns: &Netns,
-    wanted: &Wanted,
-    vips: &[IpNet],
-    tables: std::ops::Range<u32>,
-) -> Result<(), Error> {
+pub(crate) async fn apply(netns: &Netns, wanted: &Wanted, vips: &[IpNet], own: &Own) -> Result<(), Error> {
     let netlink = netns.netlink().await?;
-    let plan = plan(wanted, vips, tables, &netlink.routes(None).await?, &netlink.rules().await?);
+    let plan = plan(wanted, vips, own, &netlink.routes(None).await?, &netlink.rules().await?);
     if plan == Plan::default() {
         return Ok(());
     }
@@ -111,6 +118,24 @@ pub(crate) async fn apply(
         result = result.and(nsm_kernel::error::ignore_missing(netlink.route_delete(route).await));
     }
     result
+}
+
+/// Takes all rules and routes of load balancers away.
+pub(crate) async fn remove(netns: &Netns, tables: std::ops::Range<u32>) -> Result<(), Error> {
+    let netlink = netns.netlink().await?;
+    let (routes, rules) = (netlink.routes(None).await?, netlink.rules().await?);
+    let plan = plan(&Wanted::new(), &[], &Own { tables, detour: None }, &routes, &rules);
+    // Without the mark, because a request with one means a full mask.
+    let errors = rules.iter().filter(|rule| rule.priority == Some(ERRORS) && rule.mark == Some(MARK_FLAG));
+    let errors = errors.map(|rule| Rule { mark: None, ..rule.clone() });
+    for rule in plan.delete_rules.iter().cloned().chain(errors) {
+        nsm_kernel::error::ignore_missing(netlink.rule_delete(&rule).await)?;
+    }
+    let guards = routes.iter().filter(|route| route.table == GUARD_TABLE);
+    for route in plan.delete_routes.iter().chain(guards) {
+        nsm_kernel::error::ignore_missing(netlink.route_delete(route).await)?;
+    }
+    Ok(())
 }
 
 /// Lets ICMP errors that the stack makes about marked packets (they carry the mark, `fwmark_reflect`) leave towards the
@@ -141,15 +166,17 @@ pub(crate) async fn errors_to_gateways(netlink: &Netlink, table: u32) -> Result<
 mod tests {
     use super::*;
 
+    const OWN: Own = Own { tables: 5000..6000, detour: Some(9) };
+
     #[test]
     fn a_plan_is_the_difference_and_leaves_others_alone() {
         let ip: IpAddr = "172.16.0.6".parse().unwrap();
         let vips: [IpNet; 1] = ["20.0.0.1/32".parse().unwrap()];
         let wanted = Wanted::from([((false, 5001), (ip, 7))]);
-        let first = plan(&wanted, &vips, 5000..6000, &[], &[]);
-        assert_eq!((first.set_routes.len(), first.add_rules.len()), (3, 2));
+        let first = plan(&wanted, &vips, &OWN, &[], &[]);
+        assert_eq!((first.set_routes.len(), first.add_rules.len()), (5, 2));
         assert_eq!(first.add_rules[0].mark, Some(0x4d00_1389));
-        let again = plan(&wanted, &vips, 5000..6000, &first.set_routes, &first.add_rules);
+        let again = plan(&wanted, &vips, &OWN, &first.set_routes, &first.add_rules);
         assert_eq!(again, Plan::default());
         let foreign = Rule { mark: Some(5001), ..rule(false, 5001) };
         let gateway = Route::default_of(false, 4096).via(Some(ip), 2, false);
@@ -157,7 +184,7 @@ mod tests {
         routes.push(gateway);
         let mut rules = first.add_rules.clone();
         rules.push(foreign);
-        let gone = plan(&Wanted::new(), &vips, 5000..6000, &routes, &rules);
+        let gone = plan(&Wanted::new(), &vips, &OWN, &routes, &rules);
         assert_eq!(
             (gone.delete_rules, gone.delete_routes),
             (first.add_rules[..1].to_vec(), first.set_routes[..1].to_vec())
@@ -167,9 +194,9 @@ mod tests {
     #[test]
     fn a_packet_to_a_vip_that_no_target_takes_is_dropped_and_so_is_its_rule_with_the_vip() {
         let vips: [IpNet; 2] = ["20.0.0.1/32".parse().unwrap(), "2000::1/128".parse().unwrap()];
-        let first = plan(&Wanted::new(), &vips, 5000..6000, &[], &[]);
+        let first = plan(&Wanted::new(), &vips, &OWN, &[], &[]);
         assert!(first.add_rules.iter().all(|rule| rule.to.is_some() && rule.priority > Some(TARGETS)));
-        let gone = plan(&Wanted::new(), &vips[..1], 5000..6000, &first.set_routes, &first.add_rules);
+        let gone = plan(&Wanted::new(), &vips[..1], &OWN, &first.set_routes, &first.add_rules);
         assert_eq!((gone.delete_rules, gone.delete_routes.len()), (first.add_rules[1..].to_vec(), 0));
     }
 }

@@ -58,6 +58,14 @@ pub struct Settings {
     /// Directory on a BPF file system that outlives this process.
     #[arg(long, env = "NSM_BPF_DIR", default_value = "/sys/fs/bpf/meridio")]
     pub bpf_dir: PathBuf,
+    /// Streams whose SCTP packets are spread by their ports alone, so that all paths of a multihomed association meet in
+    /// one target; separated by commas.
+    #[arg(long, env = "NSM_SCTP_PORTS_ONLY", value_delimiter = ',')]
+    pub sctp_ports_only: Vec<String>,
+    /// Take away what load balancers have left in this network namespace (programs, maps, rules and routes), and end.
+    /// Forwarding ends with it.
+    #[arg(long)]
+    pub remove: bool,
     /// Table that holds the routes to the gateways (the frontend's `NFE_TABLE_ID`).
     #[arg(long, env = "NSM_GATEWAY_TABLE", default_value_t = 4096)]
     pub gateway_table: u32,

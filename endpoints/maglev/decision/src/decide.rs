@@ -121,7 +121,8 @@ pub struct Scratch {
     /// Generation of the classifier that was asked.
     pub generation: u32,
     prefix: PrefixKey,
-    fragment: FragmentKey,
+    /// What the fragments of the packet have in common; set for fragments only.
+    pub fragment: FragmentKey,
     first: FragmentValue,
     nat: NatKey,
     asked: Asked,
@@ -136,7 +137,7 @@ pub fn decide<P: Packet, T: Tables>(packet: &P, tables: &T, ethertype: u16, s: &
     }
     let (generation, flags) = tables.generation();
     s.generation = generation;
-    if !destination_class(tables, s, true) {
+    if !vip_class(tables, s, End::Destination) {
         return;
     }
     let result = match packet::transport(packet, &s.network, &mut s.quoted, &mut s.transport) {
@@ -156,12 +157,27 @@ pub fn decide<P: Packet, T: Tables>(packet: &P, tables: &T, ethertype: u16, s: &
     }
 }
 
-/// Looks up the destination (or, for what leaves, the source) among the VIPs; `false`: not one.
+/// Which address of a packet is asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The destination.
+    Destination,
+    /// The source.
+    Source,
+    /// The destination of the packet that an ICMP error quotes.
+    QuotedDestination,
+}
+
+/// Looks an address of the packet up among the VIPs; `false`: not one.
 #[inline(always)]
-pub fn destination_class<T: Tables>(tables: &T, s: &mut Scratch, destination: bool) -> bool {
+pub fn vip_class<T: Tables>(tables: &T, s: &mut Scratch, end: End) -> bool {
     s.prefix.bits = PREFIX_KEY_BITS + 128;
     s.prefix.space = if s.network.v6 { s.generation } else { s.generation + IPV4_SPACE };
-    s.prefix.address = if destination { s.network.dst } else { s.network.src };
+    s.prefix.address = match end {
+        End::Destination => s.network.dst,
+        End::Source => s.network.src,
+        End::QuotedDestination => s.quoted.dst,
+    };
     match tables.destination(&s.prefix) {
         None | Some(NOT_A_VIP) => false,
         Some(class) => {
@@ -224,7 +240,11 @@ fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scr
     let identifier = tables.row(chunk, within).unwrap_or(0) as u32;
     to_target(&mut s.decision, stream, copy, identifier)?;
     if flags & flag::NAT != 0 && matches!(s.transport.kind, Kind::Ports) {
-        s.decision.nat_port = translation(tables, s, 0, s.transport.dport) as u32;
+        let port = translation(tables, s, 0, s.transport.dport);
+        if port != 0 && s.transport.protocol == protocol::SCTP && s.transport.first_fragment {
+            return Err(Reason::Untranslatable);
+        }
+        s.decision.nat_port = port as u32;
     }
     if s.transport.first_fragment {
         fragment_key(s);
@@ -266,8 +286,9 @@ fn to_target(decision: &mut Decision, stream: &StreamEntry, copy: u32, identifie
     Ok(())
 }
 
+/// Writes down what the fragments of this packet have in common.
 #[inline(always)]
-fn fragment_key(s: &mut Scratch) {
+pub fn fragment_key(s: &mut Scratch) {
     s.fragment.src = s.network.src;
     s.fragment.dst = s.network.dst;
     s.fragment.id = s.transport.fragment_id;
@@ -287,9 +308,4 @@ fn later_fragment<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), Reason> 
     let stream = tables.stream(first.slot).ok_or(Reason::Internal)?;
     let copy = tables.active(stream) & 1;
     to_target(&mut s.decision, stream, copy, first.identifier)
-}
-
-/// Whether the protocol's ports can be translated (SCTP would want its CRC32c recomputed over the whole packet).
-pub const fn nat_supported(proto: u8) -> bool {
-    matches!(proto, protocol::TCP | protocol::UDP)
 }

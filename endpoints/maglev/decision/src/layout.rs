@@ -5,7 +5,7 @@
 
 /// Version of the map layout. Pinned maps live in a directory of this name, so an upgraded process never reads
 /// maps that mean something else.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Flows that one classifier can hold; more is an error of the configuration.
 pub const MAX_FLOWS: usize = 2048;
@@ -95,6 +95,8 @@ pub struct Config {
     pub record: u32,
     /// Counts switches of the classifier, for observers.
     pub switches: u32,
+    /// Interface towards the process that holds fragments which arrive before their first one; 0: nobody does.
+    pub hold: u32,
 }
 
 /// A set of flows as bits, ordered by priority: bit 0 of word 0 is the flow that wins over all others.

@@ -6,6 +6,7 @@
 #![warn(missing_docs)]
 
 pub mod classify;
+pub mod crc32c;
 pub mod decide;
 pub mod hash;
 pub mod layout;
@@ -45,6 +46,8 @@ pub enum Reason {
     Internal = 10,
     /// The kernel refused to change or redirect the packet.
     Helper = 11,
+    /// A fragmented SCTP packet whose port is to be translated: its checksum covers fragments that are not here.
+    Untranslatable = 12,
     /// Slow path: larger than the MTU towards the target.
     SlowMtu = 16,
     /// Slow path: TTL or hop limit ends here.
@@ -55,11 +58,13 @@ pub enum Reason {
     Redirected = 19,
     /// Sent on behalf of a VIP: source of a locally made ICMP error set to the VIP.
     SourceSet = 20,
+    /// A later fragment that came before its first one: held by user space for a moment, then decided again.
+    FragmentHeld = 21,
 }
 
 impl Reason {
     /// All reasons, for listings.
-    pub const ALL: [Reason; 17] = [
+    pub const ALL: [Reason; 19] = [
         Reason::None,
         Reason::NoFlow,
         Reason::NoTarget,
@@ -72,11 +77,13 @@ impl Reason {
         Reason::NoAddress,
         Reason::Internal,
         Reason::Helper,
+        Reason::Untranslatable,
         Reason::SlowMtu,
         Reason::SlowTtl,
         Reason::SlowOptions,
         Reason::Redirected,
         Reason::SourceSet,
+        Reason::FragmentHeld,
     ];
 
     /// Name in metrics and messages.
@@ -94,11 +101,13 @@ impl Reason {
             Reason::NoAddress => "target-without-address",
             Reason::Internal => "internal",
             Reason::Helper => "kernel-refused",
+            Reason::Untranslatable => "sctp-fragment-to-translate",
             Reason::SlowMtu => "slow-mtu",
             Reason::SlowTtl => "slow-ttl",
             Reason::SlowOptions => "slow-ip-options",
             Reason::Redirected => "redirected",
             Reason::SourceSet => "icmp-source-set",
+            Reason::FragmentHeld => "fragment-held",
         }
     }
 }

@@ -275,7 +275,9 @@ pub fn transport<P: Packet>(
                 return Err(Reason::Truncated);
             }
             let h = packet.read::<13>(up.offset).ok_or(Reason::Truncated)?;
-            if h[12] >> 4 < 5 {
+            // The header of a first fragment may go on in the next one.
+            let header = (h[12] >> 4) as u32 * 4;
+            if header < 20 || (!t.first_fragment && up.offset + header > network.end) {
                 return Err(Reason::Malformed);
             }
             ports(t, [h[0], h[1], h[2], h[3]]);
@@ -285,8 +287,9 @@ pub fn transport<P: Packet>(
                 return Err(Reason::Truncated);
             }
             let h = packet.read::<6>(up.offset).ok_or(Reason::Truncated)?;
-            let length = u16::from_be_bytes([h[4], h[5]]);
-            if length != 0 && length < 8 {
+            let length = u16::from_be_bytes([h[4], h[5]]) as u32;
+            let beyond = !t.first_fragment && up.offset + length > network.end;
+            if length != 0 && (length < 8 || beyond) {
                 return Err(Reason::Malformed);
             }
             ports(t, [h[0], h[1], h[2], h[3]]);

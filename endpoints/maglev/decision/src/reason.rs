@@ -13,6 +13,7 @@ impl Reason {
                 | Reason::SlowOptions
                 | Reason::Redirected
                 | Reason::SourceSet
+                | Reason::FragmentHeld
         )
     }
 
@@ -30,17 +31,23 @@ impl Reason {
             Reason::Malformed => "the headers contradict each other or the length of the packet",
             Reason::Truncated => "the packet ends within a header",
             Reason::Extensions => "more than 8 IPv6 extension headers",
-            Reason::FragmentUnknown => "a later fragment whose first fragment was not seen within 2 s",
+            Reason::FragmentUnknown => {
+                "a later fragment whose first one was not seen in the 2 s before and 200 ms after it"
+            }
             Reason::FragmentedError => "an ICMP error that is a fragment, or quotes one without ports",
             Reason::QuoteMismatch => "an ICMP error about a packet that did not come from the VIP",
             Reason::NoAddress => "the target has no address of the packet's IP version",
             Reason::Internal => "the tables contradict each other: a bug",
             Reason::Helper => "the kernel refused to change the packet",
+            Reason::Untranslatable => "a fragmented SCTP packet whose port is to be translated",
             Reason::SlowMtu => "larger than the MTU towards the target: the kernel's own stack fragments it or answers",
             Reason::SlowTtl => "TTL or hop limit ends here: the kernel's own stack answers",
             Reason::SlowOptions => "IPv4 options: the kernel's own stack forwards it",
             Reason::Redirected => "forwarded to the target's link",
             Reason::SourceSet => "an ICMP error of this machine left with the VIP as source",
+            Reason::FragmentHeld => {
+                "a fragment that came before its first one: held for up to 200 ms, then decided again"
+            }
         }
     }
 
@@ -70,6 +77,11 @@ impl Reason {
             }
             Reason::Internal => "restart the load balancer, and report it with its log",
             Reason::Helper => "look into the kernel's log for memory that ran out",
+            Reason::Untranslatable => {
+                "let the association find the path's MTU: SCTP fragments by itself, and its checksum spans what IP \
+                 fragments do not hold together"
+            }
+            Reason::FragmentHeld => "nothing, if rare; else look for what reorders packets on the way",
             Reason::SlowMtu => {
                 "nothing, if rare; for throughput give the conduit the MTU of the external network, or the clients \
                  a smaller one"

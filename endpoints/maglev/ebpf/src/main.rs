@@ -11,7 +11,7 @@ mod trace;
 use aya_ebpf::{
     EbpfContext,
     bindings::{TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh},
-    helpers::generated::{bpf_check_mtu, bpf_redirect_neigh},
+    helpers::generated::{bpf_check_mtu, bpf_redirect, bpf_redirect_neigh},
     macros::classifier,
     programs::TcContext,
 };
@@ -75,6 +75,11 @@ fn act(ctx: &TcContext, scratch: &Scratch, size: Size) -> (i32, u32) {
         count(&FLOW_HITS, decision.counter, size);
     }
     if decision.verdict == Verdict::Drop as u32 {
+        if decision.reason == Reason::FragmentUnknown as u32
+            && let Some(action) = hold(ctx)
+        {
+            return (action, Reason::FragmentHeld as u32);
+        }
         return (TC_ACT_SHOT, decision.reason);
     }
     match forward(ctx, decision, &scratch.network, &scratch.transport) {
@@ -95,6 +100,22 @@ fn dropped(decision: &Decision, reason: u32, size: Size) {
     if decision.slot < MAX_STREAMS as u32 {
         count(&STREAM_DROPS, decision.slot * MAX_REASONS as u32 + reason, size);
     }
+}
+
+/// Hands a fragment that came before its first one to user space, which sends it through here again when it knows more;
+/// `None`: nobody holds it, or has held it already.
+#[inline(always)]
+fn hold(ctx: &TcContext) -> Option<i32> {
+    let config = CONFIG.get_ptr(0)?;
+    // SAFETY: the pointer is into a map value; volatile because user space changes it at any time.
+    let hold = unsafe { (&raw const (*config).hold).read_volatile() };
+    // SAFETY: reads of the context's fields.
+    let here = unsafe { (*ctx.skb.skb).ifindex };
+    if hold == 0 || hold == here {
+        return None;
+    }
+    // SAFETY: a helper with plain arguments.
+    Some(unsafe { bpf_redirect(hold, 0) } as i32)
 }
 
 #[inline(always)]

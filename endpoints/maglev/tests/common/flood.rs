@@ -1,0 +1,132 @@
+//! Numbered datagrams from many flows at a steady rate, and who got how many: every loss shows.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::net::{Net, V4, V6, eventually};
+
+/// Source ports, half of them IPv6.
+const FLOWS: usize = 64;
+
+/// Datagrams on their way.
+pub(crate) struct Flood {
+    stop: Arc<AtomicBool>,
+    sender: Option<JoinHandle<u64>>,
+    /// Received by target; target 1 is at 0.
+    received: Vec<Arc<AtomicU64>>,
+    receivers: Vec<JoinHandle<BTreeSet<u64>>>,
+}
+
+/// What became of them.
+#[derive(Debug)]
+pub(crate) struct Tally {
+    pub(crate) sent: u64,
+    /// Different numbers that arrived.
+    pub(crate) arrived: u64,
+    /// By target, with repetitions.
+    pub(crate) by_target: Vec<u64>,
+}
+
+impl Tally {
+    pub(crate) fn lost(&self) -> u64 {
+        self.sent - self.arrived
+    }
+}
+
+fn receiver(vip: IpAddr, port: u16) -> UdpSocket {
+    let socket = UdpSocket::bind((vip, port)).unwrap();
+    // Forced, because a busy machine may let a receiver wait longer than the usual limit lasts.
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &(16 << 20)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    socket
+}
+
+impl Flood {
+    /// `per_second` datagrams to a port of the VIPs, from the moment at which every one of `targets` listens.
+    pub(crate) fn start(net: &Net, targets: u8, port: u16, per_second: u64) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut flood = Flood { stop: stop.clone(), sender: None, received: Vec::new(), receivers: Vec::new() };
+        for n in 1..=targets {
+            let count: Arc<AtomicU64> = Arc::default();
+            flood.received.push(count.clone());
+            for vip in [IpAddr::V4(V4), IpAddr::V6(V6)] {
+                let socket = net.run(&format!("t{n}"), move || receiver(vip, port));
+                let (stop, count) = (stop.clone(), count.clone());
+                flood.receivers.push(std::thread::spawn(move || {
+                    let (mut numbers, mut buffer) = (BTreeSet::new(), [0; 64]);
+                    // Only an empty buffer after the end is the end.
+                    loop {
+                        let ended = stop.load(Ordering::SeqCst);
+                        match socket.recv(&mut buffer) {
+                            Ok(8) => {
+                                numbers.insert(u64::from_be_bytes(buffer[..8].try_into().unwrap()));
+                                count.fetch_add(1, Ordering::SeqCst);
+                            }
+                            Ok(_) => {}
+                            Err(_) if ended => return numbers,
+                            Err(_) => {}
+                        }
+                    }
+                }));
+            }
+        }
+        flood.sender = Some(net.within("c", move || send(&stop, port, per_second)));
+        flood
+    }
+
+    /// Received so far by a target (1...).
+    pub(crate) fn received(&self, target: usize) -> u64 {
+        self.received[target - 1].load(Ordering::SeqCst)
+    }
+
+    /// Waits until targets have received `more` datagrams since now, all together.
+    pub(crate) fn flows(&self, more: u64) {
+        let all = || self.received.iter().map(|r| r.load(Ordering::SeqCst)).sum::<u64>();
+        let before = all();
+        assert!(eventually(Duration::from_secs(20), || all() >= before + more), "{before}, then {}", all());
+    }
+
+    /// Ends it.
+    pub(crate) fn finish(self) -> Tally {
+        self.stop.store(true, Ordering::SeqCst);
+        let sent = self.sender.unwrap().join().unwrap();
+        let mut numbers = BTreeSet::new();
+        for receiver in self.receivers {
+            numbers.extend(receiver.join().unwrap());
+        }
+        let by_target = self.received.iter().map(|r| r.load(Ordering::SeqCst)).collect();
+        Tally { sent, arrived: numbers.len() as u64, by_target }
+    }
+}
+
+fn send(stop: &AtomicBool, port: u16, per_second: u64) -> u64 {
+    let sockets: Vec<UdpSocket> = (0..FLOWS)
+        .map(|n| {
+            let (any, vip): (&str, IpAddr) = if n % 2 == 0 { ("0.0.0.0:0", V4.into()) } else { ("[::]:0", V6.into()) };
+            let socket = UdpSocket::bind(any).unwrap();
+            socket.connect(SocketAddr::new(vip, port)).unwrap();
+            socket
+        })
+        .collect();
+    let (start, mut sent) = (Instant::now(), 0u64);
+    while !stop.load(Ordering::SeqCst) {
+        let due = (start.elapsed().as_secs_f64() * per_second as f64) as u64;
+        // After a pause of this thread not everything at once.
+        for _ in 0..due.saturating_sub(sent).min(50) {
+            // An ICMP error about an earlier datagram is told on the next call, which has then sent nothing.
+            let socket = &sockets[sent as usize % FLOWS];
+            if socket.send(&sent.to_be_bytes()).is_err() {
+                socket.send(&sent.to_be_bytes()).unwrap();
+            }
+            sent += 1;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // What is on its way has time to arrive before the receivers look at the end.
+    std::thread::sleep(Duration::from_millis(300));
+    sent
+}

@@ -1,0 +1,128 @@
+//! Next hops that change: no stale path, and no loss beyond the moment in which there is none.
+#![allow(clippy::unwrap_used)] // a test says what it expects by unwrapping it
+
+mod common;
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use common::BpfFs;
+use common::flood::Flood;
+use common::net::{Net, eventually, ip};
+use meridio_maglev::{Config, Engine, Flow, Protocol, Reason, Stream};
+
+const PORT: u16 = 4000;
+
+fn config() -> Config {
+    let vips = vec!["20.0.0.1/32".parse().unwrap(), "2000::1/128".parse().unwrap()];
+    Config {
+        vips: vips.clone(),
+        streams: vec![Stream { name: "s".into(), max_targets: 100, sctp_ports_only: false }],
+        flows: vec![Flow {
+            name: "f".into(),
+            stream: "s".into(),
+            destinations: vips,
+            protocols: vec![Protocol::Udp],
+            destination_ports: vec![(PORT, PORT)],
+            ..Flow::default()
+        }],
+        nats: vec![],
+    }
+}
+
+fn start() -> (Engine, Net, BpfFs) {
+    let (fs, net) = (BpfFs::new(), Net::new(2));
+    let (settings, both) = (fs.settings(), net.targets(&[1, 2]));
+    let engine = net.run("l", move || {
+        let mut engine = Engine::open(settings).unwrap();
+        engine.apply(&config(), &both).unwrap();
+        engine.attach("ext").unwrap();
+        engine
+    });
+    (engine, net, fs)
+}
+
+/// Rates at which the unresolved queue of the kernel (about 100 datagrams) is enough for the time that resolving takes.
+const RATE: u64 = 400;
+
+#[test]
+fn an_unresolved_neighbour_loses_nothing() {
+    let (engine, net, _fs) = start();
+    let flood = Flood::start(&net, 2, PORT, RATE);
+    flood.flows(50);
+    for _ in 0..20 {
+        for n in 1..=2 {
+            ip(&format!("-n {} neigh flush dev nsm{n}", net.name("l")));
+        }
+        flood.flows(20);
+    }
+    let tally = flood.finish();
+    assert_eq!(tally.lost(), 0, "{tally:?} {:?}", engine.reasons());
+}
+
+#[test]
+fn a_target_with_a_new_link_address_is_followed_at_once() {
+    let (engine, net, _fs) = start();
+    let flood = Flood::start(&net, 2, PORT, RATE);
+    flood.flows(50);
+    for n in 1..=3 {
+        // A target's interface tells its neighbours when its address changes (arp_notify, ndisc_notify), as NSM's do.
+        let notify = ["ipv4/conf/eth0/arp_notify", "ipv6/conf/eth0/ndisc_notify"];
+        net.run("t1", move || notify.iter().for_each(|k| std::fs::write(format!("/proc/sys/net/{k}"), "1").unwrap()));
+        ip(&format!("-n {} link set eth0 address 02:00:00:00:01:0{n}", net.name("t1")));
+        let before = flood.received(1);
+        assert!(eventually(Duration::from_secs(5), || flood.received(1) > before + 40), "no way to the new address");
+    }
+    let tally = flood.finish();
+    println!("{tally:?}");
+    // Frames that were on the cable to the old address.
+    assert!(tally.lost() <= RATE / 10, "{tally:?} {:?}", engine.reasons());
+}
+
+#[test]
+fn a_target_with_a_new_ip_address_is_reached_there_at_once() {
+    let (mut engine, net, _fs) = start();
+    let flood = Flood::start(&net, 2, PORT, RATE);
+    flood.flows(50);
+    let mut targets = net.targets(&[1, 2])["s"].clone();
+    let link = net.index("nsm1");
+    net.run("t1", || std::fs::write("/proc/sys/net/ipv4/conf/all/promote_secondaries", "1").unwrap());
+    for n in 3..6u8 {
+        ip(&format!("-n {} addr add 172.16.1.{n}/24 dev eth0", net.name("t1")));
+        targets.get_mut(&1).unwrap().v4 = Some((Ipv4Addr::new(172, 16, 1, n), link));
+        engine.set_targets("s", &targets).unwrap();
+        // From here on the old address is not used: it may go.
+        let old = if n == 3 { 2 } else { n - 1 };
+        flood.flows(5);
+        std::thread::sleep(Duration::from_millis(20));
+        ip(&format!("-n {} addr del 172.16.1.{old}/24 dev eth0", net.name("t1")));
+        ip(&format!("-n {} neigh flush dev nsm1", net.name("l")));
+        flood.flows(100);
+    }
+    let tally = flood.finish();
+    assert_eq!(tally.lost(), 0, "{tally:?} {:?}", engine.reasons());
+    assert!(tally.by_target[0] > 50);
+}
+
+#[test]
+fn a_link_that_flaps_costs_its_own_target_only_and_only_while_it_is_down() {
+    let (engine, net, _fs) = start();
+    let flood = Flood::start(&net, 2, PORT, RATE);
+    flood.flows(50);
+    for _ in 0..3 {
+        ip(&format!("-n {} link set nsm1 down", net.name("l")));
+        let other = flood.received(2);
+        assert!(eventually(Duration::from_secs(5), || flood.received(2) > other + 40), "the other target goes on");
+        ip(&format!("-n {} link set nsm1 up", net.name("l")));
+        // IPv6 addresses go with the link.
+        ip(&format!("-n {} addr replace fd00:1::1/64 dev nsm1 nodad", net.name("l")));
+        let before = flood.received(1);
+        assert!(eventually(Duration::from_secs(5), || flood.received(1) > before + 60), "and this one is back");
+    }
+    let tally = flood.finish();
+    println!("{tally:?} {:?}", engine.reasons());
+    assert!(tally.arrived > tally.sent / 2);
+    let reasons = engine.reasons().unwrap();
+    let count = |reason: Reason| reasons.iter().find(|(r, _)| *r == reason).unwrap().1.packets;
+    assert_eq!(count(Reason::Internal) + count(Reason::NoTarget), 0);
+}

@@ -1,0 +1,197 @@
+//! Nothing is lost while tables change, and while the process that changes them is killed, restarted, upgraded.
+#![allow(clippy::unwrap_used)] // a test says what it expects by unwrapping it
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::BpfFs;
+use common::flood::Flood;
+use common::net::Net;
+use meridio_maglev::{Config, Engine, Flow, LAYOUT_VERSION, Options, Protocol, Settings, Stream, Targets};
+
+const PORT: u16 = 4000;
+const RATE: u64 = 2_000;
+
+fn config(flows: u16) -> Config {
+    let vips = vec!["20.0.0.1/32".parse().unwrap(), "2000::1/128".parse().unwrap()];
+    let flow = |n: u16| Flow {
+        name: format!("f{n}"),
+        stream: "s".into(),
+        destinations: vips.clone(),
+        protocols: vec![Protocol::Udp],
+        destination_ports: vec![(PORT + n, PORT + n)],
+        ..Flow::default()
+    };
+    Config {
+        vips: vips.clone(),
+        streams: vec![Stream { name: "s".into(), max_targets: 100, sctp_ports_only: false }],
+        flows: (0..flows).map(flow).collect(),
+        nats: vec![],
+    }
+}
+
+fn only(net: &Net, which: &[u32]) -> Targets {
+    net.targets(which)["s"].clone()
+}
+
+#[test]
+fn swaps_lose_nothing_and_show_no_packet_a_table_that_is_not_in_use() {
+    let (fs, net) = (BpfFs::new(), Net::new(3));
+    let (settings, first) = (fs.settings(), net.targets(&[3]));
+    let mut engine = net.run("l", move || {
+        let mut engine = Engine::open(settings).unwrap();
+        engine.apply(&config(1), &first).unwrap();
+        engine.attach("ext").unwrap();
+        engine
+    });
+    let flood = Flood::start(&net, 3, PORT, RATE);
+    flood.flows(50);
+    assert!(flood.received(3) > 0);
+    let sets = [only(&net, &[1]), only(&net, &[1, 2]), only(&net, &[2])];
+    engine.set_targets("s", &sets[0]).unwrap();
+    flood.flows(200);
+    // The copy that said 3 is the one that is written next, and from then on nothing says 3.
+    let strays = flood.received(3);
+    let (started, mut swaps) = (Instant::now(), 0usize);
+    while started.elapsed() < Duration::from_secs(5) {
+        engine.set_targets("s", &sets[swaps % 3]).unwrap();
+        if swaps.is_multiple_of(10) {
+            // The classifier as well: other flows come and go.
+            let targets = [("s".to_owned(), sets[swaps % 3].clone())].into();
+            engine.apply(&config(1 + (swaps / 10 % 3) as u16), &targets).unwrap();
+        }
+        swaps += 1;
+    }
+    assert_eq!(flood.received(3), strays, "a target that is in no table");
+    let tally = flood.finish();
+    println!("{swaps} swaps: {tally:?}");
+    assert_eq!(tally.lost(), 0, "{tally:?}, {:?}", engine.reasons());
+    assert!(swaps > 30 && tally.sent > 1_000 && tally.by_target.iter().all(|n| *n > 0));
+}
+
+/// An engine in a process of its own, which changes targets without pause.
+struct Process(Child);
+
+impl Process {
+    fn start(net: &Net, directory: &Path, layout: u32) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "process", "--ignored", "--nocapture"])
+            .env("MERIDIO_TEST_DIR", directory)
+            .env("MERIDIO_TEST_LAYOUT", layout.to_string())
+            .env("MERIDIO_TEST_NETNS", format!("/run/netns/{}", net.name("l")))
+            .env("MERIDIO_TEST_LINKS", format!("{},{}", net.index("nsm1"), net.index("nsm2")))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let process = Process(child);
+        // The pipe stays open in this thread, so that the child can go on printing.
+        let (ready, is_ready) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok).filter(|line| line.contains("READY")) {
+                let _ = ready.send(line);
+            }
+        });
+        is_ready.recv_timeout(Duration::from_secs(60)).unwrap();
+        process
+    }
+}
+
+impl Drop for Process {
+    /// SIGKILL.
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+#[ignore = "the process that other tests start"]
+fn process() {
+    let Ok(directory) = std::env::var("MERIDIO_TEST_DIR") else { return };
+    let var = |name: &str| std::env::var(name).unwrap();
+    let netns = std::fs::File::open(var("MERIDIO_TEST_NETNS")).unwrap();
+    nix::sched::setns(netns.as_fd(), nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    let links: Vec<u32> = var("MERIDIO_TEST_LINKS").split(',').map(|n| n.parse().unwrap()).collect();
+    let target = |n: u32| {
+        let link = links[n as usize - 1];
+        let v4 = std::net::Ipv4Addr::new(172, 16, n as u8, 2);
+        let v6 = std::net::Ipv6Addr::new(0xfd00, n as u16, 0, 0, 0, 0, 0, 2);
+        (n, meridio_maglev::Target { v4: Some((v4, link)), v6: Some((v6, link)), mtu: 0 })
+    };
+    let sets: [Targets; 3] = [[target(1), target(2)].into(), [target(1)].into(), [target(2)].into()];
+    let mut kernel = Options::new(directory);
+    kernel.chunks = 16;
+    kernel.layout = var("MERIDIO_TEST_LAYOUT").parse().unwrap();
+    let mut engine = Engine::open(Settings { kernel, offset_start: 5000 }).unwrap();
+    let adopted = engine.adopted();
+    if !adopted {
+        engine.apply(&config(1), &[("s".to_owned(), sets[0].clone())].into()).unwrap();
+    }
+    engine.attach("ext").unwrap();
+    engine.detour().unwrap();
+    println!("READY {adopted}");
+    // Wherever the signal finds it, the kernel has to be left with something whole.
+    for n in 0.. {
+        engine.set_targets("s", &sets[n % 3]).unwrap();
+        if n % 4 == 0 {
+            engine.apply(&config(1 + (n % 3) as u16), &[("s".to_owned(), sets[n % 3].clone())].into()).unwrap();
+        }
+    }
+}
+
+fn versions(directory: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(directory).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn attached(net: &Net) -> String {
+    let show = |args: &str| {
+        let out = Command::new("tc").args(["-n", &net.name("l")]).args(args.split(' ')).output().unwrap();
+        String::from_utf8(out.stdout).unwrap()
+    };
+    show("filter show dev ext ingress") + &show("filter show dev ext egress") + &show("qdisc show dev ext clsact")
+}
+
+#[test]
+fn killed_restarted_and_upgraded_without_a_loss() {
+    let (fs, net) = (BpfFs::new(), Net::new(2));
+    let directory = fs.path();
+    // An older version, whose maps mean something else.
+    let old = Process::start(&net, &directory, LAYOUT_VERSION + 1_000);
+    let flood = Flood::start(&net, 2, PORT, RATE);
+    flood.flows(200);
+    drop(old);
+    flood.flows(200);
+    assert_eq!(versions(&directory), [format!("v{}", LAYOUT_VERSION + 1_000)]);
+    for round in 0..6 {
+        let process = Process::start(&net, &directory, LAYOUT_VERSION);
+        assert_eq!(versions(&directory), [format!("v{LAYOUT_VERSION}")], "the old maps are gone, round {round}");
+        std::thread::sleep(Duration::from_millis(37 * (round + 1)));
+        drop(process);
+        flood.flows(100);
+    }
+    let tally = flood.finish();
+    println!("{tally:?}");
+    assert_eq!(tally.lost(), 0, "{tally:?}");
+    assert!(tally.by_target.iter().all(|n| *n > 0));
+
+    // What a process that is killed leaves behind is what the next one takes away on request, and all of it.
+    assert!(attached(&net).contains("meridio"), "{}", attached(&net));
+    let dir = directory.clone();
+    net.run("l", move || Engine::remove(&dir, &["ext"]).unwrap());
+    assert_eq!(attached(&net), "");
+    assert!(versions(&directory).is_empty());
+    let links = Command::new("ip").args(["-n", &net.name("l"), "-o", "link"]).output().unwrap();
+    assert!(!String::from_utf8(links.stdout).unwrap().contains("mddetour"));
+    // Once more does no harm.
+    net.run("l", move || Engine::remove(&directory, &["ext"]).unwrap());
+}
