@@ -277,7 +277,7 @@ impl Engine {
                 self.swap(*number, ready).map_err(one)?;
             }
         }
-        self.switch_classifier(config, classifier, &counters).map_err(one)?;
+        self.switch_classifier(classifier, &counters).map_err(one)?;
         let gone: Vec<u32> = self.slots.keys().copied().filter(|n| !places.values().any(|p| p == n)).collect();
         if !gone.is_empty() {
             self.retired.wait(&self.kernel.grace).map_err(one)?;
@@ -407,12 +407,7 @@ impl Engine {
     }
 
     /// Writes flows to the generation that is not in use and switches to it.
-    fn switch_classifier(
-        &mut self,
-        config: &Config,
-        classifier: Classifier,
-        fresh: &[(u32, String)],
-    ) -> Result<(), Error> {
+    fn switch_classifier(&mut self, classifier: Classifier, fresh: &[(u32, String)]) -> Result<(), Error> {
         let new = 1 - (self.config.active & 1);
         self.retired.wait(&self.kernel.grace)?;
         for (index, name) in fresh {

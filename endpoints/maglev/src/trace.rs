@@ -1,7 +1,6 @@
 //! Switches the trace on and reads its events. It is off again when the tracer is dropped, and two seconds after it was killed.
 #![allow(unsafe_code)] // SAFETY: flock, poll, and the plain bytes of an event; each call says why.
 
-use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -13,6 +12,7 @@ use meridio_decision::layout::*;
 use crate::config::{Protocol, mapped_address};
 use crate::engine::failed;
 use crate::error::Error;
+use crate::grace::Grace;
 use crate::live::Live;
 use crate::sys::{self, RawMap};
 
@@ -97,7 +97,7 @@ fn words(bytes: [u8; 16]) -> [u64; 2] {
 fn masked(net: &IpNet) -> Masked {
     let length = net.prefix_len() as u32 + if net.addr().is_ipv4() { 96 } else { 0 };
     let mask = u128::MAX.checked_shl(128 - length).unwrap_or(0);
-    Masked { net: words(mapped_address(IpAddr::from(net.network()))), mask: words(mask.to_be_bytes()) }
+    Masked { net: words(mapped_address(net.network())), mask: words(mask.to_be_bytes()) }
 }
 
 /// A trace that is on.
@@ -132,7 +132,7 @@ impl Tracer {
         let mut tracer = Tracer { live, switch, entry, events, renewed: Instant::now(), lost, _lock: lock };
         // An earlier trace that was killed may still be on: off with it, and away with what it has left.
         tracer.write(0)?;
-        sys::grace_period();
+        Grace::new()?.wait().map_err(|e| Error::Map { name: "GRACE", reason: e.to_string() })?;
         while tracer.events.next().is_some() {}
         tracer.renew()?;
         Ok(tracer)
