@@ -14,7 +14,7 @@ use std::process::Command;
 use meridio_maglev::{Options, Settings};
 
 #[allow(unused_imports)] // each test uses some
-pub(crate) use generate::{Rng, frame, target};
+pub(crate) use generate::{Rng, config, frame, packet, target};
 
 /// A BPF file system mounted below a temporary directory, unmounted at the end.
 pub(crate) struct BpfFs {
