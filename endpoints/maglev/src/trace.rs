@@ -1,7 +1,6 @@
 //! Switches the trace on and reads its events. It is off again when the tracer is dropped, and two seconds after it was killed.
 #![allow(unsafe_code)] // SAFETY: flock, poll, and the plain bytes of an event; each call says why.
 
-use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -97,7 +96,7 @@ fn words(bytes: [u8; 16]) -> [u64; 2] {
 fn masked(net: &IpNet) -> Masked {
     let length = net.prefix_len() as u32 + if net.addr().is_ipv4() { 96 } else { 0 };
     let mask = u128::MAX.checked_shl(128 - length).unwrap_or(0);
-    Masked { net: words(mapped_address(IpAddr::from(net.network()))), mask: words(mask.to_be_bytes()) }
+    Masked { net: words(mapped_address(net.network())), mask: words(mask.to_be_bytes()) }
 }
 
 /// A trace that is on.

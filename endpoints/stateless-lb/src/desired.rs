@@ -31,28 +31,39 @@ pub(crate) struct Desired {
 
 /// The desired state, once everything has been told at least once.
 pub(crate) fn desired(inputs: &Inputs) -> Option<Desired> {
+    let (conduits, streams) = (inputs.conduits.as_ref()?, inputs.streams.as_ref()?);
+    let mut desired = configuration(inputs.vips.as_ref()?, conduits, streams, inputs.flows.as_ref()?);
+    targets(&mut desired, inputs.targets.as_ref()?, inputs.subnets.as_ref()?, &inputs.unreachable);
+    Some(desired)
+}
+
+/// Everything but the targets.
+pub(crate) fn configuration(
+    vips: &[nsp::Vip],
+    conduits: &[nsp::Conduit],
+    streams: &[nsp::Stream],
+    flows: &[nsp::Flow],
+) -> Desired {
     let mut desired = Desired::default();
-    vips(&mut desired, inputs.vips.as_ref()?);
-    let streams = inputs.streams.as_ref()?;
+    add_vips(&mut desired, vips);
     for stream in streams {
         let stream = model::Stream::from_nsp(stream);
         let stream = Stream { name: stream.name, max_targets: stream.max_targets, sctp_ports_only: false };
         desired.config.streams.push(stream);
     }
     desired.config.streams.sort();
-    for flow in inputs.flows.as_ref()? {
+    for flow in flows {
         add_flow(&mut desired, flow);
     }
     desired.config.flows.sort();
-    for conduit in inputs.conduits.as_ref()? {
+    for conduit in conduits {
         nats(&mut desired, conduit);
     }
     desired.faults.extend(desired.config.faults().iter().map(ToString::to_string));
-    targets(&mut desired, inputs.targets.as_ref()?, inputs.subnets.as_ref()?, &inputs.unreachable);
-    Some(desired)
+    desired
 }
 
-fn vips(desired: &mut Desired, vips: &[nsp::Vip]) {
+fn add_vips(desired: &mut Desired, vips: &[nsp::Vip]) {
     for vip in vips {
         match model::Vip::from_nsp(vip) {
             Ok(vip) => desired.config.vips.push(vip.address),

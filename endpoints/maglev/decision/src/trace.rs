@@ -87,9 +87,8 @@ mod tests {
         s
     }
 
-    fn net(address: [u8; 16], length: usize) -> Masked {
-        let mut mask = [0u8; 16];
-        (0..length).for_each(|bit| mask[bit / 8] |= 0x80 >> (bit % 8));
+    fn net(address: [u8; 16], length: u32) -> Masked {
+        let mask = u128::MAX.checked_shl(128 - length).unwrap_or(0).to_be_bytes();
         Masked { net: words(&address), mask: words(&mask) }
     }
 
