@@ -64,7 +64,9 @@ pub(crate) fn packets(path: &Path, most: usize) -> anyhow::Result<Vec<(usize, Re
                 starved = true;
                 reader.refill().map_err(|_| anyhow::anyhow!("{name}: cannot be read on"))?;
             }
-            Err(PcapError::Incomplete(_)) => bail!("{name}: ends within packet {}", packets.len() + 1),
+            Err(PcapError::Incomplete(_) | PcapError::UnexpectedEof) => {
+                bail!("{name}: ends within packet {}", packets.len() + 1)
+            }
             Err(_) => bail!("{name}: is damaged behind packet {}", packets.len()),
         }
     }
