@@ -9,6 +9,7 @@ mod error;
 pub mod grpc;
 pub mod health;
 pub mod logging;
+mod metrics;
 pub mod names;
 pub mod shutdown;
 #[cfg(feature = "storage")]
@@ -21,4 +22,5 @@ pub use duration::GoDuration;
 pub use error::Error;
 pub use grpc::{connect, serve};
 pub use health::{Health, Probe};
+pub use metrics::MetricsServer;
 pub use watch::{WatchEvent, watch_events, watch_loop};

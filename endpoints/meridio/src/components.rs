@@ -30,6 +30,12 @@ macro_rules! components {
             /// Shows the whole trench at work on this machine, in namespaces
             #[cfg(feature = "demo")]
             Demo(Box<meridio_demo::Settings>),
+            /// Says what becomes of a packet, and why: flow, row, target, or the reason for dropping it
+            #[cfg(feature = "stateless-lb")]
+            Why(Box<meridio_stateless_lb::inspect::why::Settings>),
+            /// Prints what becomes of the packets that pass a running load balancer
+            #[cfg(feature = "stateless-lb")]
+            Trace(Box<meridio_stateless_lb::inspect::trace::Settings>),
             /// Opens, closes and watches streams at the ambassador socket of a TAPA
             #[cfg(feature = "target")]
             #[command(subcommand)]
@@ -46,6 +52,10 @@ macro_rules! components {
                     )+
                     #[cfg(feature = "demo")]
                     Self::Demo(settings) => settings.validate(),
+                    #[cfg(feature = "stateless-lb")]
+                    Self::Why(settings) => settings.validate(),
+                    #[cfg(feature = "stateless-lb")]
+                    Self::Trace(settings) => settings.validate(),
                     #[cfg(feature = "target")]
                     Self::Target(_) => Vec::new(),
                 }
@@ -60,6 +70,8 @@ macro_rules! components {
                     )+
                     #[cfg(feature = "demo")]
                     Self::Demo(_) => None,
+                    #[cfg(feature = "stateless-lb")]
+                    Self::Why(_) | Self::Trace(_) => None,
                     #[cfg(feature = "target")]
                     Self::Target(_) => None,
                 }
@@ -74,6 +86,10 @@ macro_rules! components {
                     )+
                     #[cfg(feature = "demo")]
                     Self::Demo(settings) => meridio_demo::run(*settings, stop).await,
+                    #[cfg(feature = "stateless-lb")]
+                    Self::Why(settings) => meridio_stateless_lb::inspect::why::run(&settings),
+                    #[cfg(feature = "stateless-lb")]
+                    Self::Trace(settings) => meridio_stateless_lb::inspect::trace::run(*settings, stop).await,
                     #[cfg(feature = "target")]
                     Self::Target(target) => target.run(stop).await,
                 }

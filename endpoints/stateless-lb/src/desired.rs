@@ -33,9 +33,22 @@ pub(crate) struct Desired {
 ///
 /// `sctp_ports_only`: streams whose SCTP packets are spread by their ports alone.
 pub(crate) fn desired(inputs: &Inputs, sctp_ports_only: &[String]) -> Option<Desired> {
+    let (conduits, streams) = (inputs.conduits.as_ref()?, inputs.streams.as_ref()?);
+    let mut desired = configuration(inputs.vips.as_ref()?, conduits, streams, inputs.flows.as_ref()?, sctp_ports_only);
+    targets(&mut desired, inputs.targets.as_ref()?, inputs.subnets.as_ref()?, &inputs.unreachable);
+    Some(desired)
+}
+
+/// Everything but the targets.
+pub(crate) fn configuration(
+    vips: &[nsp::Vip],
+    conduits: &[nsp::Conduit],
+    streams: &[nsp::Stream],
+    flows: &[nsp::Flow],
+    sctp_ports_only: &[String],
+) -> Desired {
     let mut desired = Desired::default();
-    vips(&mut desired, inputs.vips.as_ref()?);
-    let streams = inputs.streams.as_ref()?;
+    add_vips(&mut desired, vips);
     for stream in streams {
         let stream = model::Stream::from_nsp(stream);
         let sctp_ports_only = sctp_ports_only.contains(&stream.name);
@@ -43,19 +56,18 @@ pub(crate) fn desired(inputs: &Inputs, sctp_ports_only: &[String]) -> Option<Des
         desired.config.streams.push(stream);
     }
     desired.config.streams.sort();
-    for flow in inputs.flows.as_ref()? {
+    for flow in flows {
         add_flow(&mut desired, flow);
     }
     desired.config.flows.sort();
-    for conduit in inputs.conduits.as_ref()? {
+    for conduit in conduits {
         nats(&mut desired, conduit);
     }
     desired.faults.extend(desired.config.faults().iter().map(ToString::to_string));
-    targets(&mut desired, inputs.targets.as_ref()?, inputs.subnets.as_ref()?, &inputs.unreachable);
-    Some(desired)
+    desired
 }
 
-fn vips(desired: &mut Desired, vips: &[nsp::Vip]) {
+fn add_vips(desired: &mut Desired, vips: &[nsp::Vip]) {
     for vip in vips {
         match model::Vip::from_nsp(vip) {
             Ok(vip) => desired.config.vips.push(vip.address),

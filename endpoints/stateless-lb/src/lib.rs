@@ -17,7 +17,9 @@ mod dataplane;
 mod desired;
 mod endpoint;
 mod inputs;
+pub mod inspect;
 mod links;
+mod metrics;
 mod routing;
 mod settings;
 mod watches;
@@ -67,6 +69,9 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     let shared = Shared::new();
     let mut tasks = JoinSet::new();
     let (prefix, external) = (settings.interface_prefix(), settings.external_interface.clone());
+    if settings.metrics_enabled {
+        tasks.spawn(metrics::run(settings.clone(), netns.clone(), health.clone(), stop.clone()));
+    }
     tasks.spawn(links::run(netns, prefix, external, shared.clone(), stop.clone()));
     // The data plane ends before the socket that tells the frontend about it.
     let told = CancellationToken::new();

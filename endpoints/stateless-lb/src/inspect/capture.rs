@@ -1,0 +1,156 @@
+//! Packets of a capture file (pcap or pcapng).
+
+use std::path::Path;
+
+use anyhow::{Context as _, bail};
+use pcap_parser::{Block, Linktype, PcapBlockOwned, PcapError, create_reader};
+
+use super::question::Packet;
+
+/// Read at a time; no packet of a capture is longer.
+const BUFFER: usize = 1 << 20;
+
+/// The first `most` packets: each with its number, or why it is none for a load balancer.
+///
+/// # Errors
+/// The file cannot be read, or is no capture.
+pub(crate) fn packets(path: &Path, most: usize) -> anyhow::Result<Vec<(usize, Result<Packet, String>)>> {
+    let name = path.display();
+    let file = std::fs::File::open(path).with_context(|| name.to_string())?;
+    let mut reader = match create_reader(BUFFER, file) {
+        Ok(reader) => reader,
+        Err(PcapError::Eof) => bail!("{name}: is empty"),
+        Err(_) => bail!("{name}: is neither pcap nor pcapng"),
+    };
+    let mut links: Vec<Linktype> = Vec::new();
+    let mut packets = Vec::new();
+    let mut starved = false;
+    while packets.len() < most {
+        match reader.next() {
+            Ok((length, block)) => {
+                starved = false;
+                let found = match &block {
+                    PcapBlockOwned::LegacyHeader(header) => {
+                        links = vec![header.network];
+                        None
+                    }
+                    PcapBlockOwned::Legacy(block) => Some((0, block.data, block.caplen)),
+                    PcapBlockOwned::NG(Block::SectionHeader(_)) => {
+                        links.clear();
+                        None
+                    }
+                    PcapBlockOwned::NG(Block::InterfaceDescription(description)) => {
+                        links.push(description.linktype);
+                        None
+                    }
+                    PcapBlockOwned::NG(Block::EnhancedPacket(block)) => {
+                        Some((block.if_id as usize, block.data, block.caplen))
+                    }
+                    PcapBlockOwned::NG(Block::SimplePacket(block)) => Some((0, block.data, block.data.len() as u32)),
+                    PcapBlockOwned::NG(_) => None,
+                };
+                if let Some((interface, data, captured)) = found {
+                    let data = data.get(..captured as usize).unwrap_or(data);
+                    let packet = match links.get(interface) {
+                        Some(link) => network(data, *link),
+                        None => Err("its interface is not described".to_owned()),
+                    };
+                    packets.push((packets.len() + 1, packet));
+                }
+                reader.consume(length);
+            }
+            Err(PcapError::Eof) => break,
+            Err(PcapError::Incomplete(_)) if !starved => {
+                starved = true;
+                reader.refill().map_err(|_| anyhow::anyhow!("{name}: cannot be read on"))?;
+            }
+            Err(PcapError::Incomplete(_) | PcapError::UnexpectedEof) => {
+                bail!("{name}: ends within packet {}", packets.len() + 1)
+            }
+            Err(_) => bail!("{name}: is damaged behind packet {}", packets.len()),
+        }
+    }
+    Ok(packets)
+}
+
+/// What lies behind the link-layer header, VLAN tags included.
+fn network(data: &[u8], link: Linktype) -> Result<Packet, String> {
+    let field = |at: usize| data.get(at..at + 2).map(|b| u16::from_be_bytes([b[0], b[1]]));
+    let short = || "is shorter than its link-layer header".to_owned();
+    // Where the Ethernet type stands, and where the packet begins.
+    let (mut kind, mut at) = match link {
+        Linktype::ETHERNET => (field(12).ok_or_else(short)?, 14),
+        Linktype::LINUX_SLL => (field(14).ok_or_else(short)?, 16),
+        Linktype::LINUX_SLL2 => (field(0).ok_or_else(short)?, 20),
+        Linktype::NULL | Linktype::LOOP => (by_version(data.get(4)).ok_or_else(short)?, 4),
+        Linktype::RAW | Linktype::IPV4 | Linktype::IPV6 | DLT_RAW => (by_version(data.first()).ok_or_else(short)?, 0),
+        other => return Err(format!("has link type {}, which is not known here", other.0)),
+    };
+    while matches!(kind, 0x8100 | 0x88a8 | 0x9100) {
+        kind = field(at + 2).ok_or_else(short)?;
+        at += 4;
+    }
+    match kind {
+        0x0800 | 0x86dd => Ok(Packet { ethertype: kind, bytes: data.get(at..).ok_or_else(short)?.to_vec() }),
+        other => Err(format!("is not IP but of Ethernet type {other:#06x}")),
+    }
+}
+
+/// What some systems write for [`Linktype::RAW`].
+const DLT_RAW: Linktype = Linktype(12);
+
+fn by_version(first: Option<&u8>) -> Option<u16> {
+    first.map(|byte| if byte >> 4 == 6 { 0x86dd } else { 0x0800 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::question::Question;
+    use super::*;
+
+    fn capture(link: u32, frames: &[Vec<u8>]) -> tempfile::NamedTempFile {
+        let mut bytes = [0xa1b2_c3d4u32.to_le_bytes(), [2, 0, 4, 0], [0; 4], [0; 4]].concat();
+        bytes.extend(65_535u32.to_le_bytes());
+        bytes.extend(link.to_le_bytes());
+        for frame in frames {
+            bytes.extend([0; 8]);
+            bytes.extend((frame.len() as u32).to_le_bytes());
+            bytes.extend((frame.len() as u32).to_le_bytes());
+            bytes.extend(frame);
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn frames_with_and_without_tags_and_raw_packets() {
+        let packet = Question::parse("udp 10.0.0.1:1 -> 20.0.0.1:2").unwrap().packet().unwrap();
+        let plain = [vec![0; 12], vec![0x08, 0], packet.bytes.clone()].concat();
+        let tagged = [vec![0; 12], vec![0x81, 0, 0, 100, 0x08, 0], packet.bytes.clone()].concat();
+        let arp = [vec![0; 12], vec![0x08, 6, 0, 1]].concat();
+        let file = capture(1, &[plain, tagged, arp, vec![0; 5]]);
+        let found = packets(file.path(), 10).unwrap();
+        assert_eq!(found[0], (1, Ok(packet.clone())));
+        assert_eq!(found[1], (2, Ok(packet.clone())));
+        assert!(found[2].1.as_ref().unwrap_err().contains("0x0806"));
+        assert!(found[3].1.is_err());
+        assert_eq!(packets(file.path(), 1).unwrap().len(), 1);
+        let raw = capture(101, std::slice::from_ref(&packet.bytes));
+        assert_eq!(packets(raw.path(), 10).unwrap(), [(1, Ok(packet))]);
+    }
+
+    #[test]
+    fn what_is_no_capture_is_named() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(packets(file.path(), 1).unwrap_err().to_string().ends_with("is empty"));
+        std::fs::write(file.path(), "this is no capture at all, whatever its name may say").unwrap();
+        assert!(packets(file.path(), 1).unwrap_err().to_string().contains("neither pcap nor pcapng"));
+        assert!(packets(Path::new("/nonexistent.pcap"), 1).is_err());
+        let packet = Question::parse("udp 10.0.0.1:1 -> 20.0.0.1:2").unwrap().packet().unwrap();
+        let whole = capture(101, &[packet.bytes]);
+        let bytes = std::fs::read(whole.path()).unwrap();
+        std::fs::write(file.path(), &bytes[..bytes.len() - 3]).unwrap();
+        assert!(packets(file.path(), 9).unwrap_err().to_string().contains("ends within packet 1"));
+    }
+}
