@@ -49,6 +49,8 @@ fn main() {
     }
     // Unstable flags on a stable compiler: build-std and the assembly of the eBPF target.
     command.env("RUSTC_BOOTSTRAP", "1").env("PATH", path);
+    // Else the linker turns each memset and memmove of a few bytes into a call of a loop over bytes.
+    command.env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_RUSTFLAGS", "-C link-arg=--disable-expand-memcpy-in-order");
     match command.status() {
         Ok(status) if status.success() => {}
         Ok(status) => fail(&format!("building the eBPF program failed ({status}), see above")),

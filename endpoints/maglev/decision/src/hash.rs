@@ -13,10 +13,8 @@ const fn mix(hash: u64, word: u64) -> u64 {
 
 #[inline(always)]
 fn halves(a: &[u8; 16]) -> (u64, u64) {
-    (
-        u64::from_be_bytes([a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]]),
-        u64::from_be_bytes([a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15]]),
-    )
+    let whole = u128::from_be_bytes(*a);
+    ((whole >> 64) as u64, whole as u64)
 }
 
 /// Hash of a packet's key. It has no seed that differs between load balancers, so that all of them agree.

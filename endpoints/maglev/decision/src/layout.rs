@@ -198,7 +198,7 @@ pub struct TargetEntry {
 }
 
 /// Identifies the fragments of one packet.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FragmentKey {
     /// Source address (IPv4 mapped into IPv6).
@@ -244,7 +244,7 @@ pub struct NatKey {
 }
 
 /// Key of the prefix maps: generation, then address (IPv4 mapped into IPv6).
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PrefixKey {
     /// Bits that count: [`PREFIX_KEY_BITS`] and the length of the prefix within 128 bits.

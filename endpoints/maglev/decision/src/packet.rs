@@ -63,7 +63,8 @@ pub enum Kind {
     Local,
 }
 
-/// The network header.
+/// The network header. Aligned with the addresses first, so that they are copied and hashed as words.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Network {
     /// Source address, IPv4 mapped into IPv6.
@@ -116,6 +117,12 @@ pub struct Transport {
     pub quote_l4: u32,
 }
 
+/// An IPv4 address within IPv6, put together as words.
+#[inline(always)]
+fn mapped(address: u32) -> [u8; 16] {
+    (0xffff_0000_0000u128 | address as u128).to_be_bytes()
+}
+
 /// Reads the fixed header at `offset` of a packet whose Ethernet type says `ethertype`; `false`: not IP, or not even a
 /// header.
 ///
@@ -131,8 +138,8 @@ pub fn network<P: Packet>(packet: &P, ethertype: u16, offset: u32, n: &mut Netwo
         let words = h[0] & 0x0f;
         let total = u16::from_be_bytes([h[2], h[3]]) as u32;
         let header = (words as u32) * 4;
-        n.src = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, h[12], h[13], h[14], h[15]];
-        n.dst = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, h[16], h[17], h[18], h[19]];
+        n.src = mapped(u32::from_be_bytes([h[12], h[13], h[14], h[15]]));
+        n.dst = mapped(u32::from_be_bytes([h[16], h[17], h[18], h[19]]));
         n.v6 = false;
         n.next = offset + header;
         n.protocol = h[9];
