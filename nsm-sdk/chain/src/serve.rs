@@ -9,10 +9,9 @@ use meridio_proto::nsm::{
     connection::monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
     networkservice::network_service_server::{NetworkService, NetworkServiceServer},
 };
-use nsm_transport::{ConnInfo, client_token};
-use std::time::Duration;
+use nsm_transport::{ConnInfo, client_token, grpc_timeout};
 use tokio::time::Instant;
-use tonic::{Request, Response, Status, metadata::MetadataMap, service::Routes};
+use tonic::{Request, Response, Status, service::Routes};
 
 /// Answers `networkservice.NetworkService` and `connection.MonitorConnection` from a chain and its hub.
 #[derive(Clone, Debug)]
@@ -55,23 +54,6 @@ pub fn context<M>(request: &Request<M>) -> Context {
     }
 }
 
-/// The `grpc-timeout` header: at most eight digits and a unit.
-fn grpc_timeout(metadata: &MetadataMap) -> Option<Duration> {
-    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
-    let unit = text.chars().next_back()?;
-    let digits = text.strip_suffix(unit).filter(|digits| digits.len() <= 8)?;
-    let value: u64 = digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok())??;
-    Some(match unit {
-        'H' => Duration::from_secs(value * 3600),
-        'M' => Duration::from_secs(value * 60),
-        'S' => Duration::from_secs(value),
-        'm' => Duration::from_millis(value),
-        'u' => Duration::from_micros(value),
-        'n' => Duration::from_nanos(value),
-        _ => return None,
-    })
-}
-
 #[tonic::async_trait]
 impl NetworkService for ChainService {
     async fn request(&self, request: Request<NetworkServiceRequest>) -> Result<Response<Connection>, Status> {
@@ -109,25 +91,5 @@ impl MonitorConnection for ChainService {
     ) -> Result<Response<EventStream>, Status> {
         let events = self.hub.subscribe(request.into_inner());
         Ok(Response::new(events.map(Ok::<ConnectionEvent, Status>).boxed()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn timeouts() {
-        let parse = |text: &str| {
-            let mut metadata = MetadataMap::new();
-            metadata.insert("grpc-timeout", text.parse().unwrap());
-            grpc_timeout(&metadata)
-        };
-        assert_eq!(parse("15S"), Some(Duration::from_secs(15)));
-        assert_eq!(parse("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
-        assert_eq!(parse("250m"), Some(Duration::from_millis(250)));
-        for bad in ["", "S", "15", "1.5S", "-1S", "123456789S", "5s", "5 S"] {
-            assert_eq!(parse(bad), None, "{bad}");
-        }
     }
 }

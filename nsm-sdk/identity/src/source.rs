@@ -5,7 +5,10 @@ use crate::{
     token::{Header, WireClaims},
     workload,
 };
-use rustls::{ClientConfig, ServerConfig};
+use rustls::{
+    ClientConfig, ServerConfig,
+    pki_types::{CertificateDer, UnixTime},
+};
 use std::{
     collections::HashMap,
     fmt,
@@ -114,6 +117,23 @@ impl X509Source {
         match &self.authorizer {
             Some(authorizer) => authorizer(id),
             None => self.shared.identity.borrow().svid.id().trust_domain() == id.trust_domain(),
+        }
+    }
+
+    /// Whether a client that shows this certificate chain, and has its key, is let in now; whose it is.
+    ///
+    /// # Errors
+    /// The certificate is none, names nobody, leads to no bundle, has ended, or its owner is not authorised.
+    pub fn trusts_client(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+    ) -> Result<SpiffeId, Error> {
+        let usage = webpki::KeyUsage::client_auth();
+        let id = self.identity().bundles.verify(leaf, intermediates, UnixTime::now(), usage)?;
+        match self.authorizes(&id) {
+            true => Ok(id),
+            false => Err(Error::Untrusted { id: id.to_string(), cause: "it is not authorised".into() }),
         }
     }
 

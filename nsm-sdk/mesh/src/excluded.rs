@@ -29,3 +29,33 @@ pub fn from_file(file: PathBuf) -> ExcludedPrefixes {
     });
     ExcludedPrefixes::new(receiver)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nsm_chain::{Chain, Connection, Context, NetworkServiceRequest, RequestCall};
+
+    // Conformance 97
+    #[tokio::test(start_paused = true)]
+    async fn the_file_is_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("excluded_prefixes.yaml");
+        let chain = Chain::builder().element(from_file(file.clone())).build();
+        let excluded = async || {
+            let connection = Connection { id: "c".into(), ..Default::default() };
+            let request = NetworkServiceRequest { connection: Some(connection), ..Default::default() };
+            let connection = chain.request(RequestCall::new(request, Context::new())).await.unwrap();
+            connection.context.unwrap().ip_context.unwrap().excluded_prefixes
+        };
+        assert!(excluded().await.is_empty(), "no file, no prefixes");
+        for (text, expected) in [
+            ("prefixes:\n- 10.0.0.0/8\n- fd00::/8\n", &["10.0.0.0/8", "fd00::/8"][..]),
+            ("prefixes:\n- 172.16.0.0/12\n", &["172.16.0.0/12"]),
+            ("garbage: [", &[]),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            tokio::time::sleep(2 * INTERVAL).await;
+            assert_eq!(excluded().await, expected);
+        }
+    }
+}

@@ -263,3 +263,6 @@ impl<V: Clone> Table<V> {
         self.with(|map| map.get(name).cloned())
     }
 }
+
+#[cfg(test)]
+mod tests;

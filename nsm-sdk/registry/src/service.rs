@@ -3,9 +3,8 @@
 use crate::{Call, Chain, ClientToken, Context, Event, Object, PathHandle, Query, RegistryPath};
 use futures_util::{StreamExt, stream::BoxStream};
 use meridio_proto::nsm::registry as wire;
-use nsm_transport::{ConnInfo, client_token};
-use std::time::Duration;
-use tonic::{Request, Response, Status, metadata::MetadataMap, service::Routes};
+use nsm_transport::{ConnInfo, client_token, grpc_timeout};
+use tonic::{Request, Response, Status, service::Routes};
 use wire::{
     NetworkService, NetworkServiceEndpoint,
     network_service_endpoint_registry_server::{NetworkServiceEndpointRegistry, NetworkServiceEndpointRegistryServer},
@@ -69,26 +68,10 @@ fn context<M>(request: &Request<M>) -> Context {
         path: Some(RegistryPath::read(metadata).map(PathHandle::new).unwrap_or_default()),
         ..Context::new()
     };
-    match timeout(metadata) {
+    match grpc_timeout(metadata) {
         Some(timeout) => ctx.with_timeout(timeout),
         None => ctx,
     }
-}
-
-/// `grpc-timeout`: up to eight digits and a unit.
-fn timeout(metadata: &MetadataMap) -> Option<Duration> {
-    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let value: u64 = digits.parse().ok()?;
-    Some(match unit {
-        "H" => Duration::from_secs(value.saturating_mul(3600)),
-        "M" => Duration::from_secs(value.saturating_mul(60)),
-        "S" => Duration::from_secs(value),
-        "m" => Duration::from_millis(value),
-        "u" => Duration::from_micros(value),
-        "n" => Duration::from_nanos(value),
-        _ => return None,
-    })
 }
 
 fn respond<M>(message: M, path: Option<PathHandle>) -> Response<M> {
@@ -167,23 +150,4 @@ pub fn add_routes(routes: Routes, services: Chain<NetworkService>, endpoints: Ch
     routes
         .add_service(NetworkServiceRegistryServer::new(Service::new(services)))
         .add_service(NetworkServiceEndpointRegistryServer::new(Service::new(endpoints)))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn deadlines_are_read() {
-        let read = |text: &str| {
-            let mut metadata = MetadataMap::new();
-            metadata.insert("grpc-timeout", text.parse().unwrap());
-            timeout(&metadata)
-        };
-        assert_eq!(read("15S"), Some(Duration::from_secs(15)));
-        assert_eq!(read("100m"), Some(Duration::from_millis(100)));
-        assert_eq!(read("m"), None);
-        assert_eq!(read("5x"), None);
-        assert_eq!(timeout(&MetadataMap::new()), None);
-    }
 }

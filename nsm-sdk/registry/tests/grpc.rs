@@ -215,6 +215,55 @@ async fn restarts_of_registry_and_manager_lose_nothing() {
     registry.stop().await;
 }
 
+// Conformance 110
+#[tokio::test(flavor = "multi_thread")]
+async fn metadata_of_other_peers_is_tolerated_or_refused_but_never_fatal() {
+    use meridio_proto::nsm::registry::{
+        NetworkServiceEndpointQuery, network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
+    };
+    let world = World::new();
+    let registry = world.registry("tcp://127.0.0.1:0").await;
+    let transport = Transport::new(world.source("x")).unwrap();
+    let link = transport.dial(&Address::parse(&registry.url).unwrap(), Duration::from_secs(5)).await.unwrap();
+    let mut raw = NetworkServiceEndpointRegistryClient::new(link.with_token());
+    let named = |name: &str, key: &'static str, value: &str| {
+        let mut call = tonic::Request::new(endpoint(name, "tcp://127.0.0.1:1"));
+        if !key.is_empty() {
+            call.metadata_mut().insert(key, value.parse().unwrap());
+        }
+        call
+    };
+    // Peers from before the path existed, and ones that send something else there: as if it were empty.
+    for (key, value) in [
+        ("", ""),
+        ("path", "garbage"),
+        ("path", "{}"),
+        ("path", r#"{"index":3}"#),
+        ("path", r#"{"Index":0,"PathSegments":null}"#),
+        ("grpc-timeout", "18446744073709551615S"),
+        ("grpc-timeout", "99999999H"),
+        ("grpc-timeout", "soon"),
+    ] {
+        let answer = raw.register(named("e", key, value)).await.unwrap_or_else(|status| panic!("{value}: {status}"));
+        let path = answer.metadata().get("path").unwrap().to_str().unwrap().to_owned();
+        assert!(path.starts_with(r#"{"Index":0,"PathSegments":[{"token":""#), "{path}");
+        assert_eq!(answer.into_inner().path_ids.len(), 2);
+    }
+    // What is readable and wrong is refused.
+    for (name, key, value) in [
+        ("e", "path", r#"{"Index":5,"PathSegments":[{"token":"x"}]}"#),
+        ("e", "path", r#"{"Index":18446744073709551615,"PathSegments":[{"token":"x"}]}"#),
+        ("", "", ""),
+    ] {
+        let status = raw.register(named(name, key, value)).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::InvalidArgument, "{value}: {status}");
+    }
+    let status = raw.find(NetworkServiceEndpointQuery::default()).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::InvalidArgument, "{status}");
+    raw.unregister(endpoint("e", "")).await.unwrap();
+    registry.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_name_is_denied_and_a_missing_token_too() {
     let world = World::new();

@@ -9,17 +9,20 @@
 
 mod address;
 mod credentials;
+mod deadline;
 mod error;
 mod fd;
 mod listener;
 mod serve;
 mod stream;
 mod transport;
+pub mod unauthenticated;
 
 pub use address::Address;
 pub use credentials::{
     ClientToken, PerRpcToken, TOKEN_EXPIRES_HEADER, TOKEN_HEADER, client_token, format_rfc3339, parse_rfc3339,
 };
+pub use deadline::grpc_timeout;
 pub use error::Error;
 pub use fd::{FdStream, FdTransceiver, inode_of};
 pub use listener::Listener;

@@ -92,3 +92,47 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o777))?;
     Ok(socket)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Conformance 108
+    #[tokio::test]
+    async fn folders_are_made_and_stale_sockets_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/b/nsm.io.sock");
+        let address = Address::Unix(path.clone());
+        let first = Listener::bind(&address).await.unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o777);
+        // A file of an earlier run, whoever still has it open.
+        let second = Listener::bind(&address).await.unwrap();
+        let (connected, accepted) = tokio::join!(tokio::net::UnixStream::connect(&path), second.accept());
+        assert!(connected.is_ok() && accepted.is_ok());
+        drop((first, second));
+        assert!(path.exists(), "the file stays, as with NSM");
+        Listener::bind(&address).await.unwrap();
+    }
+
+    // Conformance 108
+    #[tokio::test]
+    async fn a_file_that_is_no_socket_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("precious");
+        fs::write(&path, "data").unwrap();
+        let error = Listener::bind(&Address::Unix(path.clone())).await.unwrap_err();
+        assert!(error.to_string().contains("precious"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), b"data");
+    }
+
+    // Conformance 108
+    #[tokio::test]
+    async fn port_zero_becomes_the_real_port() {
+        let listener = Listener::bind(&Address::parse("tcp://127.0.0.1:0").unwrap()).await.unwrap();
+        let Address::Tcp(host) = listener.address().clone() else { panic!("{}", listener.address()) };
+        assert!(host.starts_with("127.0.0.1:") && !host.ends_with(":0"), "{host}");
+        let (connected, accepted) = tokio::join!(tokio::net::TcpStream::connect(host), listener.accept());
+        assert!(connected.is_ok() && accepted.is_ok());
+        assert!(Listener::bind(listener.address()).await.is_err(), "taken");
+    }
+}

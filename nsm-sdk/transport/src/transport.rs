@@ -223,3 +223,53 @@ pub(crate) fn chain(cause: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncReadExt;
+
+    /// Types of the HTTP/2 frames a client has sent within an hour without calls, and its preface.
+    async fn frames(transport: &Transport) -> Vec<u8> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("server.sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let address = Address::Unix(path);
+        let limit = Duration::from_secs(5);
+        let (link, accepted) = tokio::join!(transport.dial(&address, limit), listener.accept());
+        let (_link, (mut socket, _)) = (link.unwrap(), accepted.unwrap());
+        // Time is paused: an hour is over as soon as nobody has anything to do.
+        let mut bytes = Vec::new();
+        let _ = timeout(Duration::from_secs(3600), socket.read_to_end(&mut bytes)).await;
+        assert!(bytes.starts_with(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"));
+        let (mut types, mut rest) = (Vec::new(), &bytes[24..]);
+        while let [a, b, c, kind, _, _, _, _, _, after @ ..] = rest {
+            types.push(*kind);
+            rest = &after[u32::from_be_bytes([0, *a, *b, *c]) as usize..];
+        }
+        types
+    }
+
+    /// A grpc-go server with default settings answers pings with `too_many_pings`.
+    #[tokio::test(start_paused = true)]
+    async fn clients_send_no_pings_unless_told_so() {
+        const PING: u8 = 6;
+        let quiet = Transport::insecure();
+        let sent = frames(&quiet).await;
+        assert!(!sent.is_empty() && !sent.contains(&PING), "{sent:?}");
+        let pinging = quiet.with_keep_alive(Some(KeepAlive::default()));
+        let sent = frames(&pinging).await;
+        assert!(sent.contains(&PING), "{sent:?}");
+    }
+
+    /// Some servers refuse an authority that is a path.
+    #[test]
+    fn the_authority_is_an_ordinary_name() {
+        let endpoint = Transport::insecure().endpoint();
+        assert_eq!(endpoint.uri().authority().map(|authority| authority.as_str()), Some("localhost"));
+        let name = |text: &str| server_name(&Address::parse(text).unwrap()).to_str().into_owned();
+        assert_eq!(name("unix:///run/nsm.io.sock"), "localhost");
+        assert_eq!(name("tcp://registry.nsm:5002"), "registry.nsm");
+        assert_eq!(name("tcp://[::1]:5002"), "::1");
+    }
+}

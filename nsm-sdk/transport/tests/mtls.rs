@@ -172,6 +172,38 @@ async fn a_client_without_certificate_is_refused() {
     assert!(timeout(LIMIT, refused).await.unwrap().is_err());
 }
 
+/// grpc-go refuses connections that were not agreed to be HTTP/2, in both directions; so does this side.
+#[tokio::test]
+async fn both_sides_insist_on_http2() {
+    let authority = Authority::generate("example.org").unwrap();
+    let (client, server) = (source(&authority, "/client"), source(&authority, "/server"));
+    let served = serve(&transport(&server), true).await;
+    let Address::Tcp(host) = &served.address else { panic!() };
+    for protocols in [vec![], vec![b"http/1.1".to_vec()]] {
+        let mut config = (*client.client_config().unwrap()).clone();
+        config.alpn_protocols = protocols;
+        let socket = tokio::net::TcpStream::connect(host).await.unwrap();
+        let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
+        let refused = async {
+            let mut stream = connector.connect("localhost".try_into().unwrap(), socket).await?;
+            tokio::io::AsyncReadExt::read_u8(&mut stream).await
+        };
+        assert!(timeout(LIMIT, refused).await.unwrap().is_err());
+    }
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = Address::Tcp(listener.local_addr().unwrap().to_string());
+    let mut config = (*server.server_config().unwrap()).clone();
+    config.alpn_protocols.clear();
+    let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(config));
+    let accepting = tokio::spawn(async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        acceptor.accept(socket).await
+    });
+    let refused = transport(&client).dial(&address, LIMIT).await.unwrap_err().to_string();
+    assert!(refused.contains("h2"), "{refused}");
+    accepting.abort();
+}
+
 #[derive(Debug)]
 struct Anything;
 

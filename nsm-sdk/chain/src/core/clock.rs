@@ -30,3 +30,42 @@ pub fn from_timestamp(timestamp: &Timestamp) -> SystemTime {
 pub fn to_timestamp(time: SystemTime) -> Timestamp {
     Timestamp::from(time)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Conformance 107
+    #[tokio::test(start_paused = true)]
+    async fn wall_clock_time_follows_paused_time() {
+        let (start, second) = (now(), Duration::from_secs(1));
+        let near = |a: SystemTime, b: SystemTime| {
+            a.duration_since(b).unwrap_or_else(|before| before.duration()) < Duration::from_millis(500)
+        };
+        assert!(near(start, SystemTime::now()));
+        tokio::time::advance(3600 * second).await;
+        assert!(near(now(), start + 3600 * second));
+        // Timers due in the past, now and later.
+        assert_eq!(until(start), Duration::ZERO);
+        let before = Instant::now();
+        tokio::time::sleep(until(now())).await;
+        tokio::time::sleep(until(now() + 60 * second)).await;
+        // Timers have a resolution of a millisecond.
+        assert!(before.elapsed() < 61 * second && before.elapsed() > 59 * second);
+    }
+
+    // Conformance 107
+    #[test]
+    fn any_timestamp_is_a_time() {
+        let at = |seconds, nanos| from_timestamp(&Timestamp { seconds, nanos });
+        assert_eq!(at(5, 7), SystemTime::UNIX_EPOCH + Duration::new(5, 7));
+        assert_eq!(at(-1, -1), SystemTime::UNIX_EPOCH);
+        for seconds in [i64::MIN, 0, i64::MAX] {
+            for nanos in [i32::MIN, 0, i32::MAX] {
+                assert!(at(seconds, nanos) >= SystemTime::UNIX_EPOCH);
+            }
+        }
+        let time = SystemTime::UNIX_EPOCH + Duration::new(1_700_000_000, 5);
+        assert_eq!(from_timestamp(&to_timestamp(time)), time);
+    }
+}

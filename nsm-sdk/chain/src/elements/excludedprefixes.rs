@@ -1,4 +1,11 @@
-//! Ranges that no IPAM may hand out.
+//! Ranges that no IPAM may hand out: those of the node ([`ExcludedPrefixes`]), and what the other connections of a client
+//! have already ([`ExcludedPrefixesClient`]).
+
+mod awareness;
+mod client;
+
+pub use awareness::AwarenessGroups;
+pub use client::ExcludedPrefixesClient;
 
 use crate::{Connection, Element, Error, Next, RequestCall};
 use tokio::sync::watch;

@@ -2,6 +2,7 @@
 
 pub mod authorize;
 pub mod begin;
+pub mod cleanup;
 pub mod clientconn;
 pub mod clientinfo;
 pub mod clienturl;
@@ -15,6 +16,7 @@ pub mod heal;
 pub mod interfacename;
 pub mod ipam;
 pub mod kernel_mechanism;
+pub mod mechanismpriority;
 pub mod mechanisms;
 pub mod mechanismtranslation;
 pub mod metadata;

@@ -129,3 +129,6 @@ impl RemoteService for Local {
         Some(self.near.clone())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -61,4 +61,42 @@ mod tests {
         let connection = Connection { context: Some(context), ..Default::default() };
         assert_eq!(pairs(&connection), [("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap())]);
     }
+
+    fn connection(kind: &str, url: &str, src: &[&str], dst: &[&str]) -> Connection {
+        let texts = |list: &[&str]| list.iter().map(|text| (*text).to_owned()).collect();
+        let ip = IpContext { src_ip_addrs: texts(src), dst_ip_addrs: texts(dst), ..Default::default() };
+        let mechanism = super::super::preference("LOCAL", kind, &[("inodeURL", url.to_owned())]);
+        Connection {
+            mechanism: Some(mechanism),
+            context: Some(ConnectionContext { ip_context: Some(ip), ..Default::default() }),
+            ..Default::default()
+        }
+    }
+
+    // Conformance 102
+    #[tokio::test]
+    async fn alive_is_what_answers_for_every_pair() {
+        use std::os::fd::AsRawFd;
+        let (a, b) = crate::testing::joined_nodes("10.7.0.1".parse().unwrap(), "10.7.0.2".parse().unwrap()).await;
+        let url = format!("file:///proc/self/fd/{}", a.fd().as_raw_fd());
+        let second = Duration::from_secs(1);
+        let alive = async |connection: Connection, time| KernelLiveness.alive(&connection, time).await;
+        assert!(alive(connection("KERNEL", &url, &["10.7.0.1/24"], &["10.7.0.2/24"]), 5 * second).await);
+        // One of two pairs does not answer.
+        let half = connection("KERNEL", &url, &["10.7.0.1/24"], &["10.7.0.2/24", "10.7.0.3/24"]);
+        assert!(!alive(half, second).await);
+        // Nothing to ask, or nothing that could be asked: alive.
+        for (kind, src, dst) in [
+            ("KERNEL", &[][..], &["10.7.0.3"][..]),
+            ("KERNEL", &["10.7.0.1"], &[]),
+            ("KERNEL", &["10.7.0.1/24"], &["fd00::1/64"]),
+            ("MEMIF", &["10.7.0.1/24"], &["10.7.0.3/24"]),
+        ] {
+            assert!(alive(connection(kind, &url, src, dst), second).await, "{kind} {src:?} {dst:?}");
+        }
+        // A namespace that is gone takes its data path along.
+        let gone = connection("KERNEL", "file:///proc/self/fd/1000000", &["10.7.0.1/24"], &["10.7.0.2/24"]);
+        assert!(!alive(gone, second).await);
+        drop(b);
+    }
 }

@@ -105,6 +105,12 @@ impl Element for VxlanServer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::elements::KERNEL;
+    use nsm_chain::{Chain, Context, NetworkServiceRequest, elements::metadata::MetadataElement};
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    };
 
     #[test]
     fn parity_keeps_the_two_directions_apart() {
@@ -116,5 +122,65 @@ mod tests {
             assert_ne!(there, Some(0));
         }
         assert_eq!(choose(a, b, 4, &HashSet::from([4, 6])), Some(8));
+    }
+
+    /// Fails on demand.
+    struct Fails(Arc<AtomicBool>);
+
+    #[async_trait::async_trait]
+    impl Element for Fails {
+        fn name(&self) -> &'static str {
+            "fails"
+        }
+
+        async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+            match self.0.load(SeqCst) {
+                true => Err(Error::new("fails", call.id(), "told to fail")),
+                false => next.request(call).await,
+            }
+        }
+    }
+
+    // Conformance 87
+    #[tokio::test]
+    async fn identifiers_are_chosen_kept_and_freed() {
+        let (server, fails) =
+            (Arc::new(VxlanServer::new("10.0.0.2".parse().unwrap())), Arc::new(AtomicBool::new(false)));
+        let chain = Chain::builder()
+            .element(MetadataElement::new())
+            .element(server.clone())
+            .element(Fails(fails.clone()))
+            .build();
+        let request = async |id: &str, kind: &str, parameters: &[(&str, &str)]| {
+            let parameters = parameters.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            let mechanism = Mechanism { cls: "REMOTE".into(), r#type: kind.into(), parameters };
+            let connection = Connection { id: id.into(), mechanism: Some(mechanism), ..Default::default() };
+            let request = NetworkServiceRequest { connection: Some(connection), ..Default::default() };
+            let connection = chain.request(RequestCall::new(request, Context::new())).await?;
+            Ok::<_, Error>(connection.mechanism.unwrap_or_default().parameters)
+        };
+        let source = [("src_ip", "10.0.0.1"), ("src_port", "4789")];
+        let first = request("a", VXLAN, &source).await.unwrap();
+        assert_eq!((first["dst_ip"].as_str(), first["dst_port"].as_str()), ("10.0.0.2", "4789"));
+        assert_eq!(first["vni"].parse::<u32>().unwrap() % 2, 0);
+        // A refresh that does not say which keeps it; one that says which is obeyed.
+        assert_eq!(request("a", VXLAN, &source).await.unwrap()["vni"], first["vni"]);
+        let given = [source[0], source[1], ("vni", "77")];
+        assert_eq!(request("b", VXLAN, &given).await.unwrap()["vni"], "77");
+        assert_eq!(server.used().len(), 2);
+        // What is no VXLAN passes; what is none that can be is an error.
+        assert!(request("c", KERNEL, &[]).await.unwrap().is_empty());
+        request("d", VXLAN, &[]).await.unwrap_err();
+        request("d", VXLAN, &[("src_ip", "nowhere")]).await.unwrap_err();
+        // A first request that fails frees its identifier, a refresh that fails does not.
+        fails.store(true, SeqCst);
+        request("e", VXLAN, &source).await.unwrap_err();
+        request("a", VXLAN, &source).await.unwrap_err();
+        assert_eq!(server.used().len(), 2);
+        for id in ["a", "b", "c"] {
+            let connection = Connection { id: id.into(), ..Default::default() };
+            chain.close(CloseCall::new(connection, Context::new())).await.unwrap();
+        }
+        assert!(server.used().is_empty());
     }
 }

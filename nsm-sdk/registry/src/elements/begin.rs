@@ -30,11 +30,13 @@ struct Entry<T> {
 }
 
 struct State<T> {
+    /// The last registration; stays when an unregister has failed, for who tries again.
     registered: Option<Registered<T>>,
     /// The entry left the table: whoever waited for it starts anew.
     replaced: bool,
 }
 
+#[derive(Clone)]
 struct Registered<T> {
     object: T,
     ctx: Context,
@@ -85,10 +87,19 @@ impl<T: Object> Shared<T> {
         }
     }
 
-    fn forget(&self, name: &str, state: &mut State<T>) {
-        state.registered = None;
+    /// Takes the entry out of the table, unless a newer one of that name is there already. The caller holds it.
+    fn replace(&self, name: &str, entry: &Arc<Entry<T>>, state: &mut State<T>) {
         state.replaced = true;
-        self.entries.remove(name);
+        self.entries.with(|map| {
+            if map.get(name).is_some_and(|current| Arc::ptr_eq(current, entry)) {
+                map.remove(name);
+            }
+        });
+    }
+
+    fn forget(&self, name: &str, entry: &Arc<Entry<T>>, state: &mut State<T>) {
+        state.registered = None;
+        self.replace(name, entry, state);
     }
 
     /// Runs a registration; the caller holds the entry.
@@ -103,7 +114,7 @@ impl<T: Object> Shared<T> {
         let cancel = CancellationToken::new();
         *lock(&entry.cancel) = cancel.clone();
         call.ctx.cancel = Some(cancel);
-        call.ctx.factory = Some(Factory::new(EventFactory { shared: self.clone(), name: name.clone() }));
+        call.ctx.factory = Some(self.factory(&name, &entry));
         // A replay starts with the index of now, but with the tokens that the way down added.
         let index = call.ctx.path.as_ref().map(|path| path.get().index);
         let ctx = call.ctx.clone();
@@ -125,7 +136,7 @@ impl<T: Object> Shared<T> {
             }
             Err(error) => {
                 if state.registered.is_none() {
-                    self.forget(&name, &mut state);
+                    self.forget(&name, &entry, &mut state);
                 }
                 Err(error)
             }
@@ -136,6 +147,7 @@ impl<T: Object> Shared<T> {
         self: Arc<Self>,
         call: Call<T>,
         next: Next<T>,
+        entry: Arc<Entry<T>>,
         mut state: OwnedMutexGuard<State<T>>,
     ) -> Result<(), Error> {
         let name = call.message.name().to_owned();
@@ -144,8 +156,15 @@ impl<T: Object> Shared<T> {
             None => call,
         };
         let result = next.unregister(call).await;
-        self.forget(&name, &mut state);
+        match &result {
+            Ok(()) => self.forget(&name, &entry, &mut state),
+            Err(_) => self.replace(&name, &entry, &mut state),
+        }
         result
+    }
+
+    fn factory(self: &Arc<Self>, name: &str, entry: &Arc<Entry<T>>) -> Factory {
+        Factory::new(EventFactory { shared: self.clone(), name: name.to_owned(), entry: entry.clone() })
     }
 }
 
@@ -183,53 +202,57 @@ impl<T: Object> Element<T> for Begin<T> {
         let name = call.message.name().to_owned();
         // A registration that is still trying has lost its sense.
         lock(&self.shared.entry(&name).cancel).cancel();
-        let (_, mut state) = self.shared.lock(&name).await;
+        let (entry, mut state) = self.shared.lock(&name).await;
         if state.registered.is_none() && !self.forward_unknown {
-            self.shared.forget(&name, &mut state);
+            self.shared.forget(&name, &entry, &mut state);
             return Ok(());
         }
         if call.ctx.deadline.is_none() {
             call.ctx = call.ctx.with_timeout(UNREGISTER_TIMEOUT);
         }
-        call.ctx.factory = Some(Factory::new(EventFactory { shared: self.shared.clone(), name }));
-        apart(self.shared.clone().run_unregister(call, next, state)).await
+        call.ctx.factory = Some(self.shared.factory(&name, &entry));
+        apart(self.shared.clone().run_unregister(call, next, entry, state)).await
     }
 }
 
+/// Replays what was registered last under one entry: not what somebody registers under the same name after its end.
 struct EventFactory<T> {
     shared: Arc<Shared<T>>,
     name: String,
+    entry: Arc<Entry<T>>,
 }
 
 impl<T: Object> EventFactory<T> {
-    /// The entry, if the object is registered; its context with a deadline counted from now.
-    #[allow(clippy::type_complexity)]
-    async fn established(&self) -> Option<(Arc<Entry<T>>, OwnedMutexGuard<State<T>>, Call<T>, Next<T>)> {
-        let entry = self.shared.entries.get(&self.name)?;
-        let state = entry.state.clone().lock_owned().await;
-        if state.replaced {
-            return None;
-        }
-        let registered = state.registered.as_ref()?;
-        let mut ctx = registered.ctx.clone();
+    /// The last registration as a call, with a deadline counted from now.
+    fn call(registered: Registered<T>) -> (Call<T>, Next<T>) {
+        let mut ctx = registered.ctx;
         ctx.deadline = registered.timeout.map(|timeout| tokio::time::Instant::now() + timeout);
         ctx.path = ctx.path.map(|path| path.detached());
-        let call = Call::new(registered.object.clone(), ctx);
-        let next = registered.next.clone();
-        Some((entry, state, call, next))
+        (Call::new(registered.object, ctx), registered.next)
     }
 }
 
 #[async_trait::async_trait]
 impl<T: Object> Replay for EventFactory<T> {
     async fn register(&self) -> Result<(), Error> {
-        let Some((entry, state, call, next)) = self.established().await else { return Ok(()) };
-        apart(self.shared.clone().run_register(call, next, entry, state)).await.map(|_| ())
+        let state = self.entry.state.clone().lock_owned().await;
+        let Some(registered) = state.registered.clone().filter(|_| !state.replaced) else { return Ok(()) };
+        let (call, next) = Self::call(registered);
+        apart(self.shared.clone().run_register(call, next, self.entry.clone(), state)).await.map(|_| ())
     }
 
     async fn unregister(&self) -> Result<(), Error> {
-        let Some((_, state, mut call, next)) = self.established().await else { return Ok(()) };
-        call.ctx.factory = Some(Factory::new(Self { shared: self.shared.clone(), name: self.name.clone() }));
-        apart(self.shared.clone().run_unregister(call, next, state)).await
+        let mut state = self.entry.state.clone().lock_owned().await;
+        // An unregister that failed is tried again, unless the name has come back to life since.
+        if state.replaced && self.shared.entries.get(&self.name).is_some() {
+            state.registered = None;
+        }
+        let Some(registered) = state.registered.clone() else { return Ok(()) };
+        let (mut call, next) = Self::call(registered);
+        call.ctx.factory = Some(self.shared.factory(&self.name, &self.entry));
+        apart(self.shared.clone().run_unregister(call, next, self.entry.clone(), state)).await
     }
 }
+
+#[cfg(test)]
+mod tests;

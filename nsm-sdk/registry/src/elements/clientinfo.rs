@@ -49,3 +49,34 @@ impl Element<NetworkServiceEndpoint> for ClientInfo {
         next.register(call).await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Context;
+    use meridio_proto::nsm::registry::NetworkServiceLabels;
+    use std::sync::Arc;
+
+    // Conformance 120
+    #[tokio::test]
+    async fn each_service_gets_the_labels_it_does_not_have() {
+        let own = ["nodeName", "podName"].map(|key| (key.to_owned(), "mine".to_owned())).into();
+        let chain = Next::new(vec![Arc::new(ClientInfo::new(own))]);
+        let theirs = [("podName".to_owned(), "theirs".to_owned())].into();
+        let network_service_labels = [
+            ("a".to_owned(), NetworkServiceLabels { labels: theirs }),
+            ("b".to_owned(), NetworkServiceLabels::default()),
+        ];
+        let endpoint = NetworkServiceEndpoint {
+            name: "e".into(),
+            network_service_labels: network_service_labels.into(),
+            ..Default::default()
+        };
+        let labels = chain.register(Call::new(endpoint, Context::new())).await.unwrap().network_service_labels;
+        assert_eq!(
+            (labels["a"].labels["nodeName"].as_str(), labels["a"].labels["podName"].as_str()),
+            ("mine", "theirs")
+        );
+        assert_eq!((labels["b"].labels["nodeName"].as_str(), labels["b"].labels["podName"].as_str()), ("mine", "mine"));
+    }
+}

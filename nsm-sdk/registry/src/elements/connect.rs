@@ -206,3 +206,6 @@ impl<T: Object> Element<T> for Through<T> {
         result
     }
 }
+
+#[cfg(test)]
+mod tests;

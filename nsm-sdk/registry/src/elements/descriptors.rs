@@ -71,7 +71,12 @@ impl Files {
         deadline: Option<Instant>,
     ) -> Result<String, Error> {
         let fail = |cause: std::io::Error| {
-            Error::new(element, name, format_args!("the socket inode://{}/{}: {cause}", key.0, key.1))
+            let code = match cause.kind() {
+                std::io::ErrorKind::TimedOut => tonic::Code::DeadlineExceeded,
+                _ => tonic::Code::Unavailable,
+            };
+            let text = format_args!("the socket inode://{}/{}: {cause}", key.0, key.1).to_string();
+            Error::new(element, name, text).with_code(code)
         };
         let known = self.0.with(|files| files.get(name).filter(|held| held.key == key).map(Held::url));
         let url = match known {
@@ -251,52 +256,4 @@ impl Element<Endpoint> for RecvFdClient {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{Context, Next};
-    use std::os::unix::net::{UnixListener, UnixStream};
-
-    fn open(path: &std::path::Path) -> OwnedFd {
-        rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap()
-    }
-
-    #[test]
-    fn a_newer_socket_takes_the_place_of_the_older_one() {
-        let folder = tempfile::tempdir().unwrap();
-        let files = Files::default();
-        let mut urls = Vec::new();
-        for inode in 1..=2 {
-            let path = folder.path().join(format!("{inode}.sock"));
-            let listener = UnixListener::bind(&path).unwrap();
-            let url = files.put("e", (1, inode), open(&path)).unwrap();
-            UnixStream::connect(url.strip_prefix("unix://").unwrap()).unwrap();
-            listener.accept().unwrap();
-            urls.push(url);
-        }
-        assert_eq!(urls[0], urls[1]);
-    }
-
-    // Conformance 90
-    #[tokio::test]
-    async fn what_names_no_descriptor_passes() {
-        let chain = Next::new(vec![Arc::new(RecvFdServer::default())]);
-        let endpoint = Endpoint { name: "e".into(), url: "inode://1/2".into(), ..Default::default() };
-        let answer = chain.register(Call::new(endpoint.clone(), Context::new())).await.unwrap();
-        assert_eq!(answer, endpoint);
-        chain.unregister(Call::new(endpoint, Context::new())).await.unwrap();
-    }
-
-    #[test]
-    fn inode_urls() {
-        for (url, expected) in [
-            ("inode://4/4026532548", Some((4, 4026532548))),
-            ("inode://4", None),
-            ("inode://x/1", None),
-            ("unix:///a", None),
-        ] {
-            assert_eq!(parse_inode(url), expected, "{url}");
-        }
-        assert_eq!(socket_path("unix:///a/b"), Some("/a/b".into()));
-        assert_eq!(socket_path("tcp://127.0.0.1:1"), None);
-    }
-}
+mod tests;

@@ -177,4 +177,106 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(300)).await;
         assert_eq!(count.load(Ordering::SeqCst), 1);
     }
+
+    /// Registrations or unregistrations fail on demand.
+    #[derive(Default)]
+    struct Fails {
+        registrations: std::sync::atomic::AtomicBool,
+        removals: AtomicUsize,
+    }
+
+    #[async_trait::async_trait]
+    impl Element<NetworkServiceEndpoint> for Arc<Fails> {
+        fn name(&self) -> &'static str {
+            "fails"
+        }
+        async fn register(
+            &self,
+            call: Call<NetworkServiceEndpoint>,
+            next: Next<NetworkServiceEndpoint>,
+        ) -> Result<NetworkServiceEndpoint, Error> {
+            match self.registrations.load(Ordering::SeqCst) {
+                true => Err(Error::new("fails", "e", "told to fail")),
+                false => next.register(call).await,
+            }
+        }
+        async fn unregister(
+            &self,
+            call: Call<NetworkServiceEndpoint>,
+            next: Next<NetworkServiceEndpoint>,
+        ) -> Result<(), Error> {
+            match self.removals.load(Ordering::SeqCst) {
+                0 => next.unregister(call).await,
+                left => {
+                    self.removals.store(left - 1, Ordering::SeqCst);
+                    Err(Error::new("fails", "e", "told to fail"))
+                }
+            }
+        }
+    }
+
+    fn failing(life: Duration) -> (crate::Chain<NetworkServiceEndpoint>, Arc<Fails>, Arc<AtomicUsize>) {
+        let (fails, count) = (Arc::<Fails>::default(), Arc::new(AtomicUsize::new(0)));
+        let elements: Vec<Arc<dyn Element<_>>> = vec![
+            Arc::new(Begin::new()),
+            Arc::new(Expire::new(Some(life), Arc::default())),
+            Arc::new(fails.clone()),
+            Arc::new(Count(count.clone())),
+        ];
+        (Next::new(elements), fails, count)
+    }
+
+    // Conformance 113
+    #[tokio::test(start_paused = true)]
+    async fn a_failing_refresh_does_not_prolong_its_life() {
+        let (chain, fails, count) = failing(Duration::from_secs(60));
+        chain.register(Call::new(endpoint(), Context::new())).await.unwrap();
+        fails.registrations.store(true, Ordering::SeqCst);
+        tokio::time::sleep(Duration::from_secs(40)).await;
+        chain.register(Call::new(endpoint(), Context::new())).await.unwrap_err();
+        tokio::time::sleep(Duration::from_secs(21)).await;
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+    }
+
+    // Conformance 113
+    #[tokio::test(start_paused = true)]
+    async fn a_removal_that_fails_is_tried_again() {
+        let (chain, fails, count) = failing(Duration::from_secs(60));
+        // By hand: it still expires.
+        fails.removals.store(1, Ordering::SeqCst);
+        chain.register(Call::new(endpoint(), Context::new())).await.unwrap();
+        chain.unregister(Call::new(endpoint(), Context::new())).await.unwrap_err();
+        assert_eq!(count.load(Ordering::SeqCst), 0);
+        tokio::time::sleep(Duration::from_secs(61)).await;
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+        // By expiry: until it works.
+        chain.register(Call::new(endpoint(), Context::new())).await.unwrap();
+        fails.removals.store(3, Ordering::SeqCst);
+        tokio::time::sleep(Duration::from_secs(62)).await;
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert_eq!(count.load(Ordering::SeqCst), 2);
+        // A name that is registered again in the meantime stays.
+        chain.register(Call::new(endpoint(), Context::new())).await.unwrap();
+        fails.removals.store(1, Ordering::SeqCst);
+        chain.unregister(Call::new(endpoint(), Context::new())).await.unwrap_err();
+        chain.register(Call::new(endpoint(), Context::new())).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(59)).await;
+        assert_eq!(count.load(Ordering::SeqCst), 2);
+    }
+
+    // Conformance 113
+    #[tokio::test]
+    async fn a_shorter_wish_and_a_shorter_answer_count() {
+        let at = |seconds: u64| SystemTime::now() + Duration::from_secs(seconds);
+        let (chain, _) = chain(Duration::from_secs(60));
+        let mut wish = endpoint();
+        wish.set_expiration(Some(at(20)));
+        let answer = chain.register(Call::new(wish, Context::new())).await.unwrap().expiration().unwrap();
+        assert!(answer <= at(20) && answer > at(15));
+        let token = Some(crate::ClientToken { jwt: String::new(), expires: at(10) });
+        let ctx = Context { token, own_expires: Some(at(600)), ..Context::new() };
+        let answer = chain.register(Call::new(endpoint(), ctx)).await.unwrap().expiration().unwrap();
+        assert!(answer <= at(10) && answer > at(5));
+    }
 }

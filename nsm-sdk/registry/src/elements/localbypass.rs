@@ -145,4 +145,61 @@ mod tests {
         restarted.unregister(call("h", "")).await.unwrap();
         assert!(registry.list(all(), Context::new()).await.unwrap().is_empty());
     }
+
+    // Conformance 118
+    #[tokio::test]
+    async fn a_watch_sees_local_urls_and_the_removal() {
+        let memory: Arc<dyn Element<_>> = Arc::new(Memory::new(Arc::new(MemoryStore::default())));
+        let registry = Next::new(vec![memory.clone()]);
+        let manager = Next::new(vec![Arc::new(LocalBypass::new("tcp://m")), memory]);
+        let query = Query::watch(NetworkServiceEndpoint::default());
+        let mut watch = manager.find(Call::new(query, Context::new())).await.unwrap();
+        for url in ["unix:///e", "unix:///f"] {
+            manager.register(call("e", url)).await.unwrap();
+            let event = watch.next().await.unwrap().unwrap();
+            assert_eq!((event.object.url.as_str(), event.deleted), (url, false));
+        }
+        // An endpoint of another node keeps the URL of its manager; one of this node that only the world knows is hidden.
+        registry.register(call("lost", "tcp://m")).await.unwrap();
+        registry.register(call("far", "tcp://n")).await.unwrap();
+        let event = watch.next().await.unwrap().unwrap();
+        assert_eq!((event.object.name.as_str(), event.object.url.as_str()), ("far", "tcp://n"));
+        manager.unregister(call("e", "")).await.unwrap();
+        let event = watch.next().await.unwrap().unwrap();
+        assert!(event.deleted && event.object.name == "e");
+    }
+
+    /// A registry that takes its time.
+    struct Slow;
+
+    #[async_trait::async_trait]
+    impl Element<NetworkServiceEndpoint> for Slow {
+        fn name(&self) -> &'static str {
+            "slow"
+        }
+        async fn register(
+            &self,
+            call: Call<NetworkServiceEndpoint>,
+            next: Next<NetworkServiceEndpoint>,
+        ) -> Result<NetworkServiceEndpoint, Error> {
+            let answer = next.register(call).await;
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+            answer
+        }
+    }
+
+    // Conformance 118
+    #[tokio::test(start_paused = true)]
+    async fn what_a_slow_registry_announces_early_has_its_local_url() {
+        let memory: Arc<dyn Element<_>> = Arc::new(Memory::new(Arc::new(MemoryStore::default())));
+        let manager =
+            Next::new(vec![Arc::new(LocalBypass::new("tcp://m")) as Arc<dyn Element<_>>, Arc::new(Slow), memory]);
+        let query = Query::watch(NetworkServiceEndpoint::default());
+        let mut watch = manager.find(Call::new(query, Context::new())).await.unwrap();
+        let registering = tokio::spawn(async move { manager.register(call("e", "unix:///e")).await });
+        let event = watch.next().await.unwrap().unwrap();
+        assert_eq!(event.object.url, "unix:///e");
+        assert!(!registering.is_finished());
+        registering.await.unwrap().unwrap();
+    }
 }

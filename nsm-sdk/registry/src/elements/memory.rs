@@ -194,4 +194,31 @@ mod tests {
             };
         }
     }
+
+    // Conformance 117
+    #[tokio::test(flavor = "multi_thread")]
+    async fn every_registration_and_removal_is_observed_under_concurrency() {
+        const WRITERS: usize = 8;
+        const ROUNDS: usize = 10;
+        let chain = Next::new(vec![Arc::new(Memory::new(Arc::new(MemoryStore::default())))]);
+        let mut watch = chain.find(Call::new(Query::watch(endpoint("", "")), Context::new())).await.unwrap();
+        for n in 0..WRITERS {
+            let chain = chain.clone();
+            tokio::spawn(async move {
+                for round in 0..ROUNDS {
+                    chain.register(call(&n.to_string(), &round.to_string())).await.unwrap();
+                    chain.unregister(call(&n.to_string(), "")).await.unwrap();
+                }
+            });
+        }
+        let mut seen: BTreeMap<String, Vec<(String, bool)>> = BTreeMap::new();
+        for _ in 0..WRITERS * ROUNDS * 2 {
+            let event = tokio::time::timeout(std::time::Duration::from_secs(10), watch.next()).await.unwrap();
+            let event = event.unwrap().unwrap();
+            seen.entry(event.object.name).or_default().push((event.object.url, event.deleted));
+        }
+        let each: Vec<_> = (0..ROUNDS).flat_map(|n| [(n.to_string(), false), (n.to_string(), true)]).collect();
+        assert_eq!(seen.len(), WRITERS);
+        assert!(seen.values().all(|events| *events == each), "{seen:?}");
+    }
 }

@@ -81,17 +81,35 @@ mod tests {
 
     struct Fail(u32, AtomicU32);
 
+    impl Fail {
+        fn attempt(&self, ctx: &Context) -> Result<(), Error> {
+            assert_eq!(ctx.time_left(), Some(Duration::from_secs(15)));
+            match self.1.fetch_add(1, Ordering::SeqCst) {
+                tries if tries < self.0 => Err(Error::new("fail", "s", "not yet")),
+                _ => Ok(()),
+            }
+        }
+    }
+
     #[async_trait::async_trait]
     impl Element<NetworkService> for Fail {
         fn name(&self) -> &'static str {
             "fail"
         }
         async fn register(&self, call: Call<NetworkService>, _: Next<NetworkService>) -> Result<NetworkService, Error> {
-            assert_eq!(call.ctx.time_left(), Some(Duration::from_secs(15)));
-            match self.1.fetch_add(1, Ordering::SeqCst) {
-                tries if tries < self.0 => Err(Error::new("fail", "s", "not yet")),
-                _ => Ok(call.message),
-            }
+            self.attempt(&call.ctx)?;
+            Ok(call.message)
+        }
+        async fn find(
+            &self,
+            call: Call<Query<NetworkService>>,
+            next: Next<NetworkService>,
+        ) -> Result<Events<NetworkService>, Error> {
+            self.attempt(&call.ctx)?;
+            next.find(call).await
+        }
+        async fn unregister(&self, call: Call<NetworkService>, _: Next<NetworkService>) -> Result<(), Error> {
+            self.attempt(&call.ctx)
         }
     }
 
@@ -103,6 +121,8 @@ mod tests {
         };
         let call = || Call::new(NetworkService::default(), Context::new());
         chain(5).register(call()).await.unwrap();
+        chain(5).unregister(call()).await.unwrap();
+        assert!(chain(5).list(NetworkService::default(), Context::new()).await.unwrap().is_empty());
         let cancel = tokio_util::sync::CancellationToken::new();
         let ctx = Context { cancel: Some(cancel.clone()), ..Context::new() };
         tokio::spawn(async move {

@@ -132,3 +132,47 @@ async fn elements_are_layers_and_chains_are_services() {
     assert!(matches!(outcome, Outcome::Connection(connection) if connection.id == "c"));
     assert_eq!(log_of(&log), ">1 >2 <2 <1");
 }
+
+/// A limit stands around a chain, above `begin`: each hop has its own, so that a path over several of them never waits
+/// for itself.
+#[tokio::test(start_paused = true)]
+async fn a_limit_of_one_around_each_of_two_hops_does_not_deadlock() {
+    struct Busy(Arc<std::sync::atomic::AtomicU32>);
+    #[async_trait::async_trait]
+    impl Element for Busy {
+        fn name(&self) -> &'static str {
+            "busy"
+        }
+        async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+            assert_eq!(self.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0, "the limit is one");
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            let result = next.request(call).await;
+            self.0.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+            result
+        }
+    }
+    let hop = || {
+        let begin = crate::elements::begin::Begin::new(crate::Side::Server);
+        Chain::builder().element(begin).element(Busy(Arc::default()))
+    };
+    let far = Next::service(tower::limit::ConcurrencyLimit::new(hop().build(), 1));
+    /// Calls the next hop as a caller from outside would.
+    struct Call(Next);
+    #[async_trait::async_trait]
+    impl Element for Call {
+        fn name(&self) -> &'static str {
+            "call"
+        }
+        async fn request(&self, call: RequestCall, _: Next) -> Result<Connection, Error> {
+            self.0.request(RequestCall::new(call.message, Context::new())).await
+        }
+    }
+    let near = tower::limit::ConcurrencyLimit::new(hop().element(Call(far)).build(), 1);
+    let requests = (0..20).map(|n| {
+        let near = near.clone();
+        tokio::spawn(near.oneshot(Operation::Request(request_id(&n.to_string(), Context::new()))))
+    });
+    let all = futures_util::future::join_all(requests);
+    let all = tokio::time::timeout(std::time::Duration::from_secs(60), all).await.unwrap();
+    assert!(all.into_iter().all(|answer| answer.unwrap().is_ok()));
+}

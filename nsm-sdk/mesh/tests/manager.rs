@@ -1,0 +1,435 @@
+//! What clients live through behind managers and forwarders: deaths, restarts, late arrivals. Control plane only: forwarders
+//! here make no interfaces.
+
+#![allow(clippy::unwrap_used, reason = "a test states what it expects by unwrapping it")]
+
+mod sandbox;
+
+use meridio_proto::nsm::registry::network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient;
+use nsm_chain::{
+    Chain, Client, CloseCall, Connection, Element, Error, Next, RequestCall,
+    elements::{connect::ConnectServer, mechanismtranslation::MechanismTranslation},
+    remote::Grpc,
+};
+use nsm_registry::{NetworkServiceEndpoint, NetworkServiceLabels, RegistryClient};
+use nsm_transport::{Address, Transport};
+use sandbox::*;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+use tokio::time::{Instant, sleep, timeout};
+
+/// One node with one forwarder and the service.
+async fn node(world: &World, name: &str) -> (Manager, Forwarder) {
+    let manager = world.manager(name, None).await;
+    let forwarder = world.forwarder(&format!("fwd-{name}"), &manager, &[("p2p", "true")]).await;
+    world.service(&manager, service()).await;
+    (manager, forwarder)
+}
+
+/// The endpoint of the connection as the client knows it now.
+fn endpoint_of(client: &Client, id: &str) -> Option<String> {
+    let connection = client.connection(id)?;
+    connection.path?.path_segments.last().map(|segment| segment.name.clone())
+}
+
+async fn moves_to(client: &Client, id: &str, endpoint: &str) {
+    let there = || async { endpoint_of(client, id).as_deref() == Some(endpoint) };
+    eventually(&format!("the connection is at {endpoint}"), there).await;
+}
+
+// Conformance 42
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_dies_is_replaced_here_or_on_another_node() {
+    let world = World::new();
+    let registry = world.registry().await;
+    let (here, _fwd_here) = node(&world, "nsmgr-a").await;
+    let (there, _fwd_there) = node(&world, "nsmgr-b").await;
+    for (id, at) in [("local", &here), ("remote", &there)] {
+        let first = world.endpoint(&format!("{id}-1"), at).await;
+        let client = world.client("nsc", &here, None);
+        let connection = client.request(request(id), TIMEOUT).await.unwrap();
+        let segments = if id == "local" { 4 } else { 6 };
+        assert_eq!(
+            (names(&connection).len(), *names(&connection).last().unwrap()),
+            (segments, &*first.registration.name)
+        );
+        first.remove().await;
+        let second = world.endpoint(&format!("{id}-2"), at).await;
+        moves_to(&client, id, &second.registration.name).await;
+        assert_eq!(second.endpoint.hub().connections().len(), 1);
+        let connection = client.connection(id).unwrap();
+        let refreshed = client.request(again(&connection), TIMEOUT).await.unwrap();
+        assert_eq!(ids(&refreshed), ids(&connection));
+        client.close(connection, TIMEOUT).await.unwrap();
+        assert_eq!((second.seen.closes(), second.endpoint.hub().connections().len()), (1, 0));
+        second.remove().await;
+    }
+    registry.kill().await;
+}
+
+// Conformance 43, 44
+#[tokio::test(flavor = "multi_thread")]
+async fn a_living_data_path_keeps_the_endpoint_a_dead_one_does_not() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let (manager, _forwarder) = node(&world, "nsmgr").await;
+    let first = world.endpoint("nse-1", &manager).await;
+    let alive = Arc::new(AtomicBool::new(true));
+    let client = world.client("nsc", &manager, Some(&alive));
+    client.request(request("c"), TIMEOUT).await.unwrap();
+    let second = world.endpoint("nse-2", &manager).await;
+    first.process.kill().await;
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!((second.seen.requests(), endpoint_of(&client, "c").as_deref()), (0, Some("nse-1")));
+    alive.store(false, SeqCst);
+    moves_to(&client, "c", "nse-2").await;
+}
+
+// Conformance 45, 67
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forwarder_that_dies_is_replaced_and_the_endpoint_stays() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let (here, fwd_here) = node(&world, "nsmgr-a").await;
+    let (there, fwd_there) = node(&world, "nsmgr-b").await;
+    let nse = world.endpoint("nse", &there).await;
+    let client = world.client("nsc", &here, None);
+    let connection = client.request(request("c"), TIMEOUT).await.unwrap();
+    assert_eq!(names(&connection), ["nsc", "nsmgr-a", "fwd-nsmgr-a", "nsmgr-b", "fwd-nsmgr-b", "nse"]);
+    let uses = |position: usize, name: &'static str| {
+        let client = client.clone();
+        move || {
+            let at = client.connection("c").map(|connection| names(&connection).get(position) == Some(&name));
+            async move { at == Some(true) }
+        }
+    };
+    // Of this node: it leaves in order.
+    let _second = world.forwarder("fwd-a2", &here, &[("p2p", "true")]).await;
+    fwd_here.remove().await;
+    eventually("another forwarder of this node", uses(2, "fwd-a2")).await;
+    // Of the other node: it dies, and the registry still knows it.
+    let _third = world.forwarder("fwd-b2", &there, &[("p2p", "true")]).await;
+    fwd_there.kill().await;
+    eventually("another forwarder of the other node", uses(4, "fwd-b2")).await;
+    assert_eq!(nse.endpoint.hub().connections().len(), 1);
+    client.close(client.connection("c").unwrap(), TIMEOUT).await.unwrap();
+    assert!(nse.endpoint.hub().connections().is_empty());
+}
+
+// Conformance 46
+#[tokio::test(flavor = "multi_thread")]
+async fn when_a_node_dies_an_endpoint_of_a_third_one_takes_over() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let (here, _fwd_here) = node(&world, "nsmgr-a").await;
+    let (dies, fwd_dies) = node(&world, "nsmgr-b").await;
+    let (third, _fwd_third) = node(&world, "nsmgr-c").await;
+    let first = world.endpoint("nse-b", &dies).await;
+    let client = world.client("nsc", &here, None);
+    client.request(request("c"), TIMEOUT).await.unwrap();
+    let second = world.endpoint("nse-c", &third).await;
+    first.process.kill().await;
+    fwd_dies.kill().await;
+    dies.process.kill().await;
+    moves_to(&client, "c", "nse-c").await;
+    client.close(client.connection("c").unwrap(), TIMEOUT).await.unwrap();
+    assert_eq!(second.seen.closes(), 1);
+}
+
+// Conformance 47, 53
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_may_restart_or_die_under_connections() {
+    let world = World::new();
+    let registry = world.registry().await;
+    let (manager, _forwarder) = node(&world, "nsmgr").await;
+    let nse = world.endpoint("nse", &manager).await;
+    let alive = Arc::new(AtomicBool::new(true));
+    let client = world.client("nsc", &manager, Some(&alive));
+    let connection = client.request(request("c"), TIMEOUT).await.unwrap();
+
+    registry.kill().await;
+    let registry = world.registry().await;
+    let refreshed = client.request(again(&connection), TIMEOUT).await.unwrap();
+    assert_eq!(ids(&refreshed), ids(&connection));
+    let other = world.client("nsc-2", &manager, None).request(request("d"), TIMEOUT).await.unwrap();
+    assert_eq!(*names(&other).last().unwrap(), "nse");
+    assert_eq!(nse.endpoint.hub().connections().len(), 2);
+
+    registry.kill().await;
+    client.close(refreshed, TIMEOUT).await.unwrap();
+    assert_eq!((nse.seen.closes(), nse.endpoint.hub().connections().len()), (1, 1));
+}
+
+// Conformance 52
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restart_of_the_manager_a_reselect_closes_the_old_branch() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let (manager, forwarder) = node(&world, "nsmgr").await;
+    let nse = world.endpoint("nse", &manager).await;
+    let client = world.client("nsc", &manager, None);
+    client.request(request("c"), TIMEOUT).await.unwrap();
+    // The manager has forgotten the connection, so that the client's close ends there; the forwarder is told all the same.
+    let _manager = manager.restart(&world).await;
+    eventually("the connection was made anew", || async {
+        nse.seen.requests() == 2 && nse.endpoint.hub().connections().len() == 1
+    })
+    .await;
+    eventually("the client knows", || async { client.watch("c").borrow().is_up() }).await;
+    assert_eq!((forwarder.seen.closes(), nse.seen.closes()), (1, 1));
+    client.close(client.connection("c").unwrap(), TIMEOUT).await.unwrap();
+    assert_eq!((forwarder.seen.closes(), nse.seen.closes()), (2, 2));
+    assert!(forwarder.endpoint.hub().connections().is_empty() && nse.endpoint.hub().connections().is_empty());
+}
+
+// Conformance 53
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forwarder_that_comes_back_knows_nothing_and_everybody_else_cleans_up() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let (manager, forwarder) = node(&world, "nsmgr").await;
+    let nse = world.endpoint("nse", &manager).await;
+    let client = world.client("nsc", &manager, None);
+    client.request(request("c"), TIMEOUT).await.unwrap();
+    forwarder.kill().await;
+    let forwarder = world.forwarder("fwd-nsmgr", &manager, &[("p2p", "true")]).await;
+    eventually("the connection was made anew", || async { forwarder.endpoint.hub().connections().len() == 1 }).await;
+    eventually("the client knows", || async { client.watch("c").borrow().is_up() }).await;
+    // The endpoint was told to close the old branch although the forwarder had forgotten it.
+    assert_eq!((nse.seen.closes(), nse.endpoint.hub().connections().len()), (1, 1));
+    client.close(client.connection("c").unwrap(), TIMEOUT).await.unwrap();
+    assert_eq!((nse.seen.closes(), nse.endpoint.hub().connections().len()), (2, 0));
+}
+
+// Conformance 65
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_refresh_ends_in_one_close_and_a_new_connection() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let (manager, forwarder) = node(&world, "nsmgr").await;
+    let nse = world.endpoint("nse", &manager).await;
+    let client = world.client("nsc", &manager, None);
+    let connection = client.request(request("c"), TIMEOUT).await.unwrap();
+    forwarder.seen.refuse.store(true, SeqCst);
+    client.request(again(&connection), Duration::from_millis(200)).await.unwrap_err();
+    forwarder.seen.refuse.store(false, SeqCst);
+    eventually("it was made anew", || async {
+        nse.seen.requests() >= 2 && client.watch("c").borrow().is_up() && nse.endpoint.hub().connections().len() == 1
+    })
+    .await;
+    sleep(Duration::from_millis(500)).await;
+    assert_eq!((nse.seen.closes(), nse.seen.requests()), (1, 2));
+}
+
+// Conformance 73
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_whose_process_is_gone_disappears_before_its_token_ends() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let manager = world.manager("nsmgr", None).await;
+    let life = Duration::from_secs(4);
+    let transport = Transport::new(world.source("nse")).unwrap().with_max_token_lifetime(life);
+    let link = transport.dial(&Address::parse(&world.url("nsmgr")).unwrap(), TIMEOUT).await.unwrap();
+    let mut raw = NetworkServiceEndpointRegistryClient::new(link.with_token());
+    let endpoint = NetworkServiceEndpoint { name: "nse".into(), url: "tcp://127.0.0.1:9".into(), ..Default::default() };
+    let finder = RegistryClient::builder(world.url("nsmgr"), world.source("finder")).build().unwrap();
+    let there = || async { finder.find_nse(Default::default()).await.is_ok_and(|found| found.len() == 1) };
+    // As long as it is refreshed it stays.
+    let started = Instant::now();
+    for _ in 0..3 {
+        let mut call = tonic::Request::new(endpoint.clone());
+        call.set_timeout(Duration::from_secs(1));
+        raw.register(call).await.unwrap();
+        sleep(Duration::from_secs(2)).await;
+        assert!(there().await, "after {:?}", started.elapsed());
+    }
+    let last = Instant::now();
+    eventually("the endpoint is gone", || async { !there().await }).await;
+    assert!(last.elapsed() < life, "{:?}", last.elapsed());
+    drop(manager);
+}
+
+// Conformance 75
+#[tokio::test(flavor = "multi_thread")]
+async fn service_and_endpoint_may_appear_while_the_client_tries() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let here = world.manager("nsmgr-a", None).await;
+    let there = world.manager("nsmgr-b", None).await;
+    let client = world.client("nsc", &here, None);
+    let asking = tokio::spawn(async move { client.request(request("c"), TIMEOUT).await.map(|found| (client, found)) });
+    sleep(Duration::from_millis(200)).await;
+    assert!(!asking.is_finished());
+    world.service(&there, service()).await;
+    let _nse = world.endpoint("nse", &there).await;
+    let _forwarders = [
+        world.forwarder("fwd-b", &there, &[("p2p", "true")]).await,
+        world.forwarder("fwd-a", &here, &[("p2p", "true")]).await,
+    ];
+    let (_client, connection) = timeout(TIMEOUT, asking).await.unwrap().unwrap().unwrap();
+    assert_eq!(names(&connection), ["nsc", "nsmgr-a", "fwd-a", "nsmgr-b", "fwd-b", "nse"]);
+}
+
+// Conformance 76
+#[tokio::test(flavor = "multi_thread")]
+async fn busy_endpoints_are_passed_over() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let (here, _fwd_here) = node(&world, "nsmgr-a").await;
+    let (there, _fwd_there) = node(&world, "nsmgr-b").await;
+    let mut endpoints = Vec::new();
+    for n in 0..4 {
+        endpoints.push(world.endpoint(&format!("nse-{n}"), &there).await);
+    }
+    for free in [2, 0] {
+        for (n, nse) in endpoints.iter().enumerate() {
+            nse.seen.refuse.store(n != free, SeqCst);
+        }
+        let client = world.client("nsc", &here, None);
+        let connection = client.request(request(&format!("c{free}")), TIMEOUT).await.unwrap();
+        assert_eq!(*names(&connection).last().unwrap(), format!("nse-{free}"));
+        client.close(connection, TIMEOUT).await.unwrap();
+        assert_eq!(endpoints[free].endpoint.hub().connections().len(), 0);
+    }
+}
+
+// Conformance 77
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_restarts_is_waited_for_and_a_dead_one_is_an_error() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let (manager, _forwarder) = node(&world, "nsmgr").await;
+    let first = world.endpoint("nse", &manager).await;
+    first.process.kill().await;
+    let client = world.client("nsc", &manager, None);
+    let started = Instant::now();
+    let limit = Duration::from_secs(1);
+    let error = client.request(request("dead"), limit).await.unwrap_err();
+    assert!(started.elapsed() < limit + Duration::from_secs(1), "{error} after {:?}", started.elapsed());
+
+    let asking = tokio::spawn(async move { client.request(request("c"), TIMEOUT).await });
+    sleep(Duration::from_millis(300)).await;
+    assert!(!asking.is_finished());
+    let _second = world.endpoint("nse", &manager).await;
+    let connection = timeout(TIMEOUT, asking).await.unwrap().unwrap().unwrap();
+    assert_eq!(*names(&connection).last().unwrap(), "nse");
+}
+
+// Conformance 81
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_endpoint_may_bring_another_one_up() {
+    let world = Arc::new(World::new());
+    let _registry = world.registry().await;
+    let (manager, _forwarder) = node(&world, "nsmgr").await;
+    let full = world.endpoint("nse-1", &manager).await;
+    full.seen.refuse.store(true, SeqCst);
+    let client = world.client("nsc", &manager, None);
+    let asking = tokio::spawn(async move { client.request(request("c"), TIMEOUT).await.map(|found| (client, found)) });
+    eventually("the full endpoint was asked", || async { full.seen.requests() > 0 }).await;
+    let second = world.endpoint("nse-2", &manager).await;
+    let (client, connection) = timeout(TIMEOUT, asking).await.unwrap().unwrap().unwrap();
+    assert_eq!(*names(&connection).last().unwrap(), "nse-2");
+    client.request(again(&connection), TIMEOUT).await.unwrap();
+    assert_eq!(second.seen.requests(), 2);
+    client.close(connection, TIMEOUT).await.unwrap();
+    assert_eq!((second.seen.closes(), full.seen.closes()), (1, 0));
+}
+
+// Conformance 83
+#[tokio::test(flavor = "multi_thread")]
+async fn the_second_forwarder_gets_the_namespace_too() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let (manager, first) = node(&world, "nsmgr").await;
+    let second = world.forwarder("fwd-second", &manager, &[("p2p", "true")]).await;
+    let _nse = world.endpoint("nse", &manager).await;
+    for (refuses, serves) in [(&first, &second), (&second, &first)] {
+        refuses.seen.refuse.store(true, SeqCst);
+        serves.seen.refuse.store(false, SeqCst);
+        let client = world.client("nsc", &manager, None);
+        for n in 0..3 {
+            let connection = client.request(request(&format!("c{n}")), TIMEOUT).await.unwrap();
+            let inside = serves.seen.netns.lock().unwrap().clone().unwrap();
+            assert!(inside.starts_with("file:///proc/"), "{inside}");
+            client.close(connection, TIMEOUT).await.unwrap();
+        }
+    }
+    for forwarder in [&first, &second] {
+        let inside = forwarder.seen.netns.lock().unwrap().clone().unwrap();
+        assert!(inside.starts_with("file:///proc/"), "{inside}");
+        assert!(forwarder.endpoint.hub().connections().is_empty());
+    }
+}
+
+/// Passes connections on to the next stage: other labels, whatever endpoint matches them.
+struct Onward(&'static str);
+
+#[async_trait::async_trait]
+impl Element for Onward {
+    fn name(&self) -> &'static str {
+        "onward"
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let connection = call.connection_mut();
+        let labels = std::mem::replace(&mut connection.labels, [("app".to_owned(), self.0.to_owned())].into());
+        let own = std::mem::take(&mut connection.network_service_endpoint_name);
+        let mut connection = next.request(call).await?;
+        connection.labels = labels;
+        connection.network_service_endpoint_name = own;
+        Ok(connection)
+    }
+
+    async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
+        call.message.network_service_endpoint_name = String::new();
+        next.close(call).await
+    }
+}
+
+// Conformance 56, 79
+#[tokio::test(flavor = "multi_thread")]
+async fn passthrough_endpoints_add_four_segments_each() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let manager = world.manager("nsmgr", None).await;
+    let _forwarder = world.forwarder("fwd", &manager, &[("p2p", "true")]).await;
+    world.service(&manager, sandbox::passthrough_service(&["firewall", "filter"])).await;
+    let mut stages = Vec::new();
+    for (stage, label) in [("firewall", "firewall"), ("filter", "filter")] {
+        let client = Client::builder(stage, Arc::new(Grpc::new(world.transport(stage))))
+            .passthrough()
+            .url(world.url("nsmgr"))
+            .element(MechanismTranslation::new())
+            .element(Onward(label))
+            .element(nsm_chain::elements::kernel_mechanism::KernelClient::new())
+            .element(nsm_chain::elements::sendfd::SendFdClient)
+            .build();
+        let chain: Chain = client.chain().clone();
+        stages.push((stage, Arc::new(ConnectServer::new(chain)) as Arc<dyn Element>));
+    }
+    let mut endpoints = Vec::new();
+    for (name, onward) in stages {
+        endpoints.push(world.endpoint_with(name, &manager, vec![onward]).await);
+    }
+    endpoints.push(world.unregistered("nse", &manager).await);
+    for nse in &mut endpoints {
+        let app = [("app".to_owned(), nse.registration.name.clone())].into();
+        let labels = [(SERVICE.to_owned(), NetworkServiceLabels { labels: app })].into();
+        nse.registration.network_service_labels = labels;
+        nse.register().await;
+    }
+    let client = world.client("nsc", &manager, None);
+    let connection = client.request(request("c"), TIMEOUT).await.unwrap();
+    let stage = |name: &'static str| ["nsmgr", "fwd", name];
+    let expected: Vec<&str> = [&["nsc"][..], &stage("firewall"), &stage("filter"), &stage("nse")].concat();
+    assert_eq!(names(&connection), expected);
+    let refreshed = client.request(again(&connection), TIMEOUT).await.unwrap();
+    assert_eq!(ids(&refreshed), ids(&connection));
+    client.close(refreshed, TIMEOUT).await.unwrap();
+    assert!(endpoints.iter().all(|nse| nse.endpoint.hub().connections().is_empty()));
+}

@@ -1,0 +1,201 @@
+//! Early proofs and bad input where the kernel is involved: namespaces stay clean, descriptors arrive.
+
+#![allow(clippy::unwrap_used, reason = "a test states what it expects by unwrapping it")]
+
+mod sandbox;
+
+use nsm_chain::{
+    Client, Connection, Element, Endpoint, Error, IpContext, Mechanism, NetworkServiceRequest, Next, RequestCall, Side,
+    elements::{mechanisms::Mechanisms, null::Null, recvfd::RecvFdServer, sendfd::SendFdClient, sendfd::SendFdServer},
+    remote::Grpc,
+    token,
+};
+use nsm_kernel::Netns;
+use nsm_registry::{NetworkServiceEndpoint, RegistryClient};
+use sandbox::*;
+use std::{
+    os::fd::AsRawFd,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokio::time::sleep;
+use tonic::Code;
+
+fn kernel(url: String, name: &str) -> Mechanism {
+    let parameters = [("inodeURL".to_owned(), url), ("name".to_owned(), name.to_owned())].into();
+    Mechanism { cls: "LOCAL".into(), r#type: "KERNEL".into(), parameters }
+}
+
+fn url(netns: &Netns) -> String {
+    format!("file:///proc/self/fd/{}", netns.fd().as_raw_fd())
+}
+
+/// The endpoint's side: addresses, its own namespace, and time that it takes.
+struct Serve(Netns, Duration);
+
+#[async_trait::async_trait]
+impl Element for Serve {
+    fn name(&self) -> &'static str {
+        "serve"
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        sleep(self.1).await;
+        let connection = call.connection_mut();
+        connection.mechanism = Some(kernel(url(&self.0), "svc-1"));
+        connection.context.get_or_insert_default().ip_context = Some(IpContext {
+            src_ip_addrs: vec!["172.16.1.2/24".into()],
+            dst_ip_addrs: vec!["172.16.1.1/24".into()],
+            ..Default::default()
+        });
+        next.request(call).await
+    }
+}
+
+struct Scene {
+    world: World,
+    client_ns: Netns,
+    nse_ns: Netns,
+    endpoint: Endpoint,
+    client: Client,
+    _processes: (Process, Manager, Process),
+}
+
+/// A node with an endpoint that takes its time, and a client that tries once.
+async fn scene(delay: Duration) -> Scene {
+    let world = World::new();
+    let (node_ns, client_ns, nse_ns) =
+        (Netns::anonymous().unwrap(), Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+    let registry = world.registry().await;
+    let node = world.kernel_node("nsmgr", &node_ns).await;
+    world.service(&node, service()).await;
+    let endpoint = Endpoint::builder("nse", token::from_source(world.source("nse"), HOUR))
+        .element(Serve(nse_ns.clone(), delay))
+        .element(Mechanisms::new(Side::Server).with("KERNEL", Null))
+        .element(SendFdServer)
+        .build();
+    let process = world.serve("nse", &endpoint).await;
+    let registration = NetworkServiceEndpoint {
+        name: "nse".into(),
+        network_service_names: vec![SERVICE.into()],
+        url: world.url("nse"),
+        ..Default::default()
+    };
+    let registering = RegistryClient::builder(world.url("nsmgr"), world.source("nse")).build().unwrap();
+    registering.register_nse(registration).await.unwrap();
+    let client = Client::builder("nsc", Arc::new(Grpc::new(world.transport("nsc"))))
+        .url(world.url("nsmgr"))
+        .element(SendFdClient)
+        .build();
+    Scene { world, client_ns, nse_ns, endpoint, client, _processes: (registry, node, process) }
+}
+
+impl Scene {
+    async fn link(&self, netns: &Netns, name: &str) -> bool {
+        netns.netlink().await.unwrap().link_by_name(name).await.unwrap().is_some()
+    }
+
+    async fn is_clean(&self) -> bool {
+        !self.link(&self.client_ns, "nsm-0").await && !self.link(&self.nse_ns, "svc-1").await
+    }
+}
+
+fn asking(id: &str, mechanism: Mechanism) -> NetworkServiceRequest {
+    NetworkServiceRequest { mechanism_preferences: vec![mechanism], ..request(id) }
+}
+
+/// A caller that gives up while the endpoint still works leaves no interface behind, once it has said that it is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_request_leaves_no_interface() {
+    let scene = scene(Duration::from_millis(400)).await;
+    let offer = || kernel(url(&scene.client_ns), "nsm-0");
+    for _ in 0..3 {
+        let error = scene.client.request(asking("c", offer()), Duration::from_millis(50)).await.unwrap_err();
+        // Whose clock is first, the chain's or the transport's, says which of the two codes it is.
+        assert!(matches!(error.code(), Code::DeadlineExceeded | Code::Cancelled), "{error}");
+        // What was under way comes to its end, and what it made goes with it.
+        sleep(Duration::from_millis(600)).await;
+        eventually("the namespaces are clean", || scene.is_clean()).await;
+    }
+    // With enough time the same request works.
+    let connection = scene.client.request(asking("c", offer()), TIMEOUT).await.unwrap();
+    assert!(scene.link(&scene.client_ns, "nsm-0").await && scene.link(&scene.nse_ns, "svc-1").await);
+    scene.client.close(connection, TIMEOUT).await.unwrap();
+    assert!(scene.is_clean().await);
+}
+
+/// A descriptor that is no namespace is an error that says so, and a name that is too long is cut.
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_are_no_namespace_and_names_that_are_too_long() {
+    let scene = scene(Duration::ZERO).await;
+    let path = scene.world.path("file");
+    std::fs::write(&path, "").unwrap();
+    let file = kernel(format!("file://{}", path.display()), "nsm-0");
+    let error = scene.client.request(asking("c", file), TIMEOUT).await.unwrap_err();
+    println!("{error}");
+    assert!(scene.is_clean().await && scene.endpoint.hub().connections().is_empty());
+
+    let long = kernel(url(&scene.client_ns), "an-interface-name-that-is-too-long");
+    let connection = scene.client.request(asking("d", long), TIMEOUT).await.unwrap();
+    assert!(scene.link(&scene.client_ns, "an-interface-na").await);
+    scene.client.close(connection, TIMEOUT).await.unwrap();
+    assert!(!scene.link(&scene.client_ns, "an-interface-na").await);
+    // A name that no interface can have.
+    for name in ["a/b", "..", "a b"] {
+        let odd = kernel(url(&scene.client_ns), name);
+        scene.client.request(asking("e", odd), TIMEOUT).await.unwrap_err();
+        assert!(scene.is_clean().await && scene.endpoint.hub().connections().is_empty(), "{name}");
+    }
+}
+
+/// Notes the (device, inode) of each namespace that a request offers, opened as setns needs it.
+#[derive(Default)]
+struct Opened(Mutex<Vec<(u64, u64)>>);
+
+#[async_trait::async_trait]
+impl Element for Opened {
+    fn name(&self) -> &'static str {
+        "opened"
+    }
+
+    async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+        for offer in &call.message.mechanism_preferences {
+            let netns = Netns::from_url(&offer.parameters["inodeURL"]);
+            let netns = netns.map_err(|error| Error::new("opened", call.id(), error.to_string()))?;
+            // An O_PATH descriptor is no good for setns: from_url has opened it again.
+            netns.run(|| ()).await.map_err(|error| Error::new("opened", call.id(), error.to_string()))?;
+            let id = netns.id();
+            self.0.lock().unwrap().push((id.dev, id.ino));
+        }
+        next.request(call).await
+    }
+}
+
+/// 600 namespaces in one request, below TLS: each arrives with its inode, and can be entered.
+#[tokio::test(flavor = "multi_thread")]
+async fn six_hundred_namespaces_arrive_below_tls() {
+    const COUNT: usize = 600;
+    // Up to four descriptors each in this one process; the usual soft limit is 1024.
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
+    let world = World::new();
+    let opened = Arc::<Opened>::default();
+    let endpoint = Endpoint::builder("nse", token::from_source(world.source("nse"), HOUR))
+        .element(RecvFdServer::new())
+        .element(opened.clone())
+        .element(Mechanisms::new(Side::Server).with("KERNEL", Null))
+        .build();
+    let _process = world.serve("nse", &endpoint).await;
+    let client = Client::builder("nsc", Arc::new(Grpc::new(world.transport("nsc"))))
+        .url(world.url("nse"))
+        .element(SendFdClient)
+        .build();
+    let namespaces: Vec<_> = (0..COUNT).map(|_| Netns::anonymous().unwrap()).collect();
+    let mut many = request("c");
+    many.mechanism_preferences = namespaces.iter().map(|netns| kernel(url(netns), "nsm-0")).collect();
+    let connection = client.request(many, 3 * TIMEOUT).await.unwrap();
+    let expected: Vec<_> = namespaces.iter().map(|netns| (netns.id().dev, netns.id().ino)).collect();
+    assert_eq!(*opened.0.lock().unwrap(), expected);
+    client.close(connection, TIMEOUT).await.unwrap();
+}
