@@ -33,6 +33,18 @@ pub fn binary() -> Result<PathBuf> {
     Ok(binary)
 }
 
+/// An example program of the workspace, as `cargo test` of its crate builds it.
+///
+/// # Errors
+/// If it has not been built.
+pub fn example(name: &str) -> Result<PathBuf> {
+    let file = binary()?.with_file_name("examples").join(name);
+    if !file.is_file() {
+        bail!("{} does not exist: run cargo build -p nsm-sdk --examples first", file.display());
+    }
+    Ok(file)
+}
+
 /// What a stage with these trenches is made from.
 ///
 /// # Errors

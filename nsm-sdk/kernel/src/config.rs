@@ -218,6 +218,12 @@ fn set_missing(wanted: &[Route], have: &[Route], steps: &mut Vec<Step>) {
     steps.extend(missing.map(|w| Step::SetRoute(w.clone())));
 }
 
+/// Whether a rule may be one of a policy, by what it selects.
+fn of_a_policy(rule: &Rule) -> bool {
+    let source = rule.lookup && rule.from.is_some() && rule.to.is_none() && rule.mark.is_none();
+    source && policy_table(rule.table)
+}
+
 fn plan_policies(policies: &[Policy], seen: &Observed, steps: &mut Vec<Step>) {
     let index = seen.link.index;
     let in_table = |table: u32| seen.routes.iter().filter(move |r| r.table == table);
@@ -240,9 +246,8 @@ fn plan_policies(policies: &[Policy], seen: &Observed, steps: &mut Vec<Step>) {
         }
     }
     for rule in &seen.rules {
-        let source_rule = rule.lookup && rule.from.is_some() && rule.to.is_none() && rule.mark.is_none();
         let filled = in_table(rule.table).next().is_some();
-        if source_rule && filled && ours_or_empty(rule.table) && !kept.contains(&rule.table) {
+        if of_a_policy(rule) && filled && ours_or_empty(rule.table) && !kept.contains(&rule.table) {
             steps.push(Step::DeleteRule(rule.clone()));
             steps.extend(in_table(rule.table).map(|r| Step::DeleteRoute(r.clone())));
         }
@@ -252,11 +257,13 @@ fn plan_policies(policies: &[Policy], seen: &Observed, steps: &mut Vec<Step>) {
 async fn observe(netlink: &Netlink, name: &str, wanted: &InterfaceConfig) -> Result<Observed, Error> {
     let link = netlink.link_by_name(name).await?.ok_or_else(|| Error::NoLink(name.to_string()))?;
     let index = Some(link.index);
-    let policies = wanted.policies.is_some();
+    let rules = if wanted.policies.is_some() { netlink.rules().await? } else { Vec::new() };
+    // Only policies look into other tables, and a namespace with a thousand interfaces has many thousands of routes.
+    let all = wanted.policies.as_ref().is_some_and(|policies| !policies.is_empty()) || rules.iter().any(of_a_policy);
     Ok(Observed {
         addresses: if wanted.addresses.is_some() { netlink.addresses(index).await? } else { Vec::new() },
-        routes: netlink.routes(if policies { None } else { Some(TABLE_MAIN) }).await?,
-        rules: if policies { netlink.rules().await? } else { Vec::new() },
+        routes: if all { netlink.routes(None).await? } else { netlink.routes_over(TABLE_MAIN, link.index).await? },
+        rules,
         neighbours: if wanted.neighbours.is_empty() { Vec::new() } else { netlink.neighbours(index).await? },
         link,
     })
@@ -310,7 +317,11 @@ pub async fn clear_policies(netns: &Netns, interface: &str) -> Result<(), Error>
     let _alone = netns.configuring().await;
     let netlink = netns.netlink().await?;
     let Some(link) = netlink.link_by_name(interface).await? else { return Ok(()) };
-    let (routes, rules) = (netlink.routes(None).await?, netlink.rules().await?);
+    let rules = netlink.rules().await?;
+    if !rules.iter().any(of_a_policy) {
+        return Ok(());
+    }
+    let routes = netlink.routes(None).await?;
     let seen = Observed { addresses: Vec::new(), routes, rules, neighbours: Vec::new(), link };
     let mut steps = Vec::new();
     plan_policies(wanted.policies.as_deref().unwrap_or_default(), &seen, &mut steps);

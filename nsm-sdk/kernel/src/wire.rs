@@ -128,19 +128,29 @@ pub fn plan_vxlan(end: &End, tunnel: &VxlanParameters, links: &[Link]) -> Result
     Ok(WirePlan { delete_first: ours.iter().map(|l| l.index).collect(), ..Default::default() })
 }
 
-/// Sees to it that the wire exists, by adopting, replacing or making it; both ends are up afterwards.
-pub async fn ensure(wire: &Wire) -> Result<Made, Error> {
+/// Sees to it that the wire exists, by adopting, replacing or making it; both ends are up afterwards. `known` are the indexes that the
+/// ends of a veth had the last time: if they still fit, no other interface is looked at.
+pub async fn ensure(wire: &Wire, known: Option<(u32, u32)>) -> Result<Made, Error> {
     match wire {
-        Wire::Veth { client, endpoint } => ensure_veth(client, endpoint).await,
+        Wire::Veth { client, endpoint } => ensure_veth(client, endpoint, known).await,
         Wire::Vxlan { end, underlay, tunnel } => ensure_vxlan(end, underlay, tunnel).await,
     }
 }
 
-async fn ensure_veth(a: &End, b: &End) -> Result<Made, Error> {
+async fn ensure_veth(a: &End, b: &End, known: Option<(u32, u32)>) -> Result<Made, Error> {
     check_name(a)?;
     check_name(b)?;
     let (na, nb) = (a.netns.netlink().await?, b.netns.netlink().await?);
-    let plan = plan_veth(a, b, &na.links().await?, &nb.links().await?)?;
+    let mut plan = WirePlan::default();
+    if let Some((ia, ib)) = known
+        && let (Some(la), Some(lb)) = (na.link_by_index(ia).await?, nb.link_by_index(ib).await?)
+        && (&la.name, &lb.name) == (&a.name, &b.name)
+    {
+        plan = plan_veth(a, b, &[la], &[lb]).unwrap_or_default();
+    }
+    if plan.adopt.is_none() {
+        plan = plan_veth(a, b, &na.links().await?, &nb.links().await?)?;
+    }
     for index in &plan.delete_first {
         ignore_missing(na.link_delete(*index).await)?;
     }

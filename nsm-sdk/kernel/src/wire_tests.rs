@@ -60,17 +60,21 @@ async fn veth_is_made_once_and_adopted_after() {
     let (client, endpoint) = ends();
     let wire = Wire::Veth { client: client.clone(), endpoint: endpoint.clone() };
     let started = std::time::Instant::now();
-    let made = ensure(&wire).await.unwrap();
+    let made = ensure(&wire, None).await.unwrap();
     println!("veth made in {:?}", started.elapsed());
     assert!(made.created);
     let link = client.netns.netlink().await.unwrap().link_by_name("nsm-0").await.unwrap().unwrap();
     assert_eq!(link.alias, "server-id");
     assert_eq!(link.mac, Some(mac_from_seed("server-id")));
-    let again = ensure(&wire).await.unwrap();
+    let again = ensure(&wire, None).await.unwrap();
+    // Indexes of before are a short cut, and no more than that.
+    for known in [(made.first, made.second.unwrap()), (made.first, 1), (4000, 4000)] {
+        assert_eq!(ensure(&wire, Some(known)).await.unwrap(), again);
+    }
     assert_eq!(again, Made { created: false, ..made });
     // Another name on one side: the same interface.
     let renamed = End { name: "conduit-b".into(), ..endpoint.clone() };
-    assert_eq!(ensure(&Wire::Veth { client: client.clone(), endpoint: renamed }).await.unwrap(), again);
+    assert_eq!(ensure(&Wire::Veth { client: client.clone(), endpoint: renamed }, None).await.unwrap(), again);
     let netlink = endpoint.netns.netlink().await.unwrap();
     assert_eq!(
         netlink.link_by_name("conduit-b").await.unwrap().map(|l| (l.index, l.up)),
@@ -78,7 +82,7 @@ async fn veth_is_made_once_and_adopted_after() {
     );
     // One end in another namespace now: the pair is made anew.
     let elsewhere = End { netns: Netns::anonymous().unwrap(), ..endpoint };
-    let moved = ensure(&Wire::Veth { client: client.clone(), endpoint: elsewhere.clone() }).await.unwrap();
+    let moved = ensure(&Wire::Veth { client: client.clone(), endpoint: elsewhere.clone() }, None).await.unwrap();
     assert!(moved.created);
     assert!(remove_by_alias(&elsewhere.netns, &elsewhere.alias).await.unwrap());
     assert!(client.netns.netlink().await.unwrap().link_by_name("nsm-0").await.unwrap().is_none());

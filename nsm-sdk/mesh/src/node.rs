@@ -29,7 +29,7 @@ use nsm_identity::X509Source;
 use nsm_kernel::{
     Netns,
     elements::{
-        KERNEL, VXLAN,
+        KERNEL, NOOP, VXLAN,
         context::{ClientContext, ServerContext},
         vxlan::VxlanServer,
         wire::{WireClient, WireServer},
@@ -303,7 +303,7 @@ fn forwarder(config: &NodeConfig, tokens: Tokens, finder: Lookup, grpc: Arc<dyn 
         .element(receive)
         .element(SendFdClient)
         .build();
-    let mut mechanisms = Mechanisms::new(Side::Server).with(KERNEL, Null);
+    let mut mechanisms = Mechanisms::new(Side::Server).with(KERNEL, Null).with(NOOP, Null);
     if let Some(ip) = config.tunnel_ip {
         mechanisms = mechanisms.with(VXLAN, VxlanServer::new(ip));
     }

@@ -36,6 +36,7 @@ pub struct RegistryClient {
     service_reader: Chain<NetworkService>,
     endpoint_reader: Chain<NetworkServiceEndpoint>,
     grace: Duration,
+    patience: Option<Duration>,
 }
 
 /// Settings of a [`RegistryClient`].
@@ -46,6 +47,7 @@ pub struct Builder {
     dial_timeout: Duration,
     try_timeout: Duration,
     grace: Duration,
+    patience: Option<Duration>,
     info: ClientInfo,
 }
 
@@ -72,6 +74,12 @@ impl Builder {
     #[must_use]
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
+        self
+    }
+    /// How long a registration is tried before it fails with the last cause. Without it, for ever.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = Some(patience);
         self
     }
     /// Labels for the endpoints; by default NODE_NAME, POD_NAME and CLUSTER_NAME of the environment.
@@ -124,7 +132,14 @@ impl Builder {
             Arc::new(Connect),
         ]);
         let endpoint_reader = Chain::new(vec![dial, receive, Arc::new(Connect)]);
-        RegistryClient { services, endpoints, service_reader, endpoint_reader, grace: self.grace }
+        RegistryClient {
+            services,
+            endpoints,
+            service_reader,
+            endpoint_reader,
+            grace: self.grace,
+            patience: self.patience,
+        }
     }
 }
 
@@ -151,20 +166,21 @@ impl RegistryClient {
             dial_timeout: DIAL_TIMEOUT,
             try_timeout: TRY_TIMEOUT,
             grace: GRACE,
+            patience: None,
             info: ClientInfo::from_env(),
         }
     }
 
-    /// Registers a service and keeps it registered. Tries until it works: bound it with a timeout around, or end it
-    /// with [`RegistryClient::unregister_ns`].
+    /// Registers a service and keeps it registered. Tries until it works or the patience is over; [`RegistryClient::unregister_ns`]
+    /// ends it.
     pub async fn register_ns(&self, service: NetworkService) -> Result<NetworkService, Error> {
-        self.services.register(Call::new(service, Context::new())).await
+        self.services.register(Call::new(service, within(self.patience))).await
     }
 
     /// Registers an endpoint and keeps it registered, its socket's descriptor included if it is a unix URL. Tries until
-    /// it works, also when the future is dropped; [`RegistryClient::unregister_nse`] ends it.
+    /// it works or the patience is over, also when the future is dropped; [`RegistryClient::unregister_nse`] ends it.
     pub async fn register_nse(&self, endpoint: NetworkServiceEndpoint) -> Result<NetworkServiceEndpoint, Error> {
-        self.endpoints.register(Call::new(endpoint, Context::new())).await
+        self.endpoints.register(Call::new(endpoint, within(self.patience))).await
     }
 
     /// Removes a service; gives up after 15 s.

@@ -1,4 +1,4 @@
-//! What goes wrong in a chain: who said so, about which connection, and why.
+//! What goes wrong in a chain: who said so, in which process, about which connection, and why.
 
 use std::{fmt, sync::Arc};
 use tonic::{Code, Status};
@@ -9,6 +9,8 @@ use tonic::{Code, Status};
 /// whole way back. On the wire it becomes a [`Status`] with the same code and text.
 #[derive(Clone, Debug, thiserror::Error)]
 pub struct Error {
+    /// Name of the process, as on the path; empty as long as the error has not left its chain.
+    process: String,
     element: &'static str,
     connection: String,
     message: String,
@@ -24,6 +26,9 @@ impl fmt::Display for Error {
         if self.verbatim {
             return f.write_str(&self.message);
         }
+        if !self.process.is_empty() {
+            write!(f, "{}/", self.process)?;
+        }
         f.write_str(self.element)?;
         if !self.connection.is_empty() {
             write!(f, " (connection {})", self.connection)?;
@@ -36,6 +41,7 @@ impl Error {
     /// A failure with code UNKNOWN, which is what most NSM errors carry.
     pub fn new(element: &'static str, connection: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
+            process: String::new(),
             element,
             connection: connection.into(),
             message: message.into(),
@@ -70,6 +76,36 @@ impl Error {
             false => status.message().to_owned(),
         };
         Self { code, verbatim: !local, cause: Some(Arc::new(status)), ..Self::new(element, connection, message) }
+    }
+
+    /// The same with the name of the process, unless it has one or comes from another process. Whoever reads it far away knows
+    /// the processes of a path by these names.
+    #[must_use]
+    pub fn at(mut self, process: &str) -> Self {
+        if self.process.is_empty() && !self.verbatim {
+            process.clone_into(&mut self.process);
+        }
+        self
+    }
+
+    /// One error for many attempts. Attempts that failed alike are one; one error stays as it is, so that it does not get
+    /// longer with every hop that could not help.
+    pub(crate) fn many(element: &'static str, connection: &str, what: &str, errors: Vec<Error>) -> Self {
+        let code = errors.last().map_or(Code::Unknown, Error::code);
+        let mut different: Vec<(String, Error)> = Vec::new();
+        for error in errors {
+            let text = error.to_string();
+            if different.iter().all(|(known, _)| *known != text) {
+                different.push((text, error));
+            }
+        }
+        if different.len() > 1 || different.is_empty() {
+            let texts: Vec<String> = different.into_iter().map(|(text, _)| text).collect();
+            let message = if texts.is_empty() { what.to_owned() } else { format!("{what}: {}", texts.join("; ")) };
+            return Self::new(element, connection, message).with_code(code);
+        }
+        let (_, error) = different.remove(0);
+        error.with_code(code)
     }
 
     /// The deadline of the call has passed.
@@ -109,5 +145,39 @@ impl Error {
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         Status::new(error.code, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the next process makes of an error.
+    fn hop(error: Error) -> Error {
+        Error::remote("connect", "here", "unix:///next", error.into())
+    }
+
+    #[test]
+    fn one_sentence_however_many_hops() {
+        let first = Error::new("ipam", "c4", "no address is free").with_code(Code::ResourceExhausted).at("nse-1");
+        let mut error = first.at("not this one");
+        for process in ["forwarder", "manager", "client"] {
+            error = Error::many("discover", "c", "all have failed", vec![hop(error)]).at(process);
+        }
+        assert_eq!(error.to_string(), "nse-1/ipam (connection c4): no address is free");
+        assert_eq!(error.code(), Code::ResourceExhausted);
+    }
+
+    #[test]
+    fn attempts_that_failed_alike_are_one_the_others_are_listed() {
+        let failed = |why: &str| Error::new("dial", "c", why).with_code(Code::Unavailable);
+        let many = |errors| Error::many("roundrobin", "c", "all candidates have failed", errors);
+        let refused = many(vec![failed("refused"), failed("refused")]);
+        assert_eq!(refused.to_string(), "dial (connection c): refused");
+        let both = many(vec![failed("refused"), failed("late").with_code(Code::DeadlineExceeded), failed("refused")]);
+        let text = "roundrobin (connection c): all candidates have failed: \
+                    dial (connection c): refused; dial (connection c): late";
+        assert_eq!((both.to_string().as_str(), both.code()), (text, Code::Unavailable));
+        assert_eq!(many(Vec::new()).to_string(), "roundrobin (connection c): all candidates have failed");
     }
 }

@@ -1,6 +1,5 @@
 //! Finds a forwarder for a request.
 
-use super::roundrobin::all_failed;
 use crate::{
     CloseCall, Connection, Element, Error, Key, Next, RequestCall, Side, State, path,
     registry::{NetworkServiceEndpoint, Registry, endpoint, service},
@@ -84,7 +83,7 @@ impl Element for DiscoverForwarder {
                 Err(error) => errors.push(error),
             }
         }
-        Err(all_failed(NAME, call.id(), "all forwarders have failed", &errors))
+        Err(Error::many(NAME, call.id(), "all forwarders have failed", errors))
     }
 
     async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
@@ -180,7 +179,7 @@ mod tests {
         assert_eq!(*urls.0.lock().unwrap(), ["unix:///fwd-3", "xunix:///fwd-3", "unix:///fwd-1"]);
         spy.fail_requests(true);
         let error = chain.request(request_with(connection(State::ReselectRequested, ""))).await.unwrap_err();
-        assert!(error.message().starts_with("all forwarders have failed"));
+        assert!(error.to_string().contains("told to fail"), "one cause, as it is: {error}");
         assert_eq!(spy.requests(), 5);
     }
 }

@@ -43,9 +43,8 @@ impl Mechanisms {
     }
 }
 
-fn unsupported(id: &str, causes: &[String]) -> Error {
-    let text = "cannot support any of the requested mechanism";
-    Error::new(NAME, id, if causes.is_empty() { text.to_owned() } else { format!("{text}: {}", causes.join("; ")) })
+fn unsupported(id: &str, causes: Vec<Error>) -> Error {
+    Error::many(NAME, id, "cannot support any of the requested mechanism", causes)
 }
 
 #[async_trait::async_trait]
@@ -65,7 +64,6 @@ impl Element for Mechanisms {
             return Ok(connection);
         }
         let (mut causes, mut tried) = (Vec::new(), BTreeSet::new());
-        let mut code = tonic::Code::Unknown;
         for preference in call.message.mechanism_preferences.clone() {
             let Some(element) = self.elements.get(&preference.r#type) else { continue };
             // A client element lets the other side choose: one attempt covers all preferences of its type.
@@ -81,20 +79,14 @@ impl Element for Mechanisms {
                     self.note(&mut connection);
                     return Ok(connection);
                 }
-                Err(error) => {
-                    code = error.code();
-                    let text = error.to_string();
-                    if !causes.contains(&text) {
-                        causes.push(text);
-                    }
-                }
+                Err(error) => causes.push(error),
             }
         }
         if self.side == Side::Client && call.message.mechanism_preferences.is_empty() {
             // The client elements append the preferences themselves.
             return self.request_first(call, next).await;
         }
-        Err(unsupported(&id, &causes).with_code(code))
+        Err(unsupported(&id, causes))
     }
 
     async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
@@ -102,7 +94,7 @@ impl Element for Mechanisms {
         match kind.and_then(|kind| self.elements.get(kind)) {
             Some(element) => element.close(call, next).await,
             None => {
-                let error = unsupported(call.id(), &[]);
+                let error = unsupported(call.id(), Vec::new());
                 next.close(call).await.and(Err(error))
             }
         }
@@ -113,7 +105,7 @@ impl Mechanisms {
     /// A client without preferences offers what it supports.
     async fn request_first(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
         let id = call.id().to_owned();
-        let mut last = unsupported(&id, &[]);
+        let mut last = unsupported(&id, Vec::new());
         for element in self.elements.values() {
             match element.request(call.clone(), next.clone()).await {
                 Ok(mut connection) => {

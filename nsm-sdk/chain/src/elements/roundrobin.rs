@@ -21,14 +21,6 @@ impl RoundRobin {
     }
 }
 
-/// One error for many attempts: their texts, each once, under the code of the last.
-pub(crate) fn all_failed(element: &'static str, id: &str, what: &str, errors: &[Error]) -> Error {
-    let mut texts: Vec<String> = errors.iter().map(Error::to_string).collect();
-    texts.dedup();
-    let code = errors.last().map_or(tonic::Code::Unknown, Error::code);
-    Error::new(element, id, format!("{what}: {}", texts.join("; "))).with_code(code)
-}
-
 #[async_trait::async_trait]
 impl Element for RoundRobin {
     fn name(&self) -> &'static str {
@@ -51,6 +43,6 @@ impl Element for RoundRobin {
                 Err(error) => errors.push(error),
             }
         }
-        Err(all_failed(NAME, call.id(), "all candidates have failed", &errors))
+        Err(Error::many(NAME, call.id(), "all candidates have failed", errors))
     }
 }

@@ -21,8 +21,9 @@ impl UpdatePath {
     }
 
     fn advance(&self, connection: &mut Connection) -> Result<usize, Error> {
-        path::advance(connection, &self.name)
-            .map_err(|error| Error::new(NAME, &connection.id, error.to_string()).with_code(Code::InvalidArgument))
+        path::advance(connection, &self.name).map_err(|error| {
+            Error::new(NAME, &connection.id, error.to_string()).with_code(Code::InvalidArgument).at(&self.name)
+        })
     }
 }
 
@@ -37,14 +38,14 @@ impl Element for UpdatePath {
         let asked_before = !reselect && path::leads_through(&call.connection(), &self.name);
         let back = self.advance(call.connection_mut())?;
         call.ctx.refresh |= asked_before;
-        let mut connection = next.request(call).await?;
+        let mut connection = next.request(call).await.map_err(|error| error.at(&self.name))?;
         path::restore(&mut connection, back);
         Ok(connection)
     }
 
     async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
         self.advance(&mut call.message)?;
-        next.close(call).await
+        next.close(call).await.map_err(|error| error.at(&self.name))
     }
 }
 

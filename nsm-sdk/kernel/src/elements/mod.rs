@@ -34,6 +34,8 @@ use crate::{Error, Netns};
 pub const KERNEL: &str = "KERNEL";
 /// Mechanism type of tunnels to another node.
 pub const VXLAN: &str = "VXLAN";
+/// Mechanism type of connections that carry no packets: path, context and monitoring only.
+pub const NOOP: &str = "NOOP";
 /// Mechanism class of this node.
 pub const LOCAL: &str = "LOCAL";
 /// Mechanism class of other nodes.

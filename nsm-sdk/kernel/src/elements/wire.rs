@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use nsm_chain::{CloseCall, Connection, Element, Error, Key, Mechanism, Next, RequestCall, Side, unwind};
 
 use super::vxlan::PORT;
-use super::{KERNEL, LOCAL, REMOTE, VXLAN, address, first_id, interface_name, netns_of, parameter, preference};
+use super::{KERNEL, LOCAL, NOOP, REMOTE, VXLAN, address, first_id, interface_name, netns_of, parameter, preference};
 use crate::netlink::VxlanParameters;
 use crate::wire::{self, End, Wire};
 use crate::{Netns, NetnsId};
@@ -73,21 +73,24 @@ impl WireClient {
         WireClient { node, tunnel_ip, key: Key::new(Side::Client) }
     }
 
-    /// The mechanisms to offer to the next hop.
-    fn offer(&self, preferences: &mut Vec<Mechanism>) {
+    /// The mechanisms to offer to the next hop: what can be joined with the caller's.
+    fn offer(&self, inward: &Mechanism, preferences: &mut Vec<Mechanism>) {
         let mut add = |class: &str, kind: &str, parameters: &[(&str, String)]| {
             if !preferences.iter().any(|p| p.r#type == kind) {
                 preferences.push(preference(class, kind, parameters));
             }
         };
+        if inward.r#type == NOOP {
+            return add(LOCAL, NOOP, &[]);
+        }
         add(LOCAL, KERNEL, &[]);
         if let Some(ip) = self.tunnel_ip {
             add(REMOTE, VXLAN, &[("src_ip", ip.to_string()), ("src_port", PORT.to_string())]);
         }
     }
 
-    /// Which wire joins the two mechanisms of a connection.
-    fn wire(&self, inward: &Mechanism, connection: &Connection) -> Result<Wire, crate::Error> {
+    /// Which wire joins the two mechanisms of a connection; none where neither side wants to carry packets.
+    fn wire(&self, inward: &Mechanism, connection: &Connection) -> Result<Option<Wire>, crate::Error> {
         let none = Mechanism::default();
         let outward = connection.mechanism.as_ref().unwrap_or(&none);
         let id = first_id(connection);
@@ -96,12 +99,17 @@ impl WireClient {
             Ok::<_, crate::Error>(End { netns, name, alias })
         };
         match (inward.r#type.as_str(), outward.r#type.as_str()) {
-            (KERNEL, KERNEL) => Ok(Wire::Veth {
+            (NOOP, NOOP) => Ok(None),
+            (KERNEL, KERNEL) => Ok(Some(Wire::Veth {
                 client: end(inward, wire::client_alias(id))?,
                 endpoint: end(outward, wire::endpoint_alias(id))?,
-            }),
-            (KERNEL, VXLAN) => self.tunnel(end(inward, wire::client_alias(id))?, outward, ("src_ip", "dst_ip")),
-            (VXLAN, KERNEL) => self.tunnel(end(outward, wire::endpoint_alias(id))?, inward, ("dst_ip", "src_ip")),
+            })),
+            (KERNEL, VXLAN) => {
+                self.tunnel(end(inward, wire::client_alias(id))?, outward, ("src_ip", "dst_ip")).map(Some)
+            }
+            (VXLAN, KERNEL) => {
+                self.tunnel(end(outward, wire::endpoint_alias(id))?, inward, ("dst_ip", "src_ip")).map(Some)
+            }
             (a, b) => Err(crate::Error::Invalid(format!("no wire joins mechanism {a:?} with {b:?}"))),
         }
     }
@@ -148,7 +156,13 @@ impl WireClient {
         let stays = |k: &&Known| wire_ends(wire).iter().any(|e| (e.netns.id(), &e.alias) == (k.netns, &k.alias));
         let moved: Vec<_> = before.iter().filter(|k| !stays(k)).cloned().collect();
         self.remove(&moved).await?;
-        let made = wire::ensure(wire).await?;
+        let index =
+            |end: &End| before.iter().find(|k| (end.netns.id(), &end.alias) == (k.netns, &k.alias)).map(|k| k.index);
+        let known = match wire {
+            Wire::Veth { client, endpoint } => index(client).zip(index(endpoint)),
+            Wire::Vxlan { .. } => None,
+        };
+        let made = wire::ensure(wire, known).await?;
         let indexes = [Some(made.first), made.second];
         let mut known = Vec::new();
         for (end, index) in wire_ends(wire).into_iter().zip(indexes.into_iter().flatten()) {
@@ -192,13 +206,13 @@ impl Element for WireClient {
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
         let (postponed, id) = (call.ctx.postpone(), call.id().to_owned());
         let metadata = call.ctx.metadata(CLIENT, &id)?.clone();
-        let inward = call.ctx.extension::<Inward>();
-        self.offer(&mut call.message.mechanism_preferences);
+        let inward = call.ctx.extension::<Inward>().and_then(|i| i.0.clone()).unwrap_or_default();
+        self.offer(&inward, &mut call.message.mechanism_preferences);
         let mut connection = next.request(call).await?;
-        let inward = inward.as_deref().and_then(|i| i.0.clone()).unwrap_or_default();
         let before = metadata.get(&self.key).unwrap_or_default();
         let result = match self.wire(&inward, &connection) {
-            Ok(wire) => self.establish(&wire, &before).await,
+            Ok(Some(wire)) => self.establish(&wire, &before).await,
+            Ok(None) => self.remove(&before).await.map(|()| (Vec::new(), None)),
             Err(error) => Err(error),
         };
         match result {

@@ -140,6 +140,21 @@ async fn failure_closes_what_was_asked_for() {
     assert!(link(&client, "nsm-0").await.is_none());
 }
 
+#[tokio::test]
+async fn a_connection_may_do_without_packets() {
+    let (node, client) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+    let hop = Arc::new(NextHop(Mutex::new(preference(LOCAL, NOOP, &[])), Mutex::default()));
+    let chain = forwarder(&node, None, hop.clone());
+    let asked = || connection(preference(LOCAL, NOOP, &[]));
+    let answer = request(&chain, asked()).await.unwrap();
+    assert_eq!(answer.mechanism.unwrap().r#type, NOOP);
+    // Both sides have to agree on it.
+    let error = request(&chain, connection(kernel(&client, "nsm-0"))).await.unwrap_err();
+    assert!(error.to_string().contains("no wire joins mechanism \"KERNEL\" with \"NOOP\""), "{error}");
+    chain.close(Call::new(asked(), Context::new())).await.unwrap();
+    assert!(link(&client, "nsm-0").await.is_none());
+}
+
 /// Two nodes joined by a veth pair, a pod on each, both families as underlay in turn.
 #[tokio::test]
 async fn remote_connection_over_vxlan() {

@@ -253,12 +253,24 @@ fn hop_message(hop: &NextHop) -> RouteNextHop {
 impl Netlink {
     /// All routes of both families, or those of one table. A table that does not exist is empty.
     pub async fn routes(&self, table: Option<u32>) -> Result<Vec<Route>, Error> {
+        self.routes_like(table, None).await
+    }
+
+    /// The routes of one table that leave by one interface. The kernel selects them: cheap among thousands of others.
+    pub async fn routes_over(&self, table: u32, index: u32) -> Result<Vec<Route>, Error> {
+        self.routes_like(Some(table), Some(index)).await
+    }
+
+    async fn routes_like(&self, table: Option<u32>, index: Option<u32>) -> Result<Vec<Route>, Error> {
         let mut found = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
             if let Some(table) = table {
                 message.attributes.push(RouteAttribute::Table(table));
+            }
+            if let Some(index) = index {
+                message.attributes.push(RouteAttribute::Oif(index));
             }
             match self.dump("list routes", RouteNetlinkMessage::GetRoute(message)).await {
                 Ok(answer) => found.extend(answer.iter().filter_map(|m| match m {

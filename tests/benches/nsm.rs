@@ -1,0 +1,390 @@
+//! Figures of the NSM SDK on one machine: client -> manager -> forwarder -> endpoint, over real sockets with mutual TLS.
+//!
+//! `tools/bench nsm [PART...] [--quick]` as root; parts are `rate`, `live` and `leaks`, all by default.
+//! `NSM_MANAGER=/path/to/program` names another manager (NSM's own `cmd-nsmgr`, say) that is measured in the same run, with our
+//! forwarder, endpoint and client around it. It is started with NSM's settings: `NSM_NAME`, `NSM_LISTEN_ON`, an empty `NSM_REGISTRY_URL` (it
+//! keeps its registry itself), `SPIFFE_ENDPOINT_SOCKET`. A table is printed, and written as JSON to `target/bench/nsm.json`.
+
+use anyhow::{Context as _, Result, bail};
+use meridio_tests::{
+    leaks,
+    mesh::{self, Carrier, Nse, Process, TIMEOUT, World},
+};
+use nsm_chain::{Client, Connection};
+use serde_json::{Value, json};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+/// Requests under way at the same time.
+const WORKERS: usize = 8;
+/// Life of tokens while refreshing is measured: the shortest that NSM's users set.
+const SHORT_LIFE: Duration = Duration::from_secs(60);
+const LONG_LIFE: Duration = Duration::from_secs(600);
+
+/// How much is measured.
+struct Size {
+    sequential: usize,
+    rate: Duration,
+    live: usize,
+    refreshing: Duration,
+    cycles: leaks::Cycles,
+}
+
+const FULL: Size = Size {
+    sequential: 300,
+    rate: Duration::from_secs(5),
+    live: 1000,
+    refreshing: Duration::from_secs(45),
+    cycles: leaks::Cycles { nothing: 10_000, veth: 500 },
+};
+const QUICK: Size = Size {
+    sequential: 50,
+    rate: Duration::from_secs(1),
+    live: 100,
+    refreshing: Duration::from_secs(20),
+    cycles: leaks::Cycles { nothing: 500, veth: 50 },
+};
+
+/// Manager, forwarder, endpoint and client.
+struct Path4 {
+    world: World,
+    manager: String,
+    /// The process that is the manager.
+    pid: u32,
+    nse: Nse,
+    client: Client,
+    _processes: Vec<Process>,
+}
+
+impl Path4 {
+    /// Ours in the middle, one process for manager and forwarder; or another manager with our forwarder beside it.
+    async fn start(other: Option<&Path>) -> Result<Self> {
+        let world = World::start().await?;
+        let mut processes = Vec::new();
+        let manager = world.url("manager");
+        match other {
+            None => processes.push(world.node("manager", None)?),
+            Some(program) => {
+                let mut command = world.command(program);
+                command
+                    .env("NSM_NAME", "manager")
+                    .env("NSM_LISTEN_ON", format!("{manager},tcp://127.0.0.1:5001"))
+                    .env("NSM_REGISTRY_URL", "")
+                    .env("NSM_LOG_LEVEL", "ERROR")
+                    .env("SPIFFE_ENDPOINT_SOCKET", world.workload("manager")?);
+                processes.push(Process(command.spawn().with_context(|| program.display().to_string())?));
+                processes.push(world.node("forwarder", Some(&manager))?);
+            }
+        }
+        let nse = world.endpoint("nse", &manager).await?;
+        let client = world.client("nsc", &manager, LONG_LIFE).await?;
+        world.ready(&client).await?;
+        let pid = processes.first().map_or(0, |process| process.0.id());
+        Ok(Self { world, manager, pid, nse, client, _processes: processes })
+    }
+
+    async fn one(&self, client: &Client, id: &str, carrier: Carrier) -> Result<(Connection, Duration)> {
+        let begin = Instant::now();
+        let connection = client.request(self.world.request(id, carrier), TIMEOUT).await?;
+        Ok((connection, begin.elapsed()))
+    }
+
+    /// Request and close, one at a time.
+    async fn sequential(&self, carrier: Carrier, times: usize) -> Result<Latency> {
+        let mut took = Vec::with_capacity(times);
+        for round in 0..times {
+            let (connection, time) = self.one(&self.client, &format!("seq-{round}"), carrier).await?;
+            took.push(time);
+            self.client.close(connection, TIMEOUT).await?;
+        }
+        Ok(Latency::of(took))
+    }
+
+    /// New connections a second, each closed again, with several under way.
+    async fn new_rate(&self, carrier: Carrier, duration: Duration) -> Result<f64> {
+        let begin = Instant::now();
+        let workers = (0..WORKERS).map(|worker| async move {
+            let mut count = 0;
+            while begin.elapsed() < duration {
+                let (connection, _) = self.one(&self.client, &format!("rate-{worker}-{count}"), carrier).await?;
+                self.client.close(connection, TIMEOUT).await?;
+                count += 1;
+            }
+            anyhow::Ok(count)
+        });
+        let counts = futures_util::future::try_join_all(workers).await?;
+        Ok(f64::from(counts.iter().sum::<u32>()) / begin.elapsed().as_secs_f64())
+    }
+
+    /// Requests a second for connections that exist: what a refresh is.
+    async fn refresh_rate(&self, carrier: Carrier, duration: Duration) -> Result<f64> {
+        let mut connections = Vec::new();
+        for worker in 0..WORKERS {
+            connections.push(self.one(&self.client, &format!("refresh-{worker}"), carrier).await?.0);
+        }
+        let begin = Instant::now();
+        let workers = connections.iter().map(|connection| async move {
+            let mut count = 0;
+            while begin.elapsed() < duration {
+                let request = nsm_chain::NetworkServiceRequest {
+                    connection: Some(connection.clone()),
+                    ..self.world.request(&connection.id, carrier)
+                };
+                self.client.request(request, TIMEOUT).await?;
+                count += 1;
+            }
+            anyhow::Ok(count)
+        });
+        let counts = futures_util::future::try_join_all(workers).await?;
+        let rate = f64::from(counts.iter().sum::<u32>()) / begin.elapsed().as_secs_f64();
+        for connection in connections {
+            self.client.close(connection, TIMEOUT).await?;
+        }
+        Ok(rate)
+    }
+}
+
+/// Distribution of some times.
+#[derive(Clone, Copy)]
+struct Latency {
+    p50: Duration,
+    p99: Duration,
+    longest: Duration,
+}
+
+impl Latency {
+    fn of(mut times: Vec<Duration>) -> Self {
+        times.sort();
+        let at = |part: usize| times.get((times.len() * part / 100).min(times.len() - 1)).copied().unwrap_or_default();
+        Self { p50: at(50), p99: at(99), longest: at(100) }
+    }
+
+    fn json(self) -> Value {
+        json!({ "p50_ms": ms(self.p50), "p99_ms": ms(self.p99), "max_ms": ms(self.longest) })
+    }
+}
+
+fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 100_000.0).round() / 100.0
+}
+
+fn mib(bytes: u64) -> f64 {
+    (bytes as f64 / 1024.0 / 1024.0 * 100.0).round() / 100.0
+}
+
+async fn rate(other: Option<&Path>, size: &Size) -> Result<Value> {
+    let path = Path4::start(other).await?;
+    let mut result = json!({});
+    for (name, carrier) in [("nothing", Carrier::Nothing), ("veth", Carrier::Veth)] {
+        path.sequential(carrier, 20).await?;
+        let latency = path.sequential(carrier, size.sequential).await?;
+        let new = path.new_rate(carrier, size.rate).await?;
+        let refresh = path.refresh_rate(carrier, size.rate).await?;
+        println!(
+            "  {name:<8} new, one at a time: p50 {:>7.2} ms, p99 {:>7.2} ms; {WORKERS} at a time: {new:>7.1}/s with close; refresh {refresh:>8.1}/s",
+            ms(latency.p50),
+            ms(latency.p99),
+        );
+        result[name] = json!({ "latency": latency.json(), "new_per_s": new, "refresh_per_s": refresh });
+    }
+    let usage = mesh::usage(path.pid)?;
+    println!("  manager: {:.1} MiB resident, {:.1} MiB of it its own", mib(usage.resident), mib(usage.anonymous));
+    result["manager_resident_mib"] = json!(mib(usage.resident));
+    Ok(result)
+}
+
+/// Many connections at once: time, memory, latency of one more, cost of refreshing, and what is left when they are closed.
+async fn live(other: Option<&Path>, size: &Size) -> Result<Value> {
+    let path = Path4::start(other).await?;
+    path.sequential(Carrier::Veth, 20).await?;
+    let before = mesh::usage(path.pid)?;
+    let client = path.world.client("nsc-live", &path.manager, SHORT_LIFE).await?;
+    let begin = Instant::now();
+    let (path_, client_) = (&path, &client);
+    let workers = (0..WORKERS).map(|worker| async move {
+        let mut connections = Vec::new();
+        for number in (worker..size.live).step_by(WORKERS) {
+            connections.push(path_.one(client_, &format!("live-{number}"), Carrier::Veth).await?.0);
+        }
+        anyhow::Ok(connections)
+    });
+    let connections: Vec<Connection> =
+        futures_util::future::try_join_all(workers).await?.into_iter().flatten().collect();
+    let establish = begin.elapsed();
+    let standing = mesh::usage(path.pid)?;
+    let each = |bytes: u64| bytes as f64 / 1024.0 / size.live as f64;
+    let kib = each(standing.resident.saturating_sub(before.resident));
+    println!(
+        "  {} connections in {:.1} s; manager {:.1} MiB resident before, {:.1} MiB then: {kib:.1} KiB and {:.1} descriptors each",
+        connections.len(),
+        establish.as_secs_f64(),
+        mib(before.resident),
+        mib(standing.resident),
+        (standing.descriptors.saturating_sub(before.descriptors)) as f64 / size.live as f64,
+    );
+    let latency = path.sequential(Carrier::Veth, size.sequential).await?;
+    println!(
+        "  one more, one at a time: p50 {:.2} ms, p99 {:.2} ms, longest {:.2} ms",
+        ms(latency.p50),
+        ms(latency.p99),
+        ms(latency.longest)
+    );
+    let (cpu, count, begin) = (mesh::usage(path.pid)?.cpu, path.nse.requests(), Instant::now());
+    tokio::time::sleep(size.refreshing).await;
+    let seconds = begin.elapsed().as_secs_f64();
+    let refreshes = path.nse.requests() - count;
+    let busy = (mesh::usage(path.pid)?.cpu - cpu).as_secs_f64();
+    if refreshes == 0 {
+        bail!("no refresh within {seconds:.0} s");
+    }
+    println!(
+        "  refreshing them at tokens of {SHORT_LIFE:?}: {:.1}/s, {:.1} % of one core in the manager, {:.2} ms each",
+        refreshes as f64 / seconds,
+        busy / seconds * 100.0,
+        busy / refreshes as f64 * 1000.0
+    );
+    let begin = Instant::now();
+    for close in connections.chunks(WORKERS) {
+        futures_util::future::try_join_all(close.iter().map(|one| client.close(one.clone(), TIMEOUT))).await?;
+    }
+    let closing = begin.elapsed();
+    drop(client);
+    let mut after = mesh::usage(path.pid)?;
+    while after.descriptors > before.descriptors && begin.elapsed() < closing + Duration::from_secs(15) {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        after = mesh::usage(path.pid)?;
+    }
+    println!(
+        "  closed in {:.1} s; descriptors {} before, {} then, {} after; {:.1} MiB resident",
+        closing.as_secs_f64(),
+        before.descriptors,
+        standing.descriptors,
+        after.descriptors,
+        mib(after.resident)
+    );
+    Ok(json!({
+        "connections": size.live,
+        "establish_s": establish.as_secs_f64(),
+        "close_s": closing.as_secs_f64(),
+        "resident_mib": { "before": mib(before.resident), "live": mib(standing.resident), "after": mib(after.resident) },
+        "anonymous_mib": { "before": mib(before.anonymous), "live": mib(standing.anonymous), "after": mib(after.anonymous) },
+        "kib_per_connection": kib,
+        "descriptors": { "before": before.descriptors, "live": standing.descriptors, "after": after.descriptors },
+        "request_latency": latency.json(),
+        "refresh": { "per_s": refreshes as f64 / seconds, "core_share": busy / seconds, "cpu_ms_each": busy / refreshes as f64 * 1000.0 },
+    }))
+}
+
+fn leak(size: &Size) -> Result<Value> {
+    let report = leaks::run(size.cycles)?;
+    println!(
+        "  {} cycles without and {} with kernel work in {:.1} s: descriptors {} -> {}, tasks {} -> {}, interfaces {} -> {}",
+        size.cycles.nothing,
+        size.cycles.veth,
+        report.took.as_secs_f64(),
+        report.before.descriptors,
+        report.after.descriptors,
+        report.before.tasks,
+        report.after.tasks,
+        report.before.interfaces,
+        report.after.interfaces,
+    );
+    Ok(json!({
+        "cycles": { "nothing": size.cycles.nothing, "veth": size.cycles.veth },
+        "seconds": report.took.as_secs_f64(),
+        "descriptors": [report.before.descriptors, report.after.descriptors],
+        "tasks": [report.before.tasks, report.after.tasks],
+        "left": report.left(),
+    }))
+}
+
+/// The aims, as far as this run can say: text, value, whether it holds.
+fn aims(result: &Value) -> Vec<(String, bool)> {
+    let number = |path: &str| result.pointer(path).and_then(Value::as_f64);
+    let mut aims = Vec::new();
+    if let Some(p99) = number("/live/ours/request_latency/p99_ms") {
+        aims.push((
+            format!("p99 of a local Request with kernel work, many live: {p99:.1} ms (at most 50)"),
+            p99 <= 50.0,
+        ));
+    }
+    if let (Some(ours), Some(theirs)) =
+        (number("/rate/ours/nothing/new_per_s"), number("/rate/other/nothing/new_per_s"))
+    {
+        let ratio = ours / theirs;
+        aims.push((format!("requests/s: {ratio:.1} times the other manager's (at least 5)"), ratio >= 5.0));
+    }
+    if let (Some(ours), Some(theirs)) =
+        (number("/live/ours/resident_mib/live"), number("/live/other/resident_mib/live"))
+    {
+        let ratio = ours / theirs;
+        aims.push((format!("resident memory: {ratio:.2} of the other manager's (at most 0.1)"), ratio <= 0.1));
+    }
+    if let Some(left) = result.pointer("/leaks/left").and_then(Value::as_array) {
+        aims.push((format!("left after all cycles: {left:?} (nothing)"), left.is_empty()));
+    }
+    aims
+}
+
+fn machine() -> Value {
+    let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+    let cpu = read("/proc/cpuinfo");
+    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
+    json!({
+        "kernel": read("/proc/sys/kernel/osrelease").trim(),
+        "cpu": model.unwrap_or_default(),
+        "cores": std::thread::available_parallelism().map_or(0, usize::from),
+        "profile": if cfg!(debug_assertions) { "dev" } else { "release" },
+        "version": env!("CARGO_PKG_VERSION"),
+    })
+}
+
+fn main() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    if runtime.block_on(mesh::run_as_node())? {
+        return Ok(());
+    }
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+    let size = if args.iter().any(|arg| arg == "--quick") { &QUICK } else { &FULL };
+    let parts: Vec<&str> = args.iter().map(String::as_str).filter(|arg| !arg.starts_with("--")).collect();
+    let known = ["rate", "live", "leaks"];
+    if let Some(unknown) = parts.iter().find(|part| !known.contains(part)) {
+        bail!("{unknown}: no part of this bench, there are: {}", known.join(", "));
+    }
+    let wanted = |name: &str| parts.is_empty() || parts.contains(&name);
+    let other = std::env::var_os("NSM_MANAGER").map(PathBuf::from);
+    let mut result = json!({ "machine": machine() });
+    println!("nsm: {}", result["machine"]);
+    for (name, section) in known.iter().zip(0..) {
+        if !wanted(name) {
+            continue;
+        }
+        if section == 2 {
+            println!("leaks");
+            result["leaks"] = leak(size)?;
+            continue;
+        }
+        for (who, program) in [("ours", None), ("other", other.as_deref())] {
+            if who == "other" && program.is_none() {
+                println!("{name}, another manager: skipped, NSM_MANAGER does not name one");
+                continue;
+            }
+            println!("{name}, manager: {}", program.map_or("ours".into(), |program| program.display().to_string()));
+            result[*name][who] = match section {
+                0 => runtime.block_on(rate(program, size))?,
+                _ => runtime.block_on(live(program, size))?,
+            };
+        }
+    }
+    let aims = aims(&result);
+    for (text, holds) in &aims {
+        println!("{} {text}", if *holds { "ok     " } else { "MISSED " });
+    }
+    result["aims"] = aims.iter().map(|(text, holds)| json!({ "aim": text, "holds": holds })).collect();
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bench/nsm.json");
+    std::fs::create_dir_all(file.parent().unwrap_or(Path::new(".")))?;
+    std::fs::write(&file, serde_json::to_string_pretty(&result)?).with_context(|| file.display().to_string())?;
+    Ok(())
+}
