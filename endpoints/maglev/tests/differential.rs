@@ -56,7 +56,7 @@ fn whole(engine: &mut Engine, case: &Case) -> Result<(), String> {
 }
 
 /// 100,000 packets over 200 configurations. `MERIDIO_DIFF_CONFIGS` and `MERIDIO_DIFF_PACKETS` (per configuration) change
-/// that (1000 and 1000 in the nightly run), `MERIDIO_DIFF_SEED` repeats one configuration. A difference is printed as
+/// that (1000 and 1000 make a million), `MERIDIO_DIFF_SEED` repeats one configuration. A difference is printed as
 /// the smallest case that still shows it.
 #[test]
 fn reference_host_and_kernel_agree() {
@@ -143,7 +143,7 @@ fn a_difference_is_shown_at_its_smallest() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(number("MERIDIO_FUZZ_CASES", 2_000) as u32))]
 
-    /// What the fuzzer asks (`fuzz/fuzz_targets/decide.rs`), of bytes that need not be packets at all.
+    /// Of bytes that need not be packets at all.
     #[test]
     fn any_bytes_are_decided_alike(
         seed in 0u64..8,

@@ -50,9 +50,8 @@ pub fn age(ctx: &TcContext, network: &Network) -> Result<(), Reason> {
 #[inline(always)]
 fn sum(ctx: &TcContext, at: u32, from: u16, to: u16, flags: u64) -> Result<(), Reason> {
     // SAFETY: plain arguments.
-    let result = unsafe {
-        bpf_l4_csum_replace(ctx.as_ptr().cast(), at + L2, from.to_be() as u64, to.to_be() as u64, 2 | flags)
-    };
+    let result =
+        unsafe { bpf_l4_csum_replace(ctx.as_ptr().cast(), at + L2, from.to_be() as u64, to.to_be() as u64, 2 | flags) };
     if result == 0 { Ok(()) } else { Err(Reason::Helper) }
 }
 
@@ -96,7 +95,14 @@ fn sctp(ctx: &TcContext, network: &Network, t: &Transport, field: u32, change: u
 
 /// Sets a port of the packet that an ICMP error quotes.
 #[inline(always)]
-fn quoted_port(ctx: &TcContext, network: &Network, t: &Transport, field: u32, from: u16, to: u16) -> Result<(), Reason> {
+fn quoted_port(
+    ctx: &TcContext,
+    network: &Network,
+    t: &Transport,
+    field: u32,
+    from: u16,
+    to: u16,
+) -> Result<(), Reason> {
     let inner = match t.protocol {
         protocol::TCP => 16,
         protocol::UDP => 6,
@@ -198,8 +204,7 @@ fn source(ctx: &TcContext, s: &mut Scratch) -> Result<(), Reason> {
             unsafe { bpf_csum_diff(from.as_ptr().cast_mut().cast(), 16, to.as_ptr().cast_mut().cast(), 16, 0) };
         let at = s.transport.offset + 2 + L2;
         // SAFETY: plain arguments; the flags say that the difference is already made.
-        let result =
-            unsafe { bpf_l4_csum_replace(ctx.as_ptr().cast(), at, 0, difference as u64, PSEUDO_HEADER) };
+        let result = unsafe { bpf_l4_csum_replace(ctx.as_ptr().cast(), at, 0, difference as u64, PSEUDO_HEADER) };
         if result != 0 {
             return Err(Reason::Helper);
         }
@@ -208,9 +213,8 @@ fn source(ctx: &TcContext, s: &mut Scratch) -> Result<(), Reason> {
     let from = u32::from_ne_bytes([from[12], from[13], from[14], from[15]]);
     let to = [to[12], to[13], to[14], to[15]];
     // SAFETY: plain arguments.
-    let result = unsafe {
-        bpf_l3_csum_replace(ctx.as_ptr().cast(), 10 + L2, from as u64, u32::from_ne_bytes(to) as u64, 4)
-    };
+    let result =
+        unsafe { bpf_l3_csum_replace(ctx.as_ptr().cast(), 10 + L2, from as u64, u32::from_ne_bytes(to) as u64, 4) };
     if result != 0 {
         return Err(Reason::Helper);
     }

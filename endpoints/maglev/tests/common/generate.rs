@@ -1,5 +1,4 @@
-//! Generated configurations and packets, and the question whether the reference and the host's build agree about them. Also
-//! included by the fuzzer.
+//! Generated configurations and packets, and the question whether the reference and the host's build agree about them.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
