@@ -45,7 +45,8 @@ impl Load {
     /// Name in tables.
     pub(crate) fn name(self) -> String {
         let everything = if self.everything { ", every dimension" } else { "" };
-        format!("{} flows, {} targets{everything}", self.flows, self.targets)
+        let plural = if self.flows == 1 { "" } else { "s" };
+        format!("{} flow{plural}, {} targets{everything}", self.flows, self.targets)
     }
 }
 

@@ -4,7 +4,6 @@
 //! redirects it into the cable. CPU 1 does everything else: takes packets off the cable, forwards, and counts and drops them
 //! at the other end. It is saturated (checked), so one over the rate is the cost of a packet, sink included in all ways.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -22,8 +21,11 @@ use crate::topology::{Topology, Way, pin};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bench.bpf.o"));
 /// Different source ports; with as many for each destination port.
 const SOURCE_PORTS: u32 = 10_000;
-/// Packets of one call into the kernel.
-const CALL: u32 = 16_384;
+/// Packets of one call into the kernel. A call ends with a wait of tens of milliseconds for the kernel's grace period, in which
+/// nothing is sent: so a sample is taken within one call.
+const CALL: u32 = 1 << 22;
+/// A call of so many says how long one of [`CALL`] takes, so that no sample outlasts it.
+const TRIAL: u32 = 1 << 18;
 /// Below this the figure is no saturation, and the run says so.
 const BUSY: f64 = 0.95;
 
@@ -114,31 +116,43 @@ impl Programs {
         packet
     }
 
+    fn generate(&self, packet: &[u8], repeat: u32) {
+        let program: &Xdp = self.ebpf.program("generate").unwrap().try_into().unwrap();
+        let attrs = TestRunAttrs::new().xdp_live_frames(64);
+        program
+            .test_run(TestRunOptions { data_in: Some(packet), repeat, attrs, ..TestRunOptions::default() })
+            .unwrap_or_else(|e| panic!("live frames (they need Linux 5.18): {e}"));
+    }
+
     /// Sends as much as CPU 0 can for a while; packets per second that arrived, and how busy CPU 1 was (0 to 1).
     pub(crate) fn saturate(&mut self, topology: &Topology, way: Way, flows: u32, time: Duration) -> (f64, f64) {
+        const WARM: Duration = Duration::from_millis(100);
         let packet = self.aim(topology, way, flows);
-        let stop = Arc::new(AtomicBool::new(false));
         let this = &*self;
+        let started = Instant::now();
+        topology.within("generator", || {
+            pin(0, 0);
+            this.generate(&packet, TRIAL);
+        });
+        // A fifth more than the sample takes, as far as the trial can tell.
+        let calls = (WARM + time).as_secs_f64() / started.elapsed().as_secs_f64();
+        let repeat = (TRIAL as f64 * calls * 1.2).min(CALL as f64) as u32;
+        let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let end = stop.clone();
-            let generator = scope.spawn(move || {
+            let generator = scope.spawn(|| {
                 topology.within("generator", || {
                     pin(0, 0);
-                    let program: &Xdp = this.ebpf.program("generate").unwrap().try_into().unwrap();
-                    while !end.load(Ordering::Relaxed) {
-                        let attrs = TestRunAttrs::new().xdp_live_frames(64);
-                        let data_in = Some(packet.as_slice());
-                        program
-                            .test_run(TestRunOptions { data_in, repeat: CALL, attrs, ..TestRunOptions::default() })
-                            .unwrap_or_else(|e| panic!("live frames (they need Linux 5.18): {e}"));
-                    }
+                    this.generate(&packet, repeat);
+                    done.store(true, Ordering::Relaxed);
                 });
             });
-            std::thread::sleep(Duration::from_millis(150));
+            std::thread::sleep(WARM);
             let (before, busy, started) = (this.total(), busy(1), Instant::now());
-            std::thread::sleep(time);
+            // Until the time is over, or nearly all is sent: what comes after is no saturation.
+            while started.elapsed() < time && !done.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             let (after, now, took) = (this.total(), self::busy(1), started.elapsed());
-            stop.store(true, Ordering::Relaxed);
             generator.join().unwrap();
             ((after - before) as f64 / took.as_secs_f64(), (now.0 - busy.0) / (now.1 - busy.1))
         })
