@@ -55,10 +55,10 @@ fn rows(table: &str) -> Vec<Row<'_>> {
             section = title;
         }
         let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
-        if let ([number, _, state, last], true) = (&cells[..], line.starts_with("| ")) {
-            if !matches!(*number, "#" | "") {
-                rows.push(Row { section, number, state, last });
-            }
+        if let ([number, _, state, last], true) = (&cells[..], line.starts_with("| "))
+            && !matches!(*number, "#" | "")
+        {
+            rows.push(Row { section, number, state, last });
         }
     }
     rows

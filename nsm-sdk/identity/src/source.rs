@@ -155,10 +155,15 @@ impl X509Source {
 
     /// Like [`X509Source::sign`], but the same token serves for a small part of its life: signing is not per call.
     pub fn token(&self, audience: Option<&str>, max_lifetime: Duration) -> Result<Token, Error> {
-        let (key, svid, now) = ((audience.map(str::to_owned), max_lifetime), self.svid(), Instant::now());
+        self.token_by(&self.svid(), audience, max_lifetime)
+    }
+
+    /// Like [`X509Source::token`], signed by an SVID that may have been rotated since: for a connection that was made with it.
+    pub fn token_by(&self, svid: &Arc<Svid>, audience: Option<&str>, max_lifetime: Duration) -> Result<Token, Error> {
+        let (key, now) = ((audience.map(str::to_owned), max_lifetime), Instant::now());
         let mut tokens = self.shared.tokens.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(cached) = tokens.get(&key)
-            && Arc::ptr_eq(&cached.by, &svid)
+            && Arc::ptr_eq(&cached.by, svid)
             && now.duration_since(cached.signed) < max_lifetime / TOKEN_CACHE_FRACTION
         {
             return Ok(cached.token.clone());
@@ -166,8 +171,8 @@ impl X509Source {
         if tokens.len() >= TOKEN_CACHE_SIZE {
             tokens.clear();
         }
-        let token = sign(&svid, audience, max_lifetime)?;
-        tokens.insert(key, CachedToken { token: token.clone(), signed: now, by: svid });
+        let token = sign(svid, audience, max_lifetime)?;
+        tokens.insert(key, CachedToken { token: token.clone(), signed: now, by: svid.clone() });
         Ok(token)
     }
 }

@@ -22,7 +22,7 @@ use nsm_chain::{
         roundrobin::RoundRobin,
         sendfd::{SendFdClient, SendFdServer},
     },
-    remote::{Caller, Grpc, InProcess},
+    remote::{Caller, Grpc, Identity, InProcess},
     token::{self, Tokens},
 };
 use nsm_identity::X509Source;
@@ -134,8 +134,10 @@ impl Node {
         let transport = Transport::new(config.source.clone())
             .map_err(|cause| NodeError::Identity(cause.to_string()))?
             .with_max_token_lifetime(config.max_token_lifetime);
-        let leaf = config.source.svid().chain().first().map(|leaf| leaf.to_vec()).unwrap_or_default();
-        let peer = Peer::from_leaf(&leaf).map_err(|cause| NodeError::Identity(cause.to_string()))?;
+        let peer_of = |source: &X509Source| Peer::from_leaf(source.svid().chain().first().map_or(&[], |leaf| leaf));
+        peer_of(&config.source).map_err(|cause| NodeError::Identity(cause.to_string()))?;
+        let source = config.source.clone();
+        let peer = Identity::new(move || peer_of(&source).ok());
         let tokens = token::from_source(config.source.clone(), config.max_token_lifetime);
 
         let security = Security {
@@ -151,9 +153,9 @@ impl Node {
         let ends = Ends::default();
         let grpc: Arc<dyn Connector> = Arc::new(Grpc::new(transport));
         let forwarder = forwarder(&config, tokens.clone(), finder.clone(), grpc.clone(), &ends);
-        let caller = Caller { peer: Some(peer.clone()), tokens: Some(tokens.clone()) };
+        let caller = Caller { peer: peer.clone(), tokens: Some(tokens.clone()) };
         let hops = InProcess::new(caller, Some(grpc));
-        hops.add(forwarder_url(&config), forwarder.local(Some(peer)));
+        hops.add(forwarder_url(&config), forwarder.local(peer));
         let manager = manager(&config, tokens, finder, Arc::new(hops), &ends);
         Ok(Self { manager, forwarder, registry, config: Arc::new(config) })
     }

@@ -1,7 +1,10 @@
 //! Per-RPC credentials: the path token in gRPC metadata.
 
-use nsm_identity::{Peer, X509Source};
-use std::time::{Duration, SystemTime};
+use nsm_identity::{Peer, Svid, X509Source};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 use tonic::{
     Request, Status,
     metadata::{Ascii, MetadataMap, MetadataValue},
@@ -39,21 +42,28 @@ pub fn client_token(metadata: &MetadataMap) -> Option<ClientToken> {
 #[derive(Clone, Debug)]
 pub struct PerRpcToken {
     source: X509Source,
+    svid: Arc<Svid>,
     peer: Peer,
     max_lifetime: Duration,
 }
 
 impl PerRpcToken {
-    /// Tokens for `peer` that end after `max_lifetime`, or with the own or the peer's certificate.
-    pub fn new(source: X509Source, peer: Peer, max_lifetime: Duration) -> Self {
-        Self { source, peer, max_lifetime }
+    /// Tokens for `peer` that end after `max_lifetime`, or with the own or the peer's certificate. They are signed by `svid`, the
+    /// one that the connection was made with: the peer checks them with the certificate that it was shown then.
+    pub fn new(source: X509Source, svid: Arc<Svid>, peer: Peer, max_lifetime: Duration) -> Self {
+        Self { source, svid, peer, max_lifetime }
+    }
+
+    /// Whether the connection was made with the newest SVID.
+    pub fn is_current(&self) -> bool {
+        Arc::ptr_eq(&self.svid, &self.source.svid())
     }
 
     fn values(&self) -> Result<(MetadataValue<Ascii>, MetadataValue<Ascii>), Status> {
         let fail = |cause: String| Status::unauthenticated(format!("no token for {}: {cause}", self.peer.spiffe_id));
         let token = self
             .source
-            .token(Some(&self.peer.spiffe_id), self.max_lifetime)
+            .token_by(&self.svid, Some(&self.peer.spiffe_id), self.max_lifetime)
             .map_err(|cause| fail(cause.to_string()))?;
         let expires = format_rfc3339(token.expires.min(self.peer.not_after));
         let value = |text: &str| MetadataValue::try_from(text).map_err(|cause| fail(cause.to_string()));

@@ -71,6 +71,13 @@ impl Link {
         self.credentials.clone()
     }
 
+    /// Whether it still works and was made with the newest SVID. Streams of one that was not go on, but the next request
+    /// belongs on a new connection: the peer knows the certificate of the handshake only, and that one ends.
+    pub fn is_current(&self) -> bool {
+        let closed = self.fds.as_ref().is_some_and(FdTransceiver::is_closed);
+        !closed && self.credentials.as_ref().is_none_or(PerRpcToken::is_current)
+    }
+
     /// The channel with a fresh token in each call (none without TLS).
     pub fn with_token(&self) -> InterceptedService<Channel, OptionalToken> {
         InterceptedService::new(self.channel.clone(), OptionalToken(self.credentials.clone()))
@@ -133,7 +140,15 @@ impl Transport {
     pub async fn dial(&self, address: &Address, limit: Duration) -> Result<Link, Error> {
         let fail = |cause: String| Error::Connect { address: address.to_string(), cause };
         let connecting = async {
-            let stream = self.connect(address).await.map_err(|cause| fail(cause.to_string()))?;
+            // Once more if the SVID was rotated meanwhile: which one the handshake has used is not known then.
+            let (stream, svid) = loop {
+                let svid = self.tls.as_ref().map(|tls| tls.source.svid());
+                let stream = self.connect(address).await.map_err(|cause| fail(cause.to_string()))?;
+                let now = self.tls.as_ref().map(|tls| tls.source.svid());
+                if svid.as_ref().zip(now.as_ref()).is_none_or(|(before, after)| Arc::ptr_eq(before, after)) {
+                    break (stream, svid);
+                }
+            };
             let info = stream.info().clone();
             let slot = Arc::new(Mutex::new(Some(stream)));
             let channel = self
@@ -145,15 +160,16 @@ impl Transport {
                 }))
                 .await
                 .map_err(|cause| fail(chain(&cause)))?;
-            Ok::<_, Error>((info, channel))
+            Ok::<_, Error>((info, svid, channel))
         };
-        let (info, channel) =
+        let (info, svid, channel) =
             timeout(limit, connecting).await.map_err(|_| fail(format!("no connection within {limit:?}")))??;
         let credentials = self
             .tls
             .as_ref()
+            .zip(svid)
             .zip(info.peer.clone())
-            .map(|(tls, peer)| PerRpcToken::new(tls.source.clone(), peer, self.max_token_lifetime));
+            .map(|((tls, svid), peer)| PerRpcToken::new(tls.source.clone(), svid, peer, self.max_token_lifetime));
         Ok(Link { channel, peer: info.peer, fds: info.fds, credentials })
     }
 

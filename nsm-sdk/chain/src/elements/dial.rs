@@ -10,7 +10,8 @@ use tonic::Code;
 /// Connects to `ctx.client_url` and leaves the remote in the context and in the metadata.
 ///
 /// The connection is kept from request to request while it works. It is made anew when the URL changes (the old hop is
-/// told to close first), when it is known to be broken, and once more when it turns out to be broken by a request.
+/// told to close first), when it is known to be broken or older than the own SVID, and once more when a request finds it broken or
+/// is refused on it: the other side may have been given a new identity, which only a new handshake shows.
 pub struct Dial {
     key: Key<Option<Remote>>,
     connector: Arc<dyn Connector>,
@@ -90,16 +91,18 @@ impl Element for Dial {
         if let Some(old) = known.take_if(|remote| remote.url() != url) {
             self.leave(old, &call, &next).await;
         }
-        let reused = known.as_ref().is_some_and(Remote::alive);
-        let remote = match known.filter(Remote::alive) {
+        let usable = |remote: &Remote| remote.alive() && remote.current();
+        let reused = known.as_ref().is_some_and(usable);
+        let remote = match known.filter(usable) {
             Some(remote) => remote,
             None => self.connect(&url, &call.ctx, &id).await?,
         };
         let mut result = self.request_at(remote.clone(), &call, &metadata, &next).await;
         let in_time = call.ctx.time_left().is_none_or(|left| !left.is_zero());
-        if result.is_err() && reused && !remote.alive() && in_time {
-            // It broke since the last request. Repeating is safe: the ids make it the same connection.
-            tracing::debug!(id, url, "the connection to the next hop has broken, connecting anew");
+        let refused = result.as_ref().is_err_and(|error| error.code() == Code::PermissionDenied);
+        if result.is_err() && reused && (refused || !remote.alive()) && in_time {
+            // Repeating is safe: the ids make it the same connection.
+            tracing::debug!(id, url, refused, "connecting to the next hop anew");
             if let Ok(remote) = self.connect(&url, &call.ctx, &id).await {
                 result = self.request_at(remote, &call, &metadata, &next).await;
             }

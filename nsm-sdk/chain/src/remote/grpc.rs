@@ -41,7 +41,7 @@ impl Grpc {
 
     fn pooled(&self, url: &str) -> Option<Arc<GrpcRemote>> {
         let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        pool.get(url).and_then(Weak::upgrade).filter(|remote| remote.alive())
+        pool.get(url).and_then(Weak::upgrade).filter(|remote| remote.alive() && remote.current())
     }
 }
 
@@ -72,6 +72,7 @@ struct GrpcRemote {
     peer: Option<Peer>,
     fds: Option<FdTransceiver>,
     socket: Option<nsm_transport::FdTransceiver>,
+    link: Link,
     broken: AtomicBool,
 }
 
@@ -80,9 +81,10 @@ impl GrpcRemote {
         Self {
             service: NetworkServiceClient::new(link.with_token()),
             monitor: MonitorConnectionClient::new(link.with_token()),
-            peer: link.peer,
+            peer: link.peer.clone(),
             socket: link.fds.clone(),
-            fds: link.fds.map(FdTransceiver::new),
+            fds: link.fds.clone().map(FdTransceiver::new),
+            link,
             broken: AtomicBool::new(false),
         }
     }
@@ -134,6 +136,10 @@ impl RemoteService for GrpcRemote {
         // A socket knows that it is closed before any call has failed.
         let closed = self.socket.as_ref().is_some_and(nsm_transport::FdTransceiver::is_closed);
         !closed && !self.broken.load(Ordering::Relaxed)
+    }
+
+    fn current(&self) -> bool {
+        self.link.is_current()
     }
 }
 

@@ -21,14 +21,36 @@ pub struct LocalService {
     /// Its monitor.
     pub hub: Hub,
     /// Who it is towards its callers.
-    pub peer: Option<Peer>,
+    pub peer: Identity,
+}
+
+/// Who a part of this process is: asked anew for each call, because identities are rotated.
+#[derive(Clone, Default)]
+pub struct Identity(Option<Arc<dyn Fn() -> Option<Peer> + Send + Sync>>);
+
+impl Identity {
+    /// What `now` says each time it is asked.
+    pub fn new(now: impl Fn() -> Option<Peer> + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(now)))
+    }
+
+    /// The peer that the other side sees now; `None` without identities (tests).
+    pub fn peer(&self) -> Option<Peer> {
+        self.0.as_ref().and_then(|now| now())
+    }
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Identity").field(&self.peer().map(|peer| peer.spiffe_id)).finish()
+    }
 }
 
 /// Who calls, for [`InProcess`].
 #[derive(Clone, Default)]
 pub struct Caller {
     /// The peer that the called chain sees.
-    pub peer: Option<Peer>,
+    pub peer: Identity,
     /// Signs the token that would be in gRPC metadata.
     pub tokens: Option<Tokens>,
 }
@@ -91,13 +113,13 @@ impl Local {
         let token = match &self.caller.tokens {
             None => None,
             Some(tokens) => {
-                let token = tokens.token(self.service.peer.as_ref()).map_err(Status::unauthenticated)?;
+                let token = tokens.token(self.service.peer.peer().as_ref()).map_err(Status::unauthenticated)?;
                 Some(ClientToken { jwt: token.jwt, expires: token.expires })
             }
         };
         Ok(Context {
             deadline,
-            peer: self.caller.peer.clone(),
+            peer: self.caller.peer.peer(),
             token,
             fds: Some(self.far.clone()),
             ..Context::default()
@@ -122,7 +144,7 @@ impl RemoteService for Local {
     }
 
     fn peer(&self) -> Option<Peer> {
-        self.service.peer.clone()
+        self.service.peer.peer()
     }
 
     fn fds(&self) -> Option<FdTransceiver> {

@@ -4,7 +4,7 @@ mod grpc;
 pub mod inprocess;
 
 pub use grpc::Grpc;
-pub use inprocess::{Caller, InProcess, LocalService};
+pub use inprocess::{Caller, Identity, InProcess, LocalService};
 
 use crate::{
     Connection, ConnectionEvent, Error, FdTransceiver, Key, MonitorScopeSelector, NetworkServiceRequest, Peer, Side,
@@ -32,6 +32,11 @@ pub trait RemoteService: Send + Sync + 'static {
     fn fds(&self) -> Option<FdTransceiver>;
     /// `false` once the transport is known to be broken: `dial` connects anew.
     fn alive(&self) -> bool {
+        true
+    }
+    /// `false` once the own identity was rotated since the transport was connected: it works still, but the next request goes
+    /// over a new one.
+    fn current(&self) -> bool {
         true
     }
 }
@@ -101,6 +106,11 @@ impl Remote {
         self.service.alive()
     }
 
+    /// See [`RemoteService::current`].
+    pub fn current(&self) -> bool {
+        self.service.current()
+    }
+
     /// Whether both are the same transport connection.
     pub fn same(&self, other: &Remote) -> bool {
         Arc::ptr_eq(&self.service, &other.service)
@@ -145,5 +155,9 @@ impl<S: RemoteService + ?Sized> RemoteService for Arc<S> {
 
     fn alive(&self) -> bool {
         (**self).alive()
+    }
+
+    fn current(&self) -> bool {
+        (**self).current()
     }
 }

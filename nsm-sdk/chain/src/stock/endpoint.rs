@@ -1,7 +1,7 @@
 //! The endpoint chain.
 
 use crate::{
-    Chain, Element, Peer, Side,
+    Chain, Element, Side,
     elements::{
         authorize::{AuthorizeServer, Policies},
         begin::Begin,
@@ -73,7 +73,7 @@ impl Endpoint {
     }
 
     /// To be called within this process; see [`crate::remote::InProcess`].
-    pub fn local(&self, peer: Option<Peer>) -> LocalService {
+    pub fn local(&self, peer: crate::remote::Identity) -> LocalService {
         LocalService { chain: self.chain.clone(), hub: self.hub.clone(), peer }
     }
 }

@@ -1,7 +1,7 @@
-//! The connection to the next registry: one for all calls, made anew when it broke.
+//! The connection to the next registry: one for all calls, made anew when it broke or when the own SVID was rotated.
 
 use crate::{Call, Context, Element, Error, Events, Next, Object, Query};
-use nsm_transport::{Address, FdTransceiver, Link, Transport};
+use nsm_transport::{Address, Link, Transport};
 use std::{sync::Arc, time::Duration};
 use tokio::sync::Mutex;
 use tonic::Code;
@@ -25,8 +25,7 @@ impl Dialer {
     /// The connection there is, or a new one.
     pub async fn link(&self) -> Result<Arc<Link>, Error> {
         let mut held = self.link.lock().await;
-        let closed = |link: &Link| link.fds.as_ref().is_some_and(FdTransceiver::is_closed);
-        if let Some(link) = held.as_ref().filter(|link| !closed(link)) {
+        if let Some(link) = held.as_ref().filter(|link| link.is_current()) {
             return Ok(link.clone());
         }
         let link = self
@@ -45,9 +44,13 @@ impl Dialer {
         }
     }
 
-    /// Failures after which the connection itself is in doubt.
+    /// Failures after which the connection itself is in doubt. A refusal is among them: one of the two identities may have been
+    /// rotated since the handshake.
     pub fn in_doubt(code: Code) -> bool {
-        matches!(code, Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Internal)
+        matches!(
+            code,
+            Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Internal | Code::PermissionDenied
+        )
     }
 }
 

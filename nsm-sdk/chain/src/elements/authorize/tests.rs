@@ -3,7 +3,7 @@ use crate::{
     Chain, Context, Path, PathSegment, Remote,
     core::testing::{Spy, request_with},
     elements::metadata::MetadataElement,
-    remote::inprocess::{Caller, LocalService, remote},
+    remote::inprocess::{Caller, Identity, LocalService, remote},
 };
 use nsm_identity::{Authority, X509Source};
 use std::{sync::Arc, time::Duration};
@@ -73,7 +73,14 @@ impl Element for To {
 async fn clients_check_answers() {
     let (client, server) = sources();
     let spy = Arc::new(Spy::default());
-    let service = LocalService { chain: Chain::builder().build(), hub: Default::default(), peer: Some(peer(&server)) };
+    let service = LocalService {
+        chain: Chain::builder().build(),
+        hub: Default::default(),
+        peer: Identity::new({
+            let server = peer(&server);
+            move || Some(server.clone())
+        }),
+    };
     let chain = Chain::builder()
         .element(MetadataElement::new())
         .element(To(remote("test", service, Caller::default())))

@@ -7,7 +7,7 @@ use crate::{
         metadata::MetadataElement,
         sendfd::{SendFdClient, SendFdServer},
     },
-    remote::inprocess::{Caller, LocalService, remote},
+    remote::inprocess::{Caller, Identity, LocalService, remote},
 };
 
 fn mechanism(url: &str) -> Mechanism {
@@ -60,7 +60,7 @@ impl Element for To {
 
 /// A client of `server` by an in-process transport.
 fn client(server: Chain) -> Chain {
-    let service = LocalService { chain: server, hub: Default::default(), peer: None };
+    let service = LocalService { chain: server, hub: Default::default(), peer: Identity::default() };
     Chain::builder()
         .element(MetadataElement::new())
         .element(To(remote("test", service, Caller::default())))

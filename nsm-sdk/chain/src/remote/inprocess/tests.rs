@@ -7,7 +7,7 @@ fn connection(id: &str) -> Connection {
 }
 
 fn service() -> LocalService {
-    LocalService { chain: Chain::builder().build(), hub: Hub::new(), peer: None }
+    LocalService { chain: Chain::builder().build(), hub: Hub::new(), peer: Identity::default() }
 }
 
 // Conformance 5
