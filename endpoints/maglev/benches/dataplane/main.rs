@@ -66,7 +66,7 @@ fn main() {
     if wanted("packets") {
         report.add("packets", traffic::measure(&effort, &topology, &mut balancer, &mut programs, &mut peer));
     }
-    let servers = sockets::Servers::start(&topology);
+    sockets::serve(&topology);
     if wanted("latency") {
         report.add("latency", sockets::latency(&effort, &topology, &mut balancer, &mut peer));
     }
@@ -76,7 +76,6 @@ fn main() {
     if wanted("throughput") {
         report.add("throughput", sockets::throughput(&effort, &topology, &mut balancer, &mut peer));
     }
-    drop(servers);
     if wanted("change") {
         report.add("change", change::measure(&effort, &topology, &mut balancer, &mut programs));
     }

@@ -29,21 +29,16 @@ fn port(flows: u32) -> u16 {
     FIRST_PORT + flows as u16 - 1
 }
 
-/// Servers of the target. They end with the process: their namespace goes with the topology.
-pub(crate) struct Servers;
-
-impl Servers {
-    pub(crate) fn start(topology: &Topology) -> Self {
-        for way in [Way::Balancer, Way::Kernel, Way::Peer] {
-            for port in ports() {
-                let at = SocketAddr::from((way.target_vip(), port));
-                let (udp, tcp) =
-                    topology.within("target", || (UdpSocket::bind(at).unwrap(), TcpListener::bind(at).unwrap()));
-                std::thread::spawn(move || echo(&udp));
-                std::thread::spawn(move || accept(&tcp));
-            }
+/// Starts the servers of the target. They end with the process: their namespace goes with the topology.
+pub(crate) fn serve(topology: &Topology) {
+    for way in [Way::Balancer, Way::Kernel, Way::Peer] {
+        for port in ports() {
+            let at = SocketAddr::from((way.target_vip(), port));
+            let (udp, tcp) =
+                topology.within("target", || (UdpSocket::bind(at).unwrap(), TcpListener::bind(at).unwrap()));
+            std::thread::spawn(move || echo(&udp));
+            std::thread::spawn(move || accept(&tcp));
         }
-        Servers
     }
 }
 

@@ -49,6 +49,7 @@ pub fn difference(change: u16, behind: u16) -> u32 {
 }
 
 #[cfg(test)]
+#[allow(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests {
     extern crate std;
     use super::*;

@@ -136,7 +136,7 @@ pub(crate) fn fragment(
             b.extend((20 + part.len() as u16).to_be_bytes());
             b.extend((id as u16).to_be_bytes());
             let flags = if whole { 0x4000 } else { (more as u16) << 13 };
-            b.extend((flags | offset / 8).to_be_bytes());
+            b.extend((flags | (offset / 8)).to_be_bytes());
             b.extend([64, protocol, 0, 0]);
             b.extend(s.octets());
             b.extend(d.octets());

@@ -250,7 +250,7 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Option<Vec<u8>> {
             &raw mut length,
         )
     };
-    (got > 0 && from.sll_pkttype != libc::PACKET_OUTGOING as u8).then(|| buffer[..got as usize].to_vec())
+    (got > 0 && from.sll_pkttype != libc::PACKET_OUTGOING).then(|| buffer[..got as usize].to_vec())
 }
 
 /// Waits until something is true.
