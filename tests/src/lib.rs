@@ -3,4 +3,5 @@
 //! Scenarios need root and the `meridio` binary of the same profile (`cargo build -p meridio`). They share the demo's harness, run one
 //! at a time, and print what they measured.
 
+pub mod peers;
 pub mod scene;
