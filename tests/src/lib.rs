@@ -5,4 +5,5 @@
 
 pub mod leaks;
 pub mod mesh;
+pub mod peers;
 pub mod scene;
