@@ -22,22 +22,18 @@ type client struct {
 	settings
 	*wire
 	*identity
-	manager    *grpc.ClientConn
+	last       *grpc.ClientConn
 	connection object
 }
 
 // request establishes the connection, refreshes it at a third of its tokens' life, heals it when the monitor says that it is down, and
 // at once on SIGUSR1. When the context ends it closes the connection.
 func request(ctx context.Context, s settings, w *wire, self *identity) error {
-	manager, err := self.dial(s.connectTo)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = manager.Close() }()
 	id := s.name + "-0"
 	connection := object{"id": id, "network_service": s.service}
 	setSegments(connection, 0, []object{{"name": s.name, "id": id}})
-	c := &client{settings: s, wire: w, identity: self, manager: manager, connection: connection}
+	c := &client{settings: s, wire: w, identity: self, connection: connection}
+	defer c.keep(nil)
 
 	now := make(chan os.Signal, 1)
 	signal.Notify(now, syscall.SIGUSR1)
@@ -95,7 +91,12 @@ func (c *client) try(ctx context.Context) error {
 		return err
 	}
 	var server peer.Peer
-	if err := c.manager.Invoke(within, "/networkservice.NetworkService/Request", in, out, perCall, grpc.Peer(&server)); err != nil {
+	manager, err := c.dial(c.connectTo)
+	if err != nil {
+		return err
+	}
+	c.keep(manager)
+	if err := manager.Invoke(within, "/networkservice.NetworkService/Request", in, out, perCall, grpc.Peer(&server)); err != nil {
 		return err
 	}
 	answer, err := content(out)
@@ -117,6 +118,15 @@ func (c *client) try(ctx context.Context) error {
 	return nil
 }
 
+// keep replaces the connection to the manager: every request has one of its own, as NSM's clients do, so that the tokens are by the
+// certificate that its handshake has shown.
+func (c *client) keep(manager *grpc.ClientConn) {
+	if c.last != nil {
+		_ = c.last.Close()
+	}
+	c.last = manager
+}
+
 func (c *client) close(ctx context.Context) error {
 	within, cancel := context.WithTimeout(ctx, tryTimeout)
 	defer cancel()
@@ -128,7 +138,12 @@ func (c *client) close(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := c.manager.Invoke(within, "/networkservice.NetworkService/Close", in, &emptypb.Empty{}, perCall); err != nil {
+	manager, err := c.dial(c.connectTo)
+	if err != nil {
+		return err
+	}
+	c.keep(manager)
+	if err := manager.Invoke(within, "/networkservice.NetworkService/Close", in, &emptypb.Empty{}, perCall); err != nil {
 		return err
 	}
 	say("closed")
@@ -158,7 +173,12 @@ func (c *client) events(ctx context.Context, id string, down chan<- string) erro
 		return err
 	}
 	description := &grpc.StreamDesc{ServerStreams: true}
-	stream, err := c.manager.NewStream(ctx, description, "/connection.MonitorConnection/MonitorConnections", perCall, grpc.WaitForReady(true))
+	manager, err := c.dial(c.connectTo)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = manager.Close() }()
+	stream, err := manager.NewStream(ctx, description, "/connection.MonitorConnection/MonitorConnections", perCall, grpc.WaitForReady(true))
 	if err != nil {
 		return err
 	}
