@@ -121,9 +121,9 @@ fn counters_trace_and_live_tables_tell_what_the_program_did() {
                 *tally.streams.entry(stream.clone()).or_default() += 1;
                 *tally.targets.entry((stream, event.identifier.to_string())).or_default() += 1;
             }
-            // The image was made before the program saw the first fragments of this run.
-            let fragment = Reason::FragmentUnknown as u32;
-            if decision.reason == fragment {
+            // The image knows the first fragments of its own packets only, and for ever: the program those of all, for two seconds.
+            let later_fragment = [Reason::FragmentUnknown as u32, Reason::FragmentHeld as u32];
+            if later_fragment.contains(&decision.reason) || later_fragment.contains(&event.reason) {
                 continue;
             }
             let seen = [event.verdict, event.reason, event.flow, event.row, event.identifier, event.nat_port];
