@@ -28,10 +28,9 @@ pub fn limit(name: &str) -> &str {
     })
 }
 
-/// A name for an interface to `service`: its first 6 bytes, a dash, and 8 random letters and digits: with 4 of them, two of a
-/// thousand names are equal in three cases of a hundred.
+/// A name for an interface to `service`: its first 10 bytes, a dash, and random letters and digits, as NSM names it.
 pub fn random_name(service: &str) -> String {
-    let end = (0..=6.min(service.len())).rev().find(|&end| service.is_char_boundary(end)).unwrap_or(0);
+    let end = (0..=10.min(service.len())).rev().find(|&end| service.is_char_boundary(end)).unwrap_or(0);
     let mut name = format!("{}-", service[..end].replace(['/', ' '], "-"));
     let missing = NAME_LIMIT - name.len();
     name.extend(rand::rng().sample_iter(Alphanumeric).take(missing).map(char::from));
@@ -191,7 +190,8 @@ mod tests {
     #[test]
     fn random_names_differ_and_fit() {
         let names: std::collections::HashSet<_> = (0..1000).map(|_| random_name("ééééééééé")).collect();
-        assert_eq!(names.len(), 1000);
+        // Four characters of 62: in 3 of 100 runs two of a thousand names are equal, ten never.
+        assert!(names.len() > 990, "{}", names.len());
         assert!(names.iter().all(|name| name.len() == NAME_LIMIT));
         assert_eq!(limit("ééééééééé").len(), 14);
     }
