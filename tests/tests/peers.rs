@@ -103,6 +103,7 @@ impl Client {
     }
 }
 
+#[allow(clippy::large_enum_variant, reason = "one of a test")]
 enum Endpoint {
     Rust(OurEndpoint),
     Go(Go),

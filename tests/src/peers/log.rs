@@ -50,7 +50,11 @@ impl Log {
             }
             if began.elapsed() > patience {
                 let last: Vec<String> = lines.iter().rev().take(5).rev().map(Value::to_string).collect();
-                bail!("{}: no {event:?} within {patience:?}; its last lines:\n{}", self.path.display(), last.join("\n"));
+                bail!(
+                    "{}: no {event:?} within {patience:?}; its last lines:\n{}",
+                    self.path.display(),
+                    last.join("\n")
+                );
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }

@@ -118,8 +118,7 @@ impl Mesh {
         let node = process(path("nsmgr"), &["nsm"], &env);
         registry.start(&infra)?;
         node.start(&infra)?;
-        let mesh =
-            Mesh { programs: programs.to_owned(), infra, server, agent, registry, node, directory, _lock: lock };
+        let mesh = Mesh { programs: programs.to_owned(), infra, server, agent, registry, node, directory, _lock: lock };
         mesh.listening().await?;
         Ok(mesh)
     }
@@ -178,7 +177,14 @@ impl Mesh {
     ///
     /// # Errors
     /// If it cannot be executed.
-    pub fn go(&self, name: &str, role: &str, service: &str, interface: &str, namespace: &Namespace) -> Result<Arc<Process>> {
+    pub fn go(
+        &self,
+        name: &str,
+        role: &str,
+        service: &str,
+        interface: &str,
+        namespace: &Namespace,
+    ) -> Result<Arc<Process>> {
         let env = [
             ("SPIFFE_ENDPOINT_SOCKET", self.socket("agent.sock")),
             ("NSM_NAME", name.to_owned()),
@@ -265,7 +271,8 @@ fn entry(namespace: &Namespace, programs: &Path, directory: &Path, name: &str, p
     let (id, selector) = (format!("spiffe://example.org/{name}"), format!("unix:path:{}", program.display()));
     let (socket, life) = (directory.join("server.sock").display().to_string(), SVID_LIFETIME.to_string());
     let server = programs.join(SERVER_KEY).display().to_string();
-    let args = ["entry", "create", "-socketPath", &socket, "-parentID", AGENT_ID, "-spiffeID", &id, "-selector", &selector];
+    let args =
+        ["entry", "create", "-socketPath", &socket, "-parentID", AGENT_ID, "-spiffeID", &id, "-selector", &selector];
     namespace.output(&server, &[&args[..], &["-x509SVIDTTL", &life]].concat()).map(drop)
 }
 

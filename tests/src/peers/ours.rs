@@ -2,8 +2,8 @@
 
 use std::net::IpAddr;
 use std::os::fd::AsRawFd as _;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -98,12 +98,8 @@ impl OurEndpoint {
     /// # Errors
     /// If it cannot listen or register.
     pub async fn start(mesh: &Mesh, identity: &X509Source, service: &str, netns: &Netns) -> Result<Self> {
-        let serve = Serve {
-            netns: netns.clone(),
-            numbers: Arc::default(),
-            requests: Arc::default(),
-            closes: Arc::default(),
-        };
+        let serve =
+            Serve { netns: netns.clone(), numbers: Arc::default(), requests: Arc::default(), closes: Arc::default() };
         let endpoint = Endpoint::builder("nse", token::from_source(identity.clone(), TOKEN_LIFETIME))
             .policies(Policies::server())
             .element(Mechanisms::new(Side::Server).with("KERNEL", serve.clone()))
@@ -206,8 +202,7 @@ impl OurClient {
         let connection =
             Connection { id: self.id.clone(), network_service: self.service.clone(), ..Default::default() };
         let preferences = vec![kernel(&self.netns, self.interface)];
-        let request =
-            NetworkServiceRequest { connection: Some(connection), mechanism_preferences: preferences };
+        let request = NetworkServiceRequest { connection: Some(connection), mechanism_preferences: preferences };
         self.client.request(request, TIMEOUT).await
     }
 
