@@ -138,6 +138,7 @@ fn what_breaks_is_noticed_at_once() {
     wait("the copy's end", || !net.routes("-4").contains("default"));
     net.signal_gateway(Signal::CONT);
     wait("return of the gateway", || frontend.connected() == Some(true));
+    wait("announcement", || net.learnt("20.0.0.1/32"));
 
     // A faulty configuration changes nothing and is named.
     let mut faulty = dual();
