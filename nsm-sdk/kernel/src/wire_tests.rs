@@ -12,7 +12,7 @@ fn link(index: u32, name: &str, alias: &str, peer: Option<u32>) -> Link {
         running: true,
         master: None,
         peer,
-        peer_nsid: None,
+        peer_elsewhere: true,
         vxlan: None,
     }
 }
