@@ -14,9 +14,9 @@ use serde_json::json;
 
 use crate::Effort;
 use crate::lanes::{Balancer, FIRST_PORT, Load};
+use crate::programs::Programs;
 use crate::report::{Samples, Section};
 use crate::topology::{FAN, Topology, Way, pin};
-use crate::traffic::Programs;
 
 /// Longer than the engine holds a retired copy back, so that a change does not wait for an earlier one.
 const CALM: Duration = Duration::from_millis(2_200);

@@ -1,14 +1,14 @@
 //! The load balancer under test, and what it is configured to.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::process::Command;
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use meridio_maglev::config::Bytes;
 use meridio_maglev::{Config, Engine, Flow, Nat, Options, Protocol, Settings, Stream, Target, Targets};
 
-use crate::topology::{FAN, TARGET, Topology, Way, fan_address};
+use crate::topology::{FAN, TARGET, Topology, Way, fan_address, fan_address6};
 
 /// Numbers of flows and of targets that are compared.
 pub(crate) const FLOWS: [u32; 5] = [1, 10, 100, 1_000, 2_000];
@@ -35,11 +35,18 @@ impl Load {
     /// The combinations of flows and targets, and one with everything.
     pub(crate) fn all(quick: bool) -> Vec<Load> {
         if quick {
-            return vec![Load::new(1, 4), Load::new(1_000, 1_000)];
+            let mut few = Self::few();
+            few.push(Load { everything: true, ..Load::new(1_000, 1_000) });
+            return few;
         }
         let mut all: Vec<Load> = TARGETS.iter().flat_map(|t| FLOWS.map(|f| Load::new(f, *t))).collect();
         all.push(Load { flows: 1_000, targets: 1_000, everything: true });
         all
+    }
+
+    /// The ends of the range.
+    pub(crate) fn few() -> Vec<Load> {
+        vec![Load::new(1, 4), Load::new(1_000, 1_000)]
     }
 
     /// Name in tables.
@@ -67,11 +74,23 @@ impl Balancer {
         let fs = BpfFs::new();
         let kernel = Options::new(fs.0.path().join("lb"));
         let (fan, target) = (topology.index("middle", "mbf0"), topology.index("middle", "mbt0"));
-        let hop = |address: Ipv4Addr, index| Target { v4: Some((address, index)), ..Target::default() };
+        let hop = |v4: Ipv4Addr, v6: Option<Ipv6Addr>, index| {
+            let v6 = v6.map(|address| (address, index));
+            Target { v4: Some((v4, index)), v6, direct: true, ..Target::default() }
+        };
         let targets = streams()
             .into_iter()
             .map(|(name, n, in_fan)| {
-                let one = |id| (id, if in_fan { hop(fan_address(id), fan) } else { hop(TARGET, target) });
+                let one = |id| {
+                    (
+                        id,
+                        if in_fan {
+                            hop(fan_address(id), Some(fan_address6(id)), fan)
+                        } else {
+                            hop(TARGET, None, target)
+                        },
+                    )
+                };
                 (name, (1..=n).map(one).collect())
             })
             .collect();
@@ -104,13 +123,17 @@ impl Balancer {
 fn config(load: Load, fan: bool) -> Config {
     let vip: Ipv4Net = if fan { Way::Balancer.fan_vip() } else { Way::Balancer.target_vip() }.into();
     let vip = IpNet::V4(vip);
+    let mut vips = vec![vip];
+    if fan {
+        vips.push(IpNet::V6(Ipv6Net::from(Way::Balancer.fan_vip6())));
+    }
     let stream = format!("{}-{}", if fan { "fan" } else { "target" }, load.targets);
     let flow = |n: u32| {
         let port = FIRST_PORT + n as u16;
         let mut flow = Flow {
             name: format!("flow-{n:04}"),
             stream: stream.clone(),
-            destinations: vec![vip],
+            destinations: vips.clone(),
             protocols: vec![Protocol::Tcp, Protocol::Udp],
             destination_ports: vec![(port, port)],
             ..Flow::default()
@@ -125,7 +148,7 @@ fn config(load: Load, fan: bool) -> Config {
     };
     let nat = Nat { vips: vec![vip], protocol: Protocol::Udp, port: 900, target_port: 901 };
     Config {
-        vips: vec![vip],
+        vips: vips.clone(),
         streams: streams()
             .into_iter()
             .map(|(name, n, _)| Stream { name, max_targets: n.clamp(100, FAN), sctp_ports_only: false })

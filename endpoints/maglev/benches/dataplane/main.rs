@@ -8,6 +8,7 @@ mod change;
 mod lanes;
 mod peer;
 mod program;
+mod programs;
 mod report;
 mod sockets;
 mod topology;
@@ -17,9 +18,9 @@ use std::time::Instant;
 
 use lanes::Balancer;
 use peer::Peer;
+use programs::Programs;
 use report::Report;
 use topology::Topology;
-use traffic::Programs;
 
 /// What can be asked for by name.
 const PARTS: [&str; 6] = ["packets", "program", "latency", "connections", "throughput", "change"];
@@ -64,7 +65,9 @@ fn main() {
         report.add("program", program::measure(&effort, &topology, &mut balancer, &programs));
     }
     if wanted("packets") {
-        report.add("packets", traffic::measure(&effort, &topology, &mut balancer, &mut programs, &mut peer));
+        for (name, v6) in [("packets", false), ("packets_ipv6", true)] {
+            report.add(name, traffic::measure(&effort, &topology, &mut balancer, &mut programs, &mut peer, v6));
+        }
     }
     sockets::serve(&topology);
     if wanted("latency") {

@@ -4,9 +4,9 @@ use serde_json::json;
 
 use crate::Effort;
 use crate::lanes::{Balancer, FIRST_PORT, Load};
+use crate::programs::{Programs, packet};
 use crate::report::{Samples, Section, median};
 use crate::topology::{Topology, Way};
-use crate::traffic::{Programs, packet};
 
 /// Runs on one packet: its TTL of 64 must not run out, else another path is measured.
 const REPEAT: u32 = 50;
@@ -18,7 +18,7 @@ fn ours(balancer: &mut Balancer, load: Load, packets: u16) -> f64 {
     let times: Vec<f64> = (0..packets)
         .map(|n| {
             let flow = (n as u32 * 7_919) % load.flows;
-            let p = packet([0; 6], [0; 6], Way::Balancer.fan_vip(), (20_000 + n, FIRST_PORT + flow as u16));
+            let p = packet([0; 6], [0; 6], Way::Balancer.fan_vip().into(), (20_000 + n, FIRST_PORT + flow as u16));
             let run = balancer.engine.test_run(true, &p, REPEAT).unwrap_or_else(|e| panic!("{e}"));
             assert_eq!(run.result, REDIRECT, "not the fast path");
             run.nanoseconds as f64
@@ -30,7 +30,7 @@ fn ours(balancer: &mut Balancer, load: Load, packets: u16) -> f64 {
 fn parse_only(programs: &Programs, packets: u16) -> f64 {
     let times: Vec<f64> = (0..packets)
         .map(|n| {
-            let p = packet([0; 6], [0; 6], Way::Balancer.fan_vip(), (20_000 + n, FIRST_PORT));
+            let p = packet([0; 6], [0; 6], Way::Balancer.fan_vip().into(), (20_000 + n, FIRST_PORT));
             programs.parse(&p, REPEAT)
         })
         .collect();

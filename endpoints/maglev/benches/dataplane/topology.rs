@@ -10,7 +10,7 @@
 //! The three ways share everything but their first cable, so that measuring one after the other changes nothing else.
 #![allow(unsafe_code)] // SAFETY: one ioctl below.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::Command;
@@ -40,6 +40,11 @@ impl Way {
         Ipv4Addr::new(20, 0, self as u8, 1)
     }
 
+    /// The same in IPv6.
+    pub(crate) fn fan_vip6(self) -> Ipv6Addr {
+        Ipv6Addr::new(0x2000, 0, 0, self as u16, 0, 0, 0, 1)
+    }
+
     /// VIP whose packets go to the target.
     pub(crate) fn target_vip(self) -> Ipv4Addr {
         Ipv4Addr::new(20, 0, self as u8, 2)
@@ -54,6 +59,11 @@ impl Way {
 /// Address of a next hop in the fan.
 pub(crate) fn fan_address(identifier: u32) -> Ipv4Addr {
     Ipv4Addr::new(172, 16, (identifier >> 8) as u8, identifier as u8)
+}
+
+/// The same in IPv6.
+pub(crate) fn fan_address6(identifier: u32) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 0x16, 0, 0, 0, 0, 0, identifier as u16)
 }
 
 /// Address of the target.
@@ -99,8 +109,10 @@ impl Topology {
                 ("middle", &far, &format!("10.0.{way}.2/24")),
             );
             ip(&format!("-n {} route add 20.0.{way}.0/24 via 10.0.{way}.2", topology.name("generator")));
+            ip(&format!("-n {} addr add fd00:10:{way}::2/64 dev {far}", topology.name("middle")));
         }
         topology.cable(("middle", "mbf0", "172.16.255.1/16"), ("fan", "mbf1", "172.16.255.2/16"));
+        ip(&format!("-n {} addr add fd00:16::1:1/64 dev mbf0", topology.name("middle")));
         topology.cable(("middle", "mbt0", "172.20.0.1/24"), ("target", "mbt1", "172.20.0.2/24"));
         for way in [Way::Balancer, Way::Kernel, Way::Peer] {
             ip(&format!("-n {} addr add {}/32 dev lo", topology.name("target"), way.target_vip()));
@@ -108,16 +120,17 @@ impl Topology {
         ip(&format!("-n {} route add default via 172.20.0.1", topology.name("target")));
         let middle = topology.name("middle");
         ip(&format!("-n {middle} route add {}/32 via {}", Way::Kernel.fan_vip(), fan_address(1)));
+        ip(&format!("-n {middle} -6 route add {}/128 via {}", Way::Kernel.fan_vip6(), fan_address6(1)));
         ip(&format!("-n {middle} route add {}/32 via {TARGET}", Way::Kernel.target_vip()));
         topology.neighbours();
         topology
     }
 
     fn neighbours(&self) {
-        let lines: String = (1..=FAN)
-            .map(|id| {
+        let addresses = (1..=FAN).flat_map(|id| [(id, IpAddr::V4(fan_address(id))), (id, fan_address6(id).into())]);
+        let lines: String = addresses
+            .map(|(id, address)| {
                 let [high, low] = (id as u16).to_be_bytes();
-                let address = fan_address(id);
                 format!("neigh add {address} lladdr 02:00:00:00:{high:02x}:{low:02x} dev mbf0 nud permanent\n")
             })
             .collect();

@@ -33,7 +33,8 @@ pub struct Generator {
     destination_ports: u32,
     /// Source ports from 20,000 on, one after the other.
     source_ports: u32,
-    pad: u32,
+    /// Time between two packets, in 1/256 ns.
+    interval: u32,
     /// The packet; the buffers are reused, and the load balancer changes them.
     packet: [u64; PACKET / 8],
 }
@@ -42,7 +43,7 @@ pub struct Generator {
 #[repr(C)]
 pub struct Seen {
     packets: u64,
-    /// Monotonic clock, ns: first and last arrival; only when the sink's clock is on.
+    /// Monotonic clock, ns: first and last arrival.
     first: u64,
     last: u64,
 }
@@ -58,9 +59,12 @@ pub struct Parsed {
 static GENERATOR: Array<Generator> = Array::with_max_entries(1, 0);
 #[map]
 static SEQUENCE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+/// When the next packet is due, in 1/256 ns of the monotonic clock.
+#[map]
+static DUE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static TOTAL: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
-/// By the last two bytes of the destination's link address.
+/// By the last two bytes of the destination's link address; only when the sink's clock is on.
 #[map]
 static SEEN: Array<Seen> = Array::with_max_entries(65_536, 0);
 #[map]
@@ -68,11 +72,24 @@ static CLOCK: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 static PARSED: PerCpuArray<Parsed> = PerCpuArray::with_max_entries(1, 0);
 
-/// Makes a packet of the buffer and sends it.
+/// The longest time that the generator catches up with, in 1/256 ns.
+const BURST: u64 = 100_000 << 8;
+
+/// Makes a packet of the buffer and sends it, if one is due.
 #[xdp]
 pub fn generate(ctx: XdpContext) -> u32 {
     let Some(generator) = GENERATOR.get(0) else { return XDP_DROP };
     let Some(sequence) = SEQUENCE.get_ptr_mut(0) else { return XDP_DROP };
+    let Some(due) = DUE.get_ptr_mut(0) else { return XDP_DROP };
+    // SAFETY: a helper without arguments, and a per-CPU value of this type.
+    unsafe {
+        let now = bpf_ktime_get_ns() << 8;
+        if now < *due {
+            return XDP_DROP;
+        }
+        let from = if now - *due > BURST { now } else { *due };
+        *due = from + generator.interval as u64;
+    }
     // SAFETY: a per-CPU value of this type; the program does not nest.
     let n = unsafe {
         *sequence = (*sequence).wrapping_add(1);
@@ -109,19 +126,20 @@ pub fn sink(ctx: TcContext) -> i32 {
         unsafe { *total += 1 };
     }
     let Some(clock) = CLOCK.get(0) else { return TC_ACT_SHOT };
+    if *clock == 0 {
+        return TC_ACT_SHOT;
+    }
     let Ok([high, low]) = ctx.load::<[u8; 2]>(4) else { return TC_ACT_SHOT };
     let index = u16::from_be_bytes([high, low]) as u32;
     if let Some(seen) = SEEN.get_ptr_mut(index) {
         // SAFETY: a map value of this type. Two CPUs may lose a count to each other; nobody compares these exactly.
         unsafe {
             (*seen).packets += 1;
-            if *clock != 0 {
-                let now = bpf_ktime_get_ns();
-                if (*seen).first == 0 {
-                    (*seen).first = now;
-                }
-                (*seen).last = now;
+            let now = bpf_ktime_get_ns();
+            if (*seen).first == 0 {
+                (*seen).first = now;
             }
+            (*seen).last = now;
         }
     }
     TC_ACT_SHOT
