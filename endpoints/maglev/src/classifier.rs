@@ -93,6 +93,9 @@ pub fn compile(
     let dports: Vec<&[(u16, u16)]> = flows.iter().map(|f| f.destination_ports.as_slice()).collect();
     let mut map = boxed_ports();
     ports(&mut c, &dports, &mut map, DPORT_BASE, "destination ports")?;
+    for key in c.nats.keys() {
+        map[key.port as usize & 0xffff] |= PORT_TRANSLATED[key.direction as usize & 1];
+    }
     c.dports = map;
     let sports: Vec<&[(u16, u16)]> = flows.iter().map(|f| f.source_ports.as_slice()).collect();
     let mut map = boxed_ports();
@@ -120,12 +123,7 @@ fn byte_lists(c: &mut Classifier, flows: &[&Flow]) -> Result<(), Error> {
         let reason = format!("{} different lists of byte matches are more than {MAX_BYTE_LISTS}", users.len());
         return Err(Error::config("flows", reason));
     }
-    if !users.is_empty() {
-        c.flags |= flag::BYTES;
-    }
-    for n in 0..MAX_BYTE_LISTS as u32 {
-        c.vectors.insert(BYTES_BASE + n, Vector::default());
-    }
+    c.flags |= (users.len() as u32) << flag::BYTE_LISTS_SHIFT;
     for (n, (list, bits)) in users.into_iter().enumerate() {
         let mut entry = ByteList::default();
         for (to, from) in entry.statements.iter_mut().zip(list) {

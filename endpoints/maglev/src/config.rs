@@ -184,6 +184,9 @@ pub struct Target {
     pub v6: Option<(Ipv6Addr, u32)>,
     /// MTU towards it, for kernels that cannot be asked; 0: not known.
     pub mtu: u32,
+    /// The interfaces are ends of veth pairs whose other ends are in other network namespaces: packets may be put straight
+    /// into the other end. Where this is not so it must not be said: the kernel drops them.
+    pub direct: bool,
 }
 
 /// Ready targets of a stream by identifier.

@@ -14,8 +14,9 @@ use crate::error::Error;
 use crate::grace::Retired;
 use crate::kernel::{Kernel, Options, remove_pins};
 use crate::place::Room;
-use crate::sys::{RawMap, text, untext};
+use crate::sys::{RawMap, text};
 use crate::table::Table;
+use crate::write::{write_generation, write_rows};
 
 /// Set in every mark, so that one rule can tell packets that this program marked.
 pub const MARK_FLAG: u32 = 0x4d00_0000;
@@ -36,11 +37,11 @@ pub struct Settings {
 pub(crate) struct Slot {
     pub(crate) stream: Stream,
     pub(crate) entry: StreamEntry,
-    table: Table,
+    pub(crate) table: Table,
     pub(crate) targets: [BTreeMap<u32, TargetEntry>; 2],
     /// What is known of a copy's targets may be wrong: writing them was interrupted by an error.
-    unsure: [bool; 2],
-    retired: Retired,
+    pub(crate) unsure: [bool; 2],
+    pub(crate) retired: Retired,
 }
 
 /// The load balancer in the kernel.
@@ -54,7 +55,7 @@ pub struct Engine {
     generations: [Option<Classifier>; 2],
     retired: Retired,
     /// Slot that the next new stream gets if it is free.
-    next_slot: u32,
+    pub(crate) next_slot: u32,
     adopted: bool,
     detour: Result<Detour, String>,
 }
@@ -68,6 +69,7 @@ pub(crate) fn target_entry(target: &Target, mark: u32) -> TargetEntry {
         ifindex6: target.v6.map(|(_, i)| i).unwrap_or_default(),
         mark,
         mtu: target.mtu,
+        direct: target.direct as u32,
     }
 }
 
@@ -84,7 +86,7 @@ impl Engine {
     pub fn open(settings: Settings) -> Result<Self, Error> {
         let kernel = Kernel::load(&settings.kernel)?;
         let config: MapConfig =
-            kernel.config.get(&0u32, Default::default()).map_err(failed(&kernel.config))?.unwrap_or_default();
+            kernel.maps.config.get(&0u32, Default::default()).map_err(failed(&kernel.maps.config))?.unwrap_or_default();
         let mut engine = Engine {
             adopted: config.version == LAYOUT_VERSION,
             kernel,
@@ -108,7 +110,7 @@ impl Engine {
 
     fn set_hold(&mut self, interface: u32) -> Result<(), Error> {
         self.config.hold = interface;
-        let map = &self.kernel.config;
+        let map = &self.kernel.maps.config;
         map.set(&0u32, &self.config).map_err(failed(map))
     }
 
@@ -125,7 +127,7 @@ impl Engine {
         if self.detour.is_ok() {
             return Ok(());
         }
-        let started = self.kernel.fragments.try_clone().and_then(Detour::start).map_err(|e| e.to_string());
+        let started = self.kernel.maps.fragments.try_clone().and_then(Detour::start).map_err(|e| e.to_string());
         self.detour = match started {
             Ok(detour) => self.kernel.attach_ingress(&detour.name).map(|()| detour).map_err(|e| e.to_string()),
             Err(error) => Err(error),
@@ -173,49 +175,6 @@ impl Engine {
             })?;
         }
         remove_pins(directory, None)
-    }
-
-    fn adopt(&mut self) -> Result<(), Error> {
-        for slot in 0..MAX_STREAMS as u32 {
-            let streams = &self.kernel.streams;
-            let entry = streams.get(&slot, StreamEntry::default()).map_err(failed(streams))?.unwrap_or_default();
-            if entry.rows == 0 {
-                continue;
-            }
-            let names = &self.kernel.stream_names;
-            let name = names.get(&slot, [0u8; 128]).map_err(failed(names))?.unwrap_or([0; 128]);
-            let Some(mut table) = Table::new(entry.max_targets) else { continue };
-            let mut targets = [BTreeMap::new(), BTreeMap::new()];
-            for identifier in 1..=entry.max_targets {
-                for copy in 0..2 {
-                    let index = target_index(entry.target_base, identifier, copy);
-                    let map = &self.kernel.targets;
-                    let found = map.get(&index, TargetEntry::default()).map_err(failed(map))?.unwrap_or_default();
-                    if found.mark != 0 {
-                        targets[copy as usize].insert(identifier, found);
-                    }
-                }
-            }
-            table.set(targets[(entry.active & 1) as usize].keys().copied());
-            let stream = Stream {
-                name: untext(&name),
-                max_targets: entry.max_targets,
-                sctp_ports_only: entry.flags & stream_flag::SCTP_PORTS_ONLY != 0,
-            };
-            let retired = Retired::now(&self.kernel.grace);
-            self.slots.insert(slot, Slot { stream, entry, table, targets, unsure: [false; 2], retired });
-            self.next_slot = (slot + 1) % MAX_STREAMS as u32;
-        }
-        let generation = self.config.active & 1;
-        for index in 0..2 * MAX_FLOWS as u32 {
-            let names = &self.kernel.flow_names;
-            let name = untext(&names.get(&index, [0u8; 128]).map_err(failed(names))?.unwrap_or([0; 128]));
-            if !name.is_empty() {
-                self.counters.insert(name, index);
-            }
-        }
-        tracing::info!(streams = self.slots.len(), generation, "adopted the load balancer's maps");
-        Ok(())
     }
 
     /// Ready targets of a stream as packets see them: identifier and next hops.
@@ -302,14 +261,14 @@ impl Engine {
     fn create(&mut self, number: u32, entry: StreamEntry, stream: &Stream) -> Result<(), Error> {
         let Some(table) = Table::new(stream.max_targets) else { return Ok(()) };
         for identifier in 1..=stream.max_targets {
-            let map = &self.kernel.target_hits;
+            let map = &self.kernel.maps.target_hits;
             map.zero(entry.target_base + identifier, self.kernel.cpus).map_err(failed(map))?;
         }
         for reason in 0..MAX_REASONS as u32 {
-            let map = &self.kernel.stream_drops;
+            let map = &self.kernel.maps.stream_drops;
             map.zero(number * MAX_REASONS as u32 + reason, self.kernel.cpus).map_err(failed(map))?;
         }
-        let names = &self.kernel.stream_names;
+        let names = &self.kernel.maps.stream_names;
         names.set(&number, &text(&stream.name)).map_err(failed(names))?;
         let targets = [BTreeMap::new(), BTreeMap::new()];
         let slot = Slot { stream: stream.clone(), entry, table, targets, unsure: [true; 2], retired: Retired::Free };
@@ -320,7 +279,7 @@ impl Engine {
 
     fn write_entry(&self, number: u32) -> Result<(), Error> {
         let Some(slot) = self.slots.get(&number) else { return Ok(()) };
-        self.kernel.streams.set(&number, &slot.entry).map_err(failed(&self.kernel.streams))
+        self.kernel.maps.streams.set(&number, &slot.entry).map_err(failed(&self.kernel.maps.streams))
     }
 
     /// Writes table and targets of a stream to the copy that is not in use and switches to it.
@@ -339,7 +298,7 @@ impl Engine {
         }
         let new = 1 - old;
         slot.retired.wait(&self.kernel.grace)?;
-        let map = &self.kernel.targets;
+        let map = &self.kernel.maps.targets;
         let unsure = std::mem::replace(&mut slot.unsure[new], true);
         let before = std::mem::take(&mut slot.targets[new]);
         let touched: Vec<u32> = match unsure {
@@ -354,14 +313,14 @@ impl Engine {
         }
         slot.targets[new] = wanted;
         slot.table.set(ready.keys().copied());
-        write_rows(&self.kernel.rows, slot.entry.chunk[new], slot.table.rows())?;
+        write_rows(&self.kernel.maps.rows, slot.entry.chunk[new], slot.table.rows())?;
         // Two writes: first what describes the copy that nobody reads, then the one byte that packets go by.
         slot.entry.ready[new] = !ready.is_empty() as u32;
-        self.kernel.streams.set(&number, &slot.entry).map_err(failed(&self.kernel.streams))?;
+        self.kernel.maps.streams.set(&number, &slot.entry).map_err(failed(&self.kernel.maps.streams))?;
         let mut switched = slot.entry;
         switched.active = new as u32;
         switched.swaps = switched.swaps.wrapping_add(1);
-        self.kernel.streams.set(&number, &switched).map_err(failed(&self.kernel.streams))?;
+        self.kernel.maps.streams.set(&number, &switched).map_err(failed(&self.kernel.maps.streams))?;
         slot.entry = switched;
         slot.unsure[new] = false;
         slot.retired = Retired::now(&self.kernel.grace);
@@ -370,14 +329,14 @@ impl Engine {
 
     fn release(&mut self, number: u32) -> Result<(), Error> {
         let Some(slot) = self.slots.remove(&number) else { return Ok(()) };
-        let streams = &self.kernel.streams;
+        let streams = &self.kernel.maps.streams;
         streams.set(&number, &StreamEntry::default()).map_err(failed(streams))?;
-        let names = &self.kernel.stream_names;
+        let names = &self.kernel.maps.stream_names;
         names.set(&number, &[0u8; 128]).map_err(failed(names))?;
         for (copy, targets) in slot.targets.iter().enumerate() {
             for id in targets.keys() {
                 let index = target_index(slot.entry.target_base, *id, copy as u32);
-                let map = &self.kernel.targets;
+                let map = &self.kernel.maps.targets;
                 map.set(&index, &TargetEntry::default()).map_err(failed(map))?;
             }
         }
@@ -411,17 +370,17 @@ impl Engine {
         let new = 1 - (self.config.active & 1);
         self.retired.wait(&self.kernel.grace)?;
         for (index, name) in fresh {
-            let names = &self.kernel.flow_names;
-            for map in [&self.kernel.flow_hits, &self.kernel.flow_drops] {
+            let names = &self.kernel.maps.flow_names;
+            for map in [&self.kernel.maps.flow_hits, &self.kernel.maps.flow_drops] {
                 map.zero(*index, self.kernel.cpus).map_err(failed(map))?;
             }
             names.set(index, &text(name)).map_err(failed(names))?;
             self.counters.insert(name.clone(), *index);
         }
         let before = self.generations[new as usize].take();
-        self.write_generation(new, &classifier, before.as_ref())?;
+        write_generation(&self.kernel.maps, new, &classifier, before.as_ref())?;
         self.config.flags[new as usize] = classifier.flags;
-        let map = &self.kernel.config;
+        let map = &self.kernel.maps.config;
         map.set(&0u32, &self.config).map_err(failed(map))?;
         let mut switched = self.config;
         switched.version = LAYOUT_VERSION;
@@ -440,49 +399,9 @@ impl Engine {
         let gone: Vec<String> = self.counters.keys().filter(|n| !used(n)).cloned().collect();
         for name in gone {
             if let Some(index) = self.counters.remove(&name) {
-                let map = &self.kernel.flow_names;
+                let map = &self.kernel.maps.flow_names;
                 map.set(&index, &[0u8; 128]).map_err(failed(map))?;
             }
-        }
-        Ok(())
-    }
-
-    /// `before`: what the generation is known to hold.
-    fn write_generation(&self, generation: u32, c: &Classifier, before: Option<&Classifier>) -> Result<(), Error> {
-        let k = &self.kernel;
-        write_prefixes(&k.vips, generation, &c.vips)?;
-        write_prefixes(&k.sources, generation, &c.sources)?;
-        for (n, (map, old)) in
-            [(&c.dports, before.map(|b| &b.dports)), (&c.sports, before.map(|b| &b.sports))].into_iter().enumerate()
-        {
-            if old != Some(map) {
-                k.ports.set(&(generation * 2 + n as u32), map.as_ref()).map_err(failed(&k.ports))?;
-            }
-        }
-        for (index, vector) in &c.vectors {
-            if before.is_none_or(|b| b.vectors.get(index) != Some(vector)) {
-                k.vectors.set(&(generation * VECTORS + index), vector).map_err(failed(&k.vectors))?;
-            }
-        }
-        for (index, flow) in c.flows.iter().enumerate() {
-            if before.is_none_or(|b| b.flows.get(index) != Some(flow)) {
-                let index = generation * MAX_FLOWS as u32 + index as u32;
-                k.flows.set(&index, flow).map_err(failed(&k.flows))?;
-            }
-        }
-        for index in 0..MAX_BYTE_LISTS {
-            let list = c.byte_lists.get(index).copied().unwrap_or_default();
-            let index = generation * MAX_BYTE_LISTS as u32 + index as u32;
-            k.byte_lists.set(&index, &list).map_err(failed(&k.byte_lists))?;
-        }
-        let stale = k.nats.keys(NatKey::default()).map_err(failed(&k.nats))?;
-        for key in stale.iter().filter(|key| key.generation == generation) {
-            if !c.nats.contains_key(&NatKey { generation: 0, ..*key }) {
-                k.nats.delete(key).map_err(failed(&k.nats))?;
-            }
-        }
-        for (key, port) in &c.nats {
-            k.nats.set(&NatKey { generation, ..*key }, &(*port as u32)).map_err(failed(&k.nats))?;
         }
         Ok(())
     }
@@ -504,34 +423,4 @@ fn outside<'a>(stream: &Stream, mut identifiers: impl Iterator<Item = &'a u32>) 
     let id = identifiers.find(|id| !(1..=stream.max_targets).contains(id))?;
     let reason = format!("identifier {id} is not in 1..{}", stream.max_targets);
     Some(Error::config(format!("stream {:?}", stream.name), reason))
-}
-
-fn write_rows(map: &RawMap, first: u32, rows: &[u16]) -> Result<(), Error> {
-    let mut padded = vec![0u16; CHUNK_ROWS];
-    for (n, rows) in rows.chunks(CHUNK_ROWS).enumerate() {
-        let chunk: &[u16; CHUNK_ROWS] = match rows.try_into() {
-            Ok(whole) => whole,
-            Err(_) => {
-                padded[..rows.len()].copy_from_slice(rows);
-                match padded.as_slice().try_into() {
-                    Ok(whole) => whole,
-                    Err(_) => continue,
-                }
-            }
-        };
-        map.set_slice(first + n as u32, chunk).map_err(failed(map))?;
-    }
-    Ok(())
-}
-
-fn write_prefixes(map: &RawMap, generation: u32, wanted: &BTreeMap<PrefixKey, u32>) -> Result<(), Error> {
-    for key in map.keys(PrefixKey::default()).map_err(failed(map))? {
-        if key.space & 1 == generation && !wanted.contains_key(&PrefixKey { space: key.space & !1, ..key }) {
-            map.delete(&key).map_err(failed(map))?;
-        }
-    }
-    for (key, class) in wanted {
-        map.set(&PrefixKey { space: key.space | generation, ..*key }, class).map_err(failed(map))?;
-    }
-    Ok(())
 }

@@ -253,7 +253,7 @@ impl Image {
     fn ports(&self, map: &PortMap, base: u32, flow: u32) -> String {
         let mut ranges: Vec<(usize, usize)> = Vec::new();
         for (port, class) in map.iter().enumerate() {
-            if has(self.classifier.vectors.get(&(base + *class as u32)), flow) {
+            if has(self.classifier.vectors.get(&(base + (*class as u32 & PORT_CLASS))), flow) {
                 match ranges.last_mut() {
                     Some(last) if last.1 + 1 == port => last.1 = port,
                     _ => ranges.push((port, port)),
@@ -264,9 +264,10 @@ impl Image {
     }
 
     fn byte_matches(&self, flow: u32) -> String {
-        let ours = (0..MAX_BYTE_LISTS as u32).find(|n| has(self.classifier.vectors.get(&(BYTES_BASE + n)), flow));
+        let lists = flag::byte_lists(self.classifier.flags);
+        let ours = (0..lists).find(|n| has(self.classifier.vectors.get(&(BYTES_BASE + n)), flow));
         let list = ours.and_then(|n| self.classifier.byte_lists.get(n as usize)).copied().unwrap_or_default();
-        let used = list.statements.iter().filter(|s| s.protocol != u8::MAX);
+        let used = list.statements.iter().filter(|s| s.protocol != UNUSED);
         let text = |s: &ByteMatch| {
             let protocol = protocol_name(s.protocol);
             format!("{protocol}[{}:{}] & {:#x} = {:#x}", s.offset, s.size, s.mask, s.value)

@@ -125,13 +125,20 @@ impl Image {
     }
 }
 
-/// The value of the longest prefix around an address.
+/// The value of the longest prefix around an address. Tries the lengths that there are, the longest first.
 fn longest(map: &BTreeMap<PrefixKey, u32>, key: &PrefixKey) -> Option<u32> {
-    (0..=128u8).rev().find_map(|length| {
-        let net = Ipv6Net::new(Ipv6Addr::from(key.address), length).ok()?.trunc();
-        let bits = PREFIX_KEY_BITS + length as u32;
-        map.get(&PrefixKey { bits, space: key.space, address: net.addr().octets() }).copied()
-    })
+    let mut bits = PREFIX_KEY_BITS + 128;
+    loop {
+        let last = PrefixKey { bits, space: u32::MAX, address: [u8::MAX; 16] };
+        bits = map.range(..=last).next_back()?.0.bits;
+        let length = bits.checked_sub(PREFIX_KEY_BITS)?;
+        let net = Ipv6Net::new(Ipv6Addr::from(key.address), length as u8).ok()?.trunc();
+        let found = map.get(&PrefixKey { bits, space: key.space, address: net.addr().octets() });
+        if found.is_some() {
+            return found.copied();
+        }
+        bits = bits.checked_sub(1)?;
+    }
 }
 
 impl Tables for Image {

@@ -56,7 +56,7 @@ impl Engine {
     /// The map cannot be written.
     pub fn record(&mut self, on: bool) -> Result<(), Error> {
         self.config.record = on as u32;
-        let map = &self.kernel.config;
+        let map = &self.kernel.maps.config;
         map.set(&0u32, &self.config).map_err(failed(map))
     }
 
@@ -65,7 +65,7 @@ impl Engine {
     /// # Errors
     /// The map cannot be read.
     pub fn last_decisions(&self) -> Result<Vec<Decision>, Error> {
-        let map = &self.kernel.last;
+        let map = &self.kernel.maps.last;
         let raw = map.decisions(self.kernel.cpus).map_err(failed(map))?;
         Ok(raw.iter().map(decision).collect())
     }

@@ -1,12 +1,18 @@
 //! Loading: maps pinned on a BPF file system, programs attached by clsact. Both outlive the process that made them.
+//!
+//! Where the kernel has TCX (6.6), the program that decides is attached by it as well, for as long as the process lives: it runs
+//! first and costs less on the way to it. What it has decided ends there; what it leaves to the stack passes the
+//! second one, which leaves it to the stack too.
 #![allow(unsafe_code)] // SAFETY: two uses below: statfs of a path, a limit of this process.
 
+use std::collections::HashMap;
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use aya::programs::links::LinkOrder;
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
@@ -14,6 +20,7 @@ use meridio_decision::layout::{CHUNK_ROWS, DEFAULT_CHUNKS, LAYOUT_VERSION};
 
 use crate::error::Error;
 use crate::grace::Grace;
+use crate::maps::Maps;
 use crate::sys::{RawMap, max_entries};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/meridio.bpf.o"));
@@ -46,26 +53,10 @@ impl Options {
 #[derive(Debug)]
 pub(crate) struct Kernel {
     ebpf: Ebpf,
-    pub(crate) config: RawMap,
-    pub(crate) vips: RawMap,
-    pub(crate) sources: RawMap,
-    pub(crate) ports: RawMap,
-    pub(crate) vectors: RawMap,
-    pub(crate) flows: RawMap,
-    pub(crate) byte_lists: RawMap,
-    pub(crate) streams: RawMap,
-    pub(crate) rows: RawMap,
-    pub(crate) targets: RawMap,
-    pub(crate) nats: RawMap,
-    pub(crate) fragments: RawMap,
+    /// Attached by TCX, by interface.
+    first: HashMap<String, SchedClassifierLink>,
+    pub(crate) maps: Maps,
     pub(crate) grace: Arc<Grace>,
-    pub(crate) flow_hits: RawMap,
-    pub(crate) target_hits: RawMap,
-    pub(crate) flow_drops: RawMap,
-    pub(crate) stream_drops: RawMap,
-    pub(crate) last: RawMap,
-    pub(crate) stream_names: RawMap,
-    pub(crate) flow_names: RawMap,
     pub(crate) chunks: u32,
     pub(crate) cpus: usize,
 }
@@ -107,9 +98,10 @@ fn raise_memlock() {
     }
 }
 
-fn has_check_mtu() -> bool {
+/// Whether this kernel is of a version or later.
+fn since(major: u8, minor: u8) -> bool {
     match aya::util::KernelVersion::current() {
-        Ok(version) => version >= aya::util::KernelVersion::new(5, 12, 0),
+        Ok(version) => version >= aya::util::KernelVersion::new(major, minor, 0),
         Err(_) => false,
     }
 }
@@ -121,43 +113,28 @@ impl Kernel {
         std::fs::create_dir_all(&directory).map_err(|source| Error::Io { path: directory.clone(), source })?;
         check_bpffs(&directory)?;
         raise_memlock();
-        let check_mtu: u32 = has_check_mtu() as u32;
+        let check_mtu = since(5, 12) as u32;
+        // Before 6.2 the kernel also tells link addresses of neighbours that have failed.
+        let direct = since(6, 2) as u32;
         let mut loader = EbpfLoader::new();
         let mut ebpf = loader
             .default_map_pin_directory(&directory)
             .override_global("HAS_CHECK_MTU", &check_mtu, true)
+            .override_global("HAS_DIRECT", &direct, true)
             .map_max_entries("ROWS", options.chunks)
             .load(OBJECT)
             .map_err(|e| Error::Load(chain(&e)))?;
         for name in [INGRESS, EGRESS] {
             program(&mut ebpf, name)?.load().map_err(|e| Error::Load(chain(&e)))?;
         }
-        let map = |name: &'static str| raw(&ebpf, name);
-        let rows = map("ROWS")?;
+        let maps = Maps::open(|name| raw(&ebpf, name))?;
         let kernel = Kernel {
-            config: map("CONFIG")?,
-            vips: map("VIPS")?,
-            sources: map("SOURCES")?,
-            ports: map("PORTS")?,
-            vectors: map("VECTORS_MAP")?,
-            flows: map("FLOWS")?,
-            byte_lists: map("BYTE_LISTS")?,
-            streams: map("STREAMS")?,
             // Adopted maps may be of another size than the one asked for.
-            chunks: max_entries(&rows.fd).map_err(|e| Error::Map { name: "ROWS", reason: e.to_string() })?,
-            rows,
-            targets: map("TARGETS")?,
-            nats: map("NATS")?,
-            fragments: map("FRAGMENTS")?,
+            chunks: max_entries(&maps.rows.fd).map_err(|e| Error::Map { name: "ROWS", reason: e.to_string() })?,
+            maps,
             grace: Arc::new(Grace::new()?),
-            flow_hits: map("FLOW_HITS")?,
-            target_hits: map("TARGET_HITS")?,
-            flow_drops: map("FLOW_DROPS")?,
-            stream_drops: map("STREAM_DROPS")?,
-            last: map("LAST")?,
-            stream_names: map("STREAM_NAMES")?,
-            flow_names: map("FLOW_NAMES")?,
             cpus: cpus()?,
+            first: HashMap::new(),
             ebpf,
         };
         const _: () = assert!(CHUNK_ROWS * 2 < 4 << 20, "a chunk must fit a map value");
@@ -166,7 +143,27 @@ impl Kernel {
 
     /// Attaches both programs to an interface of this network namespace, or replaces the ones attached before.
     pub(crate) fn attach(&mut self, interface: &str) -> Result<(), Error> {
-        self.attach_some(interface, &[(INGRESS, TcAttachType::Ingress), (EGRESS, TcAttachType::Egress)])
+        self.attach_some(interface, &[(INGRESS, TcAttachType::Ingress), (EGRESS, TcAttachType::Egress)])?;
+        self.attach_first(interface);
+        Ok(())
+    }
+
+    /// Attaches the program that decides in front of its copy, if the kernel can.
+    fn attach_first(&mut self, interface: &str) {
+        if !since(6, 6) {
+            return;
+        }
+        // The one of before may belong to an interface of this name that is gone.
+        self.first.remove(interface);
+        let attached = program(&mut self.ebpf, INGRESS).map_err(|e| e.to_string()).and_then(|program| {
+            let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+            let id = program.attach_with_options(interface, TcAttachType::Ingress, options);
+            id.and_then(|id| program.take_link(id)).map_err(|e| chain(&e))
+        });
+        match attached {
+            Ok(link) => _ = self.first.insert(interface.to_owned(), link),
+            Err(error) => tracing::info!(interface, error, "no TCX, which is a little slower"),
+        }
     }
 
     /// Attaches the program that decides only.

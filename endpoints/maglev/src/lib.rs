@@ -6,6 +6,7 @@
 //! * [`Live`]: counters of an engine in another process; [`Image::of`] its tables; [`Tracer`] its packets.
 //! * [`reference`]: a slow, obvious model that tests compare both with.
 
+mod adopt;
 pub mod classifier;
 pub mod config;
 mod detour;
@@ -17,6 +18,7 @@ mod image;
 mod inspect;
 mod kernel;
 mod live;
+mod maps;
 mod place;
 mod qdisc;
 pub mod reference;
@@ -24,6 +26,7 @@ mod snapshot;
 mod sys;
 pub mod table;
 mod trace;
+mod write;
 
 pub use config::{Config, Flow, Nat, Protocol, Stream, Target, Targets};
 pub use engine::{Engine, MARK_FLAG, MARK_MASK, Settings};

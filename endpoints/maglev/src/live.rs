@@ -9,32 +9,14 @@ use meridio_decision::{Reason, target_index};
 use crate::engine::{MARK_MASK, failed};
 use crate::error::Error;
 use crate::kernel::{check_bpffs, cpus, versioned};
+use crate::maps::Maps;
 use crate::sys::{RawMap, untext};
 
 /// The pinned maps of a running load balancer.
 #[derive(Debug)]
 pub struct Live {
     pub(crate) directory: PathBuf,
-    pub(crate) config: RawMap,
-    pub(crate) vips: RawMap,
-    pub(crate) sources: RawMap,
-    pub(crate) ports: RawMap,
-    pub(crate) vectors: RawMap,
-    pub(crate) flows: RawMap,
-    pub(crate) byte_lists: RawMap,
-    pub(crate) streams: RawMap,
-    pub(crate) rows: RawMap,
-    pub(crate) targets: RawMap,
-    pub(crate) nats: RawMap,
-    pub(crate) fragments: RawMap,
-    stream_names: RawMap,
-    flow_names: RawMap,
-    flow_hits: RawMap,
-    flow_drops: RawMap,
-    target_hits: RawMap,
-    stream_drops: RawMap,
-    reasons: RawMap,
-    trace: RawMap,
+    pub(crate) maps: Maps,
     cpus: usize,
 }
 
@@ -99,30 +81,7 @@ impl Live {
                 _ => Error::Map { name, reason: e.to_string() },
             })
         };
-        Ok(Live {
-            directory: pins.clone(),
-            config: map("CONFIG")?,
-            vips: map("VIPS")?,
-            sources: map("SOURCES")?,
-            ports: map("PORTS")?,
-            vectors: map("VECTORS_MAP")?,
-            flows: map("FLOWS")?,
-            byte_lists: map("BYTE_LISTS")?,
-            streams: map("STREAMS")?,
-            rows: map("ROWS")?,
-            targets: map("TARGETS")?,
-            nats: map("NATS")?,
-            fragments: map("FRAGMENTS")?,
-            stream_names: map("STREAM_NAMES")?,
-            flow_names: map("FLOW_NAMES")?,
-            flow_hits: map("FLOW_HITS")?,
-            flow_drops: map("FLOW_DROPS")?,
-            target_hits: map("TARGET_HITS")?,
-            stream_drops: map("STREAM_DROPS")?,
-            reasons: map("REASONS")?,
-            trace: map("TRACE")?,
-            cpus: cpus()?,
-        })
+        Ok(Live { directory: pins.clone(), maps: Maps::open(map)?, cpus: cpus()? })
     }
 
     pub(crate) fn read<V: crate::sys::Plain>(&self, map: &RawMap, index: u32, empty: V) -> Result<V, Error> {
@@ -134,7 +93,7 @@ impl Live {
     }
 
     pub(crate) fn config(&self) -> Result<Config, Error> {
-        self.read(&self.config, 0, Config::default())
+        self.read(&self.maps.config, 0, Config::default())
     }
 
     /// Name of the stream in a slot; empty if there is none.
@@ -142,7 +101,7 @@ impl Live {
     /// # Errors
     /// The map cannot be read.
     pub fn stream_name(&self, slot: u32) -> Result<String, Error> {
-        Ok(untext(&self.read(&self.stream_names, slot, [0u8; 128])?))
+        Ok(untext(&self.read(&self.maps.stream_names, slot, [0u8; 128])?))
     }
 
     /// Name of the flow with a counter; empty if there is none.
@@ -150,14 +109,14 @@ impl Live {
     /// # Errors
     /// The map cannot be read.
     pub fn flow_name(&self, counter: u32) -> Result<String, Error> {
-        Ok(untext(&self.read(&self.flow_names, counter, [0u8; 128])?))
+        Ok(untext(&self.read(&self.maps.flow_names, counter, [0u8; 128])?))
     }
 
     /// How many flows a generation has.
     pub(crate) fn flow_count(&self, generation: u32) -> Result<u32, Error> {
         // A ping matches every flow as far as the protocol goes.
         let index = generation * VECTORS + PROTO_BASE + class::PING;
-        let all = self.read(&self.vectors, index, Vector::default())?;
+        let all = self.read(&self.maps.vectors, index, Vector::default())?;
         Ok(all.words.iter().map(|word| word.count_ones()).sum())
     }
 
@@ -165,7 +124,7 @@ impl Live {
     pub(crate) fn stream_entries(&self) -> Result<Vec<(u32, StreamEntry)>, Error> {
         let mut entries = Vec::new();
         for slot in 0..MAX_STREAMS as u32 {
-            let entry = self.read(&self.streams, slot, StreamEntry::default())?;
+            let entry = self.read(&self.maps.streams, slot, StreamEntry::default())?;
             if entry.rows != 0 {
                 entries.push((slot, entry));
             }
@@ -178,7 +137,7 @@ impl Live {
         let mut ready = Vec::new();
         for identifier in 1..=entry.max_targets {
             let index = target_index(entry.target_base, identifier, entry.active & 1);
-            let target = self.read(&self.targets, index, TargetEntry::default())?;
+            let target = self.read(&self.maps.targets, index, TargetEntry::default())?;
             if target.mark != 0 {
                 ready.push((identifier, target));
             }
@@ -203,7 +162,7 @@ impl Live {
                     name: identifier.to_string(),
                     mark: target.mark & MARK_MASK,
                     target,
-                    counter: self.sum(&self.target_hits, entry.target_base + identifier)?,
+                    counter: self.sum(&self.maps.target_hits, entry.target_base + identifier)?,
                     dropped: Counter::default(),
                 });
             }
@@ -211,18 +170,18 @@ impl Live {
         let generation = self.config()?.active & 1;
         for index in 0..self.flow_count(generation)? {
             let place = generation * MAX_FLOWS as u32 + index;
-            let flow = self.read(&self.flows, place, FlowEntry::default())?;
+            let flow = self.read(&self.maps.flows, place, FlowEntry::default())?;
             counters.flows.push(Hits {
                 stream: names.get(&flow.slot).cloned().unwrap_or_default(),
                 name: self.flow_name(flow.counter)?,
                 mark: 0,
                 target: TargetEntry::default(),
-                counter: self.sum(&self.flow_hits, flow.counter)?,
-                dropped: self.sum(&self.flow_drops, flow.counter)?,
+                counter: self.sum(&self.maps.flow_hits, flow.counter)?,
+                dropped: self.sum(&self.maps.flow_drops, flow.counter)?,
             });
         }
         for reason in Reason::ALL.into_iter().skip(1) {
-            counters.reasons.push((reason, self.sum(&self.reasons, reason as u32)?));
+            counters.reasons.push((reason, self.sum(&self.maps.reasons, reason as u32)?));
         }
         counters.trace_lost = self.trace_lost()?;
         Ok(counters)
@@ -233,7 +192,7 @@ impl Live {
     /// # Errors
     /// The map cannot be read.
     pub fn trace_deadline(&self) -> Result<u64, Error> {
-        Ok(self.read(&self.trace, 0, Trace::default())?.until)
+        Ok(self.read(&self.maps.trace, 0, Trace::default())?.until)
     }
 
     /// Whether packets are traced.
@@ -245,18 +204,18 @@ impl Live {
     }
 
     pub(crate) fn trace_lost(&self) -> Result<u64, Error> {
-        Ok(self.sum(&self.reasons, TRACE_LOST)?.packets)
+        Ok(self.sum(&self.maps.reasons, TRACE_LOST)?.packets)
     }
 
     fn stream_hits(&self, slot: u32, entry: &StreamEntry, stream: &str) -> Result<StreamHits, Error> {
         let mut hits = StreamHits { stream: stream.to_owned(), forwarded: Counter::default(), dropped: Vec::new() };
         for identifier in 1..=entry.max_targets {
-            let one = self.sum(&self.target_hits, entry.target_base + identifier)?;
+            let one = self.sum(&self.maps.target_hits, entry.target_base + identifier)?;
             hits.forwarded.packets += one.packets;
             hits.forwarded.bytes += one.bytes;
         }
         for reason in Reason::ALL.into_iter().filter(|reason| reason.drops()) {
-            let dropped = self.sum(&self.stream_drops, slot * MAX_REASONS as u32 + reason as u32)?;
+            let dropped = self.sum(&self.maps.stream_drops, slot * MAX_REASONS as u32 + reason as u32)?;
             if dropped.packets > 0 {
                 hits.dropped.push((reason, dropped));
             }

@@ -57,7 +57,7 @@ fn read(live: &Live, config: &Config, entries: &[(u32, StreamEntry)]) -> Result<
         let copy = (entry.active & 1) as usize;
         let mut rows = Vec::new();
         for chunk in 0..chunks_for(entry.rows) {
-            rows.extend(live.rows.chunk(entry.chunk[copy] + chunk).map_err(failed(&live.rows))?);
+            rows.extend(live.maps.rows.chunk(entry.chunk[copy] + chunk).map_err(failed(&live.maps.rows))?);
         }
         for (identifier, target) in live.ready(entry)? {
             image.targets.insert(target_index(entry.target_base, identifier, 0), target);
@@ -78,10 +78,10 @@ fn classifier(live: &Live, config: &Config) -> Result<Classifier, Error> {
     let generation = config.active & 1;
     let mut c = Classifier {
         flags: config.flags[generation as usize],
-        vips: prefixes(&live.vips, generation)?,
-        sources: prefixes(&live.sources, generation)?,
-        dports: live.ports.ports(generation * 2).map_err(failed(&live.ports))?,
-        sports: live.ports.ports(generation * 2 + 1).map_err(failed(&live.ports))?,
+        vips: prefixes(&live.maps.vips, generation)?,
+        sources: prefixes(&live.maps.sources, generation)?,
+        dports: live.maps.ports.ports(generation * 2).map_err(failed(&live.maps.ports))?,
+        sports: live.maps.ports.ports(generation * 2 + 1).map_err(failed(&live.maps.ports))?,
         vectors: BTreeMap::new(),
         flows: Vec::new(),
         byte_lists: Vec::new(),
@@ -89,20 +89,20 @@ fn classifier(live: &Live, config: &Config) -> Result<Classifier, Error> {
         nats: BTreeMap::new(),
     };
     for index in 0..VECTORS {
-        c.vectors.insert(index, live.read(&live.vectors, generation * VECTORS + index, Vector::default())?);
+        c.vectors.insert(index, live.read(&live.maps.vectors, generation * VECTORS + index, Vector::default())?);
     }
     for index in 0..live.flow_count(generation)? {
-        let flow = live.read(&live.flows, generation * MAX_FLOWS as u32 + index, FlowEntry::default())?;
+        let flow = live.read(&live.maps.flows, generation * MAX_FLOWS as u32 + index, FlowEntry::default())?;
         c.names.push(live.flow_name(flow.counter)?);
         c.flows.push(flow);
     }
     for index in 0..MAX_BYTE_LISTS as u32 {
         let place = generation * MAX_BYTE_LISTS as u32 + index;
-        c.byte_lists.push(live.read(&live.byte_lists, place, ByteList::default())?);
+        c.byte_lists.push(live.read(&live.maps.byte_lists, place, ByteList::default())?);
     }
-    for key in live.nats.keys(NatKey::default()).map_err(failed(&live.nats))? {
+    for key in live.maps.nats.keys(NatKey::default()).map_err(failed(&live.maps.nats))? {
         if key.generation == generation
-            && let Some(port) = live.nats.get(&key, 0u32).map_err(failed(&live.nats))?
+            && let Some(port) = live.maps.nats.get(&key, 0u32).map_err(failed(&live.maps.nats))?
         {
             c.nats.insert(NatKey { generation: 0, ..key }, port as u16);
         }
@@ -123,7 +123,7 @@ fn prefixes(map: &sys::RawMap, generation: u32) -> Result<BTreeMap<PrefixKey, u3
 }
 
 fn fragments(live: &Live) -> Result<HashMap<FragmentKey, FragmentValue>, Error> {
-    let map = &live.fragments;
+    let map = &live.maps.fragments;
     let mut found = HashMap::new();
     for key in map.keys(FragmentKey::default()).map_err(failed(map))? {
         if let Some(value) = map.get(&key, FragmentValue::default()).map_err(failed(map))? {

@@ -55,15 +55,15 @@ fn whole(engine: &mut Engine, case: &Case) -> Result<(), String> {
     kernel(engine, &pair, case, &expected)
 }
 
-/// 100,000 packets over 200 configurations. `MERIDIO_DIFF_CONFIGS` and `MERIDIO_DIFF_PACKETS` (per configuration) change
-/// that (1000 and 1000 make a million), `MERIDIO_DIFF_SEED` repeats one configuration. A difference is printed as
-/// the smallest case that still shows it.
+/// A million packets over 1,000 configurations. `MERIDIO_DIFF_CONFIGS` and `MERIDIO_DIFF_PACKETS` (per configuration) change
+/// that, `MERIDIO_DIFF_SEED` begins at another configuration. A difference is printed as the smallest case that still shows
+/// it.
 #[test]
 fn reference_host_and_kernel_agree() {
     let fs = BpfFs::new();
     let mut engine = Engine::open(fs.settings()).unwrap();
     engine.record(true).unwrap();
-    let (configs, packets) = (number("MERIDIO_DIFF_CONFIGS", 200), number("MERIDIO_DIFF_PACKETS", 500));
+    let (configs, packets) = (number("MERIDIO_DIFF_CONFIGS", 1_000), number("MERIDIO_DIFF_PACKETS", 1_000));
     let first = number("MERIDIO_DIFF_SEED", 1);
     let mut verdicts = [0u64; 3];
     let mut in_kernel = 0;

@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::BpfFs;
 use common::net::{Net, V4, V6};
-use meridio_maglev::{Config, Engine, Flow, Nat, Protocol, Reason, Stream};
+use common::{BpfFs, dual_stack, flow, start, vips};
+use meridio_maglev::{Config, Engine, Nat, Protocol, Reason};
 
 /// Echo servers of a target: each answer begins with the target's number.
 fn serve(net: &Net, number: u8, port: u16) {
@@ -50,21 +50,11 @@ fn serve(net: &Net, number: u8, port: u16) {
 }
 
 fn config() -> Config {
-    let vips = vec!["20.0.0.1/32".parse().unwrap(), "2000::1/128".parse().unwrap()];
     Config {
-        vips: vips.clone(),
-        streams: vec![Stream { name: "s".into(), max_targets: 100, sctp_ports_only: false }],
-        flows: vec![Flow {
-            name: "f".into(),
-            stream: "s".into(),
-            destinations: vips.clone(),
-            protocols: vec![Protocol::Tcp, Protocol::Udp],
-            destination_ports: vec![(4000, 4000), (80, 80)],
-            ..Flow::default()
-        }],
         nats: [Protocol::Tcp, Protocol::Udp]
-            .map(|protocol| Nat { vips: vips.clone(), protocol, port: 80, target_port: 5000 })
+            .map(|protocol| Nat { vips: vips(), protocol, port: 80, target_port: 5000 })
             .to_vec(),
+        ..dual_stack(vec![flow("f", &[Protocol::Tcp, Protocol::Udp], &[4000, 80])])
     }
 }
 
@@ -132,17 +122,8 @@ fn traffic_reaches_targets() {
     serve(&net, 2, 5000);
     let settings = fs.settings();
     let (config, both) = (config(), net.targets(&[1, 2]));
-    let (c, b) = (config.clone(), both.clone());
     let again = settings.clone();
-    let mut engine = net
-        .within("l", move || {
-            let mut engine = Engine::open(settings).unwrap();
-            engine.apply(&c, &b).unwrap();
-            engine.attach("ext").unwrap();
-            engine
-        })
-        .join()
-        .unwrap();
+    let mut engine = start(&net, settings, config.clone(), both.clone());
     std::thread::sleep(Duration::from_millis(300));
     for vip in [IpAddr::V4(V4), IpAddr::V6(V6)] {
         for (probe, port) in [(udp as Probe, 4000), (tcp, 4000), (udp, 80), (tcp, 80)] {

@@ -4,6 +4,7 @@
 //! programs, lets them decide about packets, and sends datagrams through them.
 #![allow(clippy::unwrap_used)] // a test says what it expects by unwrapping it
 
+mod common;
 #[path = "kernels/guest.rs"]
 mod guest;
 #[path = "kernels/initramfs.rs"]

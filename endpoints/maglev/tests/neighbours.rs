@@ -6,40 +6,17 @@ mod common;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use common::BpfFs;
 use common::flood::Flood;
 use common::net::{Net, eventually, ip};
-use meridio_maglev::{Config, Engine, Flow, Protocol, Reason, Stream};
+use common::{BpfFs, dual_stack, flow};
+use meridio_maglev::{Engine, Protocol, Reason};
 
 const PORT: u16 = 4000;
 
-fn config() -> Config {
-    let vips = vec!["20.0.0.1/32".parse().unwrap(), "2000::1/128".parse().unwrap()];
-    Config {
-        vips: vips.clone(),
-        streams: vec![Stream { name: "s".into(), max_targets: 100, sctp_ports_only: false }],
-        flows: vec![Flow {
-            name: "f".into(),
-            stream: "s".into(),
-            destinations: vips,
-            protocols: vec![Protocol::Udp],
-            destination_ports: vec![(PORT, PORT)],
-            ..Flow::default()
-        }],
-        nats: vec![],
-    }
-}
-
 fn start() -> (Engine, Net, BpfFs) {
     let (fs, net) = (BpfFs::new(), Net::new(2));
-    let (settings, both) = (fs.settings(), net.targets(&[1, 2]));
-    let engine = net.run("l", move || {
-        let mut engine = Engine::open(settings).unwrap();
-        engine.apply(&config(), &both).unwrap();
-        engine.attach("ext").unwrap();
-        engine
-    });
-    (engine, net, fs)
+    let config = dual_stack(vec![flow("f", &[Protocol::Udp], &[PORT])]);
+    (common::start(&net, fs.settings(), config, net.targets(&[1, 2])), net, fs)
 }
 
 /// Rates at which the unresolved queue of the kernel (about 100 datagrams) is enough for the time that resolving takes.
@@ -125,4 +102,27 @@ fn a_link_that_flaps_costs_its_own_target_only_and_only_while_it_is_down() {
     let reasons = engine.reasons().unwrap();
     let count = |reason: Reason| reasons.iter().find(|(r, _)| *r == reason).unwrap().1.packets;
     assert_eq!(count(Reason::Internal) + count(Reason::NoTarget), 0);
+}
+
+/// Packets go straight into a target's link without touching its neighbour entry. The kernel has to check it all the same.
+#[test]
+fn the_kernel_goes_on_checking_the_neighbours_of_targets() {
+    let (_engine, net, _fs) = start();
+    let l = net.name("l");
+    let stale = |address: &str| {
+        let out = std::process::Command::new("ip").args(["-n", &l, "neigh", "show", "nud", "stale"]).output().unwrap();
+        String::from_utf8(out.stdout).unwrap().contains(address)
+    };
+    let flood = Flood::start(&net, 2, PORT, RATE);
+    flood.flows(200);
+    let (v4, v6) = ("172.16.1.2 ", "fd00:1::2 ");
+    for address in [v4, v6] {
+        let mac = net.mac("t1", "eth0").map(|byte| format!("{byte:02x}")).join(":");
+        ip(&format!("-n {l} neigh replace {address} lladdr {mac} dev nsm1 nud stale"));
+        assert!(stale(address));
+    }
+    // At the latest after as many ticks as the program waits for, which are 12 s at 100 a second.
+    assert!(eventually(Duration::from_secs(20), || !stale(v4) && !stale(v6)), "an entry that nobody checks");
+    let tally = flood.finish();
+    assert_eq!(tally.lost(), 0, "{tally:?}");
 }

@@ -9,30 +9,16 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::BpfFs;
 use common::flood::Flood;
 use common::net::Net;
-use meridio_maglev::{Config, Engine, Flow, LAYOUT_VERSION, Options, Protocol, Settings, Stream, Targets};
+use common::{BpfFs, dual_stack, flow, start};
+use meridio_maglev::{Config, Engine, LAYOUT_VERSION, Options, Protocol, Settings, Targets};
 
 const PORT: u16 = 4000;
 const RATE: u64 = 2_000;
 
 fn config(flows: u16) -> Config {
-    let vips = vec!["20.0.0.1/32".parse().unwrap(), "2000::1/128".parse().unwrap()];
-    let flow = |n: u16| Flow {
-        name: format!("f{n}"),
-        stream: "s".into(),
-        destinations: vips.clone(),
-        protocols: vec![Protocol::Udp],
-        destination_ports: vec![(PORT + n, PORT + n)],
-        ..Flow::default()
-    };
-    Config {
-        vips: vips.clone(),
-        streams: vec![Stream { name: "s".into(), max_targets: 100, sctp_ports_only: false }],
-        flows: (0..flows).map(flow).collect(),
-        nats: vec![],
-    }
+    dual_stack((0..flows).map(|n| flow(&format!("f{n}"), &[Protocol::Udp], &[PORT + n])).collect())
 }
 
 fn only(net: &Net, which: &[u32]) -> Targets {
@@ -42,13 +28,7 @@ fn only(net: &Net, which: &[u32]) -> Targets {
 #[test]
 fn swaps_lose_nothing_and_show_no_packet_a_table_that_is_not_in_use() {
     let (fs, net) = (BpfFs::new(), Net::new(3));
-    let (settings, first) = (fs.settings(), net.targets(&[3]));
-    let mut engine = net.run("l", move || {
-        let mut engine = Engine::open(settings).unwrap();
-        engine.apply(&config(1), &first).unwrap();
-        engine.attach("ext").unwrap();
-        engine
-    });
+    let mut engine = start(&net, fs.settings(), config(1), net.targets(&[3]));
     let flood = Flood::start(&net, 3, PORT, RATE);
     flood.flows(50);
     assert!(flood.received(3) > 0);
@@ -123,7 +103,7 @@ fn process() {
         let link = links[n as usize - 1];
         let v4 = std::net::Ipv4Addr::new(172, 16, n as u8, 2);
         let v6 = std::net::Ipv6Addr::new(0xfd00, n as u16, 0, 0, 0, 0, 0, 2);
-        (n, meridio_maglev::Target { v4: Some((v4, link)), v6: Some((v6, link)), mtu: 0 })
+        (n, meridio_maglev::Target { v4: Some((v4, link)), v6: Some((v6, link)), mtu: 0, direct: true })
     };
     let sets: [Targets; 3] = [[target(1), target(2)].into(), [target(1)].into(), [target(2)].into()];
     let mut kernel = Options::new(directory);

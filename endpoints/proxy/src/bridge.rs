@@ -274,7 +274,6 @@ mod tests {
             running: true,
             master,
             peer: None,
-            peer_nsid: None,
             vxlan: None,
         }
     }

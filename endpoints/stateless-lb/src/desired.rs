@@ -203,7 +203,7 @@ fn next_hops(
     unreachable: &BTreeSet<IpAddr>,
     all: &mut BTreeSet<IpAddr>,
 ) -> Result<Target, String> {
-    let mut target = Target::default();
+    let mut target = Target { direct: true, ..Target::default() };
     let mut result = Ok(());
     for text in &message.ips {
         let Some(ip) = address(text) else { return Err(format!("{text:?} is no address")) };
@@ -215,11 +215,11 @@ fn next_hops(
             (None, _) => result = Err(format!("{ip} is in no subnet of an NSM interface")),
             (Some(s), IpAddr::V4(v4)) => {
                 target.v4 = target.v4.or(Some((v4, s.index)));
-                target.mtu = s.mtu;
+                (target.mtu, target.direct) = (s.mtu, target.direct && s.direct);
             }
             (Some(s), IpAddr::V6(v6)) => {
                 target.v6 = target.v6.or(Some((v6, s.index)));
-                target.mtu = s.mtu;
+                (target.mtu, target.direct) = (s.mtu, target.direct && s.direct);
             }
         }
     }

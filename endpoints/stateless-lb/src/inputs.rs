@@ -17,6 +17,8 @@ pub(crate) struct Subnet {
     pub(crate) index: u32,
     /// MTU of the interface.
     pub(crate) mtu: u32,
+    /// The interface is one end of a veth pair whose other end is in another network namespace.
+    pub(crate) direct: bool,
 }
 
 /// What the desired state is computed from. `None`: not told yet.

@@ -151,16 +151,19 @@ impl Links {
         let netlink = self.netns.netlink().await?;
         let links = netlink.links().await?;
         let external = links.iter().find(|l| l.name == self.external && l.up).map(|l| l.index);
-        let ours: BTreeMap<u32, u32> = links
+        let ours: BTreeMap<u32, (u32, bool)> = links
             .iter()
             .filter(|l| l.up && l.name.starts_with(&self.prefix) && l.name != self.external)
-            .map(|l| (l.index, l.mtu))
+            .map(|l| (l.index, (l.mtu, l.kind == "veth" && l.peer_elsewhere)))
             .collect();
         let addresses = netlink.addresses(None).await?;
         let subnets = addresses
             .into_iter()
             .filter(|a| a.global)
-            .filter_map(|a| Some(Subnet { net: a.net, index: a.index, mtu: *ours.get(&a.index)? }))
+            .filter_map(|a| {
+                let (mtu, direct) = *ours.get(&a.index)?;
+                Some(Subnet { net: a.net, index: a.index, mtu, direct })
+            })
             .collect();
         Ok((subnets, external))
     }

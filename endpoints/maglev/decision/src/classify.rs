@@ -45,7 +45,7 @@ impl<'a> Dimensions<'a> {
             // A ping belongs to the first flow by addresses, whatever its ports are.
             Kind::Ping => (dst, dst),
             Kind::Ports => (
-                tables.vector(base + DPORT_BASE + tables.dport(generation, transport.dport))?,
+                tables.vector(base + DPORT_BASE + (tables.dport(generation, transport.dport) & PORT_CLASS))?,
                 if flags & flag::SOURCE_PORTS != 0 {
                     tables.vector(base + SPORT_BASE + tables.sport(generation, transport.sport))?
                 } else {
@@ -110,15 +110,8 @@ impl Matched {
     }
 }
 
-/// Judges one flow; on the host only. `excluded`: its byte matches do not hold.
-pub(crate) fn judge(
-    dimensions: &Dimensions<'_>,
-    excluded: &Asked,
-    use_excluded: u64,
-    kind: Kind,
-    flags: u32,
-    flow: u32,
-) -> Matched {
+/// Judges one flow; on the host only. `excluded`: flows of its word whose byte matches do not hold.
+pub(crate) fn judge(dimensions: &Dimensions<'_>, excluded: u64, kind: Kind, flags: u32, flow: u32) -> Matched {
     let (index, bit) = ((flow / 64) as usize, 1u64 << (flow % 64));
     let has = |vector: &Vector| word(vector, index) & bit != 0;
     let ping = matches!(kind, Kind::Ping);
@@ -129,7 +122,7 @@ pub(crate) fn judge(
         source: flags & flag::SOURCES == 0 || has(dimensions.src),
         destination_port: ping || has(dimensions.dport),
         source_port: source_port || has(dimensions.sport),
-        bytes: excluded.excluded.get(index).copied().unwrap_or(0) & use_excluded & bit == 0,
+        bytes: excluded & bit == 0,
     }
 }
 
@@ -144,10 +137,9 @@ fn lowest(value: u64) -> u32 {
     ((c.wrapping_mul(0x0101_0101_0101_0101)) >> 56) as u32
 }
 
-/// Index of the flow that the packet belongs to. `use_excluded` is all ones when the flows in `asked` are out of
-/// question.
+/// Index of the flow that the packet belongs to. `asked`: lists of byte matches in use, and which of them do not hold.
 #[inline(always)]
-pub(crate) fn search(dimensions: &Dimensions<'_>, asked: &Asked, use_excluded: u64) -> Option<u32> {
+pub(crate) fn search<T: Tables>(dimensions: &Dimensions<'_>, tables: &T, asked: &Asked) -> Option<u32> {
     let mut summary = dimensions.summary();
     for _ in 0..WORDS {
         if summary == 0 {
@@ -155,8 +147,10 @@ pub(crate) fn search(dimensions: &Dimensions<'_>, asked: &Asked, use_excluded: u
         }
         let index = lowest(summary) & (WORDS as u32 - 1);
         summary &= summary - 1;
-        let excluded = asked.excluded.get(index as usize).copied().unwrap_or(0) & use_excluded;
-        let bits = dimensions.word(index as usize) & !excluded;
+        let mut bits = dimensions.word(index as usize);
+        if asked.lists != 0 {
+            bits &= !asked.excluded(tables, index as usize);
+        }
         if bits != 0 {
             return Some(index * 64 + (lowest(bits) & 63));
         }
@@ -170,11 +164,14 @@ pub(crate) fn search(dimensions: &Dimensions<'_>, asked: &Asked, use_excluded: u
 /// quoted packet turned round, of which only the ports are known: statements about anything else are taken as met, so
 /// that errors do reach the flow of the packet that they are about.
 ///
-/// Without a branch, because the verifier would follow each of them for each list.
+/// Without branches within a statement, because the verifier would follow each of them for each list.
 #[inline(always)]
 fn missed(list: &ByteList, asked: &Asked) -> u64 {
     let mut missed = 0u64;
     for statement in &list.statements {
+        if statement.protocol == UNUSED {
+            break;
+        }
         let at = (statement.offset & 31) as usize;
         let byte = |i: usize| asked.bytes.get(at + i).copied().unwrap_or(0) as u32;
         let word = (byte(0) << 24) | (byte(1) << 16) | (byte(2) << 8) | byte(3);
@@ -196,50 +193,85 @@ fn not_zero(value: u32) -> u64 {
 /// What byte matches are asked of, and the answer.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked {
-    /// Flows whose byte matches do not hold.
-    excluded: [u64; WORDS],
     /// The beginning of the L4 header.
     bytes: [u8; 36],
     /// Bytes known; statements beyond are taken as met.
     known: u32,
+    /// Lists that were asked; 0: byte matches play no part for this packet.
+    lists: u32,
+    /// First of their vectors.
+    base: u32,
+    /// Those of them that do not hold, as bits.
+    missed: u32,
     /// IP protocol.
     protocol: u8,
 }
 
 impl Default for Asked {
     fn default() -> Self {
-        Asked { excluded: [0; WORDS], bytes: [0; 36], known: 0, protocol: 0 }
+        Asked { bytes: [0; 36], known: 0, lists: 0, base: 0, missed: 0, protocol: 0 }
     }
 }
 
 impl Asked {
-    /// Asks each list of byte matches once; `false`: the packet or the tables cannot be read.
+    /// Asks each list of byte matches in use once; `false`: the packet or the tables cannot be read. Only a header with
+    /// ports can be asked; a ping belongs to a flow by addresses alone.
     #[inline(always)]
     pub(crate) fn ask<P: Packet, T: Tables>(
         &mut self,
         packet: &P,
         tables: &T,
         generation: u32,
+        flags: u32,
         transport: &Transport,
+        usual: u32,
     ) -> bool {
-        if !self.read(packet, transport) {
+        self.lists = 0;
+        let lists = flag::byte_lists(flags);
+        if lists == 0 || !matches!(transport.kind, Kind::Ports) {
+            return true;
+        }
+        if !self.read(packet, transport, usual) {
             return false;
         }
-        self.excluded = [0; WORDS];
+        self.lists = lists;
+        let mut all = 0u32;
         for n in 0..MAX_BYTE_LISTS as u32 {
-            let Some(list) = tables.byte_list(generation, n) else { return false };
-            let Some(flows) = tables.vector(generation * VECTORS + BYTES_BASE + n) else { return false };
-            let mask = missed(list, self).wrapping_neg();
-            for (out, flows) in self.excluded.iter_mut().zip(&flows.words) {
-                *out |= flows & mask;
+            if n >= self.in_use() {
+                break;
             }
+            let Some(list) = tables.byte_list(generation, n) else { return false };
+            all |= (missed(list, self) as u32) << n;
         }
+        self.missed = all;
+        self.base = generation * VECTORS + BYTES_BASE;
         true
+    }
+
+    /// Number of lists that were asked, read anew each time: from a number that it remembers the verifier would conclude
+    /// where a loop up to it has ended, and follow what comes behind for each end.
+    #[inline(always)]
+    fn in_use(&self) -> u32 {
+        *core::hint::black_box(&self.lists)
+    }
+
+    /// Flows of a word whose byte matches do not hold.
+    #[inline(always)]
+    pub(crate) fn excluded<T: Tables>(&self, tables: &T, index: usize) -> u64 {
+        let mut excluded = 0;
+        for n in 0..MAX_BYTE_LISTS as u32 {
+            if n >= self.in_use() {
+                break;
+            }
+            let Some(flows) = tables.vector(self.base + n) else { break };
+            excluded |= word(flows, index) & ((self.missed >> n & 1) as u64).wrapping_neg();
+        }
+        excluded
     }
 
     /// Reads the header, which was found to be complete.
     #[inline(always)]
-    fn read<P: Packet>(&mut self, packet: &P, transport: &Transport) -> bool {
+    fn read<P: Packet>(&mut self, packet: &P, transport: &Transport, usual: u32) -> bool {
         self.protocol = transport.protocol;
         if transport.quote != 0 {
             let ([a, b], [c, d]) = (transport.sport.to_be_bytes(), transport.dport.to_be_bytes());
@@ -250,11 +282,11 @@ impl Asked {
         match transport.protocol {
             protocol::TCP => {
                 self.known = 20;
-                packet.read::<20>(transport.offset).map(|h| self.fill(h)).is_some()
+                packet.read_usual::<20>(transport.offset, usual).map(|h| self.fill(h)).is_some()
             }
             protocol::UDP => {
                 self.known = 8;
-                packet.read::<8>(transport.offset).map(|h| self.fill(h)).is_some()
+                packet.read_usual::<8>(transport.offset, usual).map(|h| self.fill(h)).is_some()
             }
             _ => {
                 self.known = 12;

@@ -17,7 +17,7 @@ pub trait Tables {
     fn destination(&self, key: &PrefixKey) -> Option<u32>;
     /// Source class of the longest prefix around the address.
     fn source(&self, key: &PrefixKey) -> Option<u32>;
-    /// Class of a destination port.
+    /// Class of a destination port ([`PORT_CLASS`]), and whether it may be translated ([`PORT_TRANSLATED`]).
     fn dport(&self, generation: u32, port: u16) -> u32;
     /// Class of a source port.
     fn sport(&self, generation: u32, port: u16) -> u32;
@@ -190,6 +190,10 @@ pub fn vip_class<T: Tables>(tables: &T, s: &mut Scratch, end: End) -> bool {
 /// The translation of `port` in a direction (0: towards targets); 0: none.
 #[inline(always)]
 pub fn translation<T: Tables>(tables: &T, s: &mut Scratch, direction: u16, port: u16) -> u16 {
+    let may = if direction == 0 { PORT_TRANSLATED[0] } else { PORT_TRANSLATED[1] };
+    if tables.dport(s.generation, port) & may as u32 == 0 {
+        return 0;
+    }
     s.nat = NatKey {
         generation: s.generation,
         class: s.class,
@@ -208,15 +212,10 @@ fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scr
     }
     let dimensions =
         Dimensions::of(tables, s.generation, flags, s.class, &s.transport, &s.prefix).ok_or(Reason::Internal)?;
-    let mut use_excluded = 0;
-    // Only a header with ports can be asked; a ping belongs to a flow by addresses alone.
-    if flags & flag::BYTES != 0 && matches!(s.transport.kind, Kind::Ports) {
-        if !s.asked.ask(packet, tables, s.generation, &s.transport) {
-            return Err(Reason::Internal);
-        }
-        use_excluded = u64::MAX;
+    if !s.asked.ask(packet, tables, s.generation, flags, &s.transport, s.network.usual()) {
+        return Err(Reason::Internal);
     }
-    let index = search(&dimensions, &s.asked, use_excluded).ok_or(Reason::NoFlow)?;
+    let index = search(&dimensions, tables, &s.asked).ok_or(Reason::NoFlow)?;
     let flow = tables.flow(s.generation, index).ok_or(Reason::Internal)?;
     let slot = flow.slot;
     s.decision.flow = index;
@@ -258,16 +257,12 @@ fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scr
 /// tables contradict each other, or the packet was not looked up by flows.
 pub fn matched<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch, flow: u32) -> Option<Matched> {
     let flags = tables.generation().1;
-    let use_excluded = if flags & flag::BYTES != 0 && matches!(s.transport.kind, Kind::Ports) {
-        if !s.asked.ask(packet, tables, s.generation, &s.transport) {
-            return None;
-        }
-        u64::MAX
-    } else {
-        0
-    };
+    if !s.asked.ask(packet, tables, s.generation, flags, &s.transport, s.network.usual()) {
+        return None;
+    }
     let dimensions = Dimensions::of(tables, s.generation, flags, s.class, &s.transport, &s.prefix)?;
-    Some(judge(&dimensions, &s.asked, use_excluded, s.transport.kind, flags, flow))
+    let excluded = s.asked.excluded(tables, (flow / 64) as usize);
+    Some(judge(&dimensions, excluded, s.transport.kind, flags, flow))
 }
 
 /// Index of a target's entry: two copies per identifier, so that a swap changes row and next hop together.

@@ -5,7 +5,7 @@
 
 /// Version of the map layout. Pinned maps live in a directory of this name, so an upgraded process never reads
 /// maps that mean something else.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// Flows that one classifier can hold; more is an error of the configuration.
 pub const MAX_FLOWS: usize = 2048;
@@ -33,6 +33,12 @@ pub const DST_CLASSES: usize = 2048;
 pub const SRC_CLASSES: usize = 4096;
 /// Dimension of the classifier: a port. Class 0 is "the packet has no ports".
 pub const PORT_CLASSES: usize = 4096;
+
+/// The class in an entry of the destination ports' map.
+pub const PORT_CLASS: u32 = PORT_CLASSES as u32 - 1;
+/// In such an entry, by direction (see [`NatKey::direction`]): some VIP and protocol may have this port translated.
+pub const PORT_TRANSLATED: [u16; 2] = [0x8000, 0x4000];
+const _: () = assert!(PORT_CLASS < 0x4000);
 
 /// Index of the first vector of each dimension within one generation.
 pub const PROTO_BASE: u32 = 0;
@@ -71,8 +77,14 @@ pub mod flag {
     pub const SOURCE_PORTS: u32 = 2;
     /// At least one port is translated.
     pub const NAT: u32 = 4;
-    /// At least one flow has byte matches.
-    pub const BYTES: u32 = 8;
+    /// The number of lists of byte matches in use begins at this bit.
+    pub const BYTE_LISTS_SHIFT: u32 = 8;
+
+    /// How many lists of byte matches the flows have; they lie at the first places.
+    #[inline(always)]
+    pub const fn byte_lists(flags: u32) -> u32 {
+        flags >> BYTE_LISTS_SHIFT & 0xff
+    }
 }
 
 /// Bits of [`StreamEntry::flags`].
@@ -115,12 +127,15 @@ impl Default for Vector {
     }
 }
 
+/// Protocol of a [`ByteMatch`] that is not used, and none behind it is.
+pub const UNUSED: u8 = u8::MAX;
+
 /// `protocol[offset:size] & mask == value`, read big-endian from the L4 header.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ByteMatch {
-    /// IP protocol number that this statement is about; ignored for packets of another protocol. 255 marks an unused
-    /// statement.
+    /// IP protocol number that this statement is about; ignored for packets of another protocol. [`UNUSED`] ends
+    /// the list.
     pub protocol: u8,
     /// 1, 2 or 4 bytes.
     pub size: u8,
@@ -136,13 +151,13 @@ pub struct ByteMatch {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ByteList {
-    /// The statements; unused ones have protocol 255.
+    /// The statements, the unused ones last.
     pub statements: [ByteMatch; MAX_BYTE_MATCHES],
 }
 
 impl Default for ByteList {
     fn default() -> Self {
-        let unused = ByteMatch { protocol: u8::MAX, size: 4, offset: 0, mask: 0, value: 0 };
+        let unused = ByteMatch { protocol: UNUSED, size: 4, offset: 0, mask: 0, value: 0 };
         ByteList { statements: [unused; MAX_BYTE_MATCHES] }
     }
 }
@@ -195,6 +210,8 @@ pub struct TargetEntry {
     pub mark: u32,
     /// MTU of the interface, for kernels without `bpf_check_mtu`; 0: not known.
     pub mtu: u32,
+    /// Not 0: the interfaces are ends of veth pairs whose other ends are in other network namespaces.
+    pub direct: u32,
 }
 
 /// Identifies the fragments of one packet.
@@ -426,7 +443,7 @@ pub struct TraceEvent {
     pub pad: u32,
 }
 
-/// Port classes of one dimension and generation, one map value.
+/// Port classes of one dimension and generation, one map value. (Of destination ports also [`PORT_TRANSLATED`].)
 pub type PortMap = [u16; 65_536];
 /// One chunk of rows, one map value.
 pub type Chunk = [u16; CHUNK_ROWS];

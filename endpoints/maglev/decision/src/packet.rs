@@ -18,6 +18,12 @@ pub trait Packet {
     }
     /// As `read`, into memory of the caller; `false` beyond the end.
     fn read_into<const N: usize>(&self, offset: u32, bytes: &mut [u8; N]) -> bool;
+    /// As `read`, for what most packets have at this place: the reader may have a shorter way there.
+    #[inline(always)]
+    fn read_usual<const N: usize>(&self, offset: u32, usual: u32) -> Option<[u8; N]> {
+        let _ = usual;
+        self.read(offset)
+    }
 }
 
 /// Ethernet types that are looked at.
@@ -93,6 +99,14 @@ pub struct Network {
     pub lying: bool,
 }
 
+impl Network {
+    /// Where the transport header is if there are neither options nor extension headers.
+    #[inline(always)]
+    pub(crate) fn usual(&self) -> u32 {
+        if self.v6 { 40 } else { 20 }
+    }
+}
+
 /// The transport header, and the addresses that the flow is looked up by.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Transport {
@@ -131,7 +145,7 @@ fn mapped(address: u32) -> [u8; 16] {
 #[inline(always)]
 pub fn network<P: Packet>(packet: &P, ethertype: u16, offset: u32, n: &mut Network) -> bool {
     if ethertype == ETH_IPV4 {
-        let Some(h) = packet.read::<20>(offset) else { return false };
+        let Some(h) = packet.read_usual::<20>(offset, 0) else { return false };
         if h[0] >> 4 != 4 {
             return false;
         }
@@ -152,10 +166,14 @@ pub fn network<P: Packet>(packet: &P, ethertype: u16, offset: u32, n: &mut Netwo
         n.lying = words < 5 || total < header;
         true
     } else if ethertype == ETH_IPV6 {
-        let Some(h) = packet.read::<8>(offset) else { return false };
-        if h[0] >> 4 != 6 || !packet.read_into(offset + 8, &mut n.src) || !packet.read_into(offset + 24, &mut n.dst) {
+        let Some(h) = packet.read_usual::<8>(offset, 0) else { return false };
+        if h[0] >> 4 != 6 {
             return false;
         }
+        let Some(src) = packet.read_usual::<16>(offset + 8, 8) else { return false };
+        let Some(dst) = packet.read_usual::<16>(offset + 24, 24) else { return false };
+        n.src = src;
+        n.dst = dst;
         let payload = u16::from_be_bytes([h[4], h[5]]) as u32;
         n.v6 = true;
         n.next = offset + 40;
@@ -276,12 +294,13 @@ pub fn transport<P: Packet>(
         t.kind = Kind::LaterFragment;
         return Ok(());
     }
+    let usual = network.usual();
     match up.protocol {
         protocol::TCP => {
             if up.offset + 20 > network.end {
                 return Err(Reason::Truncated);
             }
-            let h = packet.read::<13>(up.offset).ok_or(Reason::Truncated)?;
+            let h = packet.read_usual::<13>(up.offset, usual).ok_or(Reason::Truncated)?;
             // The header of a first fragment may go on in the next one.
             let header = (h[12] >> 4) as u32 * 4;
             if header < 20 || (!t.first_fragment && up.offset + header > network.end) {
@@ -293,7 +312,7 @@ pub fn transport<P: Packet>(
             if up.offset + 8 > network.end {
                 return Err(Reason::Truncated);
             }
-            let h = packet.read::<6>(up.offset).ok_or(Reason::Truncated)?;
+            let h = packet.read_usual::<6>(up.offset, usual).ok_or(Reason::Truncated)?;
             let length = u16::from_be_bytes([h[4], h[5]]) as u32;
             let beyond = !t.first_fragment && up.offset + length > network.end;
             if length != 0 && (length < 8 || beyond) {

@@ -58,6 +58,9 @@ pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
 /// The same for the egress program, which may interrupt the ingress one.
 #[map]
 pub static EGRESS_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+/// What was found out about next hops in other network namespaces. Not pinned: it is found out again at once.
+#[map]
+pub static HOPS: PerCpuArray<Hop> = PerCpuArray::with_max_entries(HOP_ENTRIES, 0);
 #[map]
 pub static LAST: PerCpuArray<Decision> = PerCpuArray::pinned(1, 0);
 /// Names of streams (by slot) and of flows (by counter), so that a new process knows what it adopted.
@@ -65,6 +68,28 @@ pub static LAST: PerCpuArray<Decision> = PerCpuArray::pinned(1, 0);
 pub static STREAM_NAMES: Array<[u8; 128]> = Array::pinned(MAX_STREAMS as u32, 0);
 #[map]
 pub static FLOW_NAMES: Array<[u8; 128]> = Array::pinned(2 * MAX_FLOWS as u32, 0);
+
+/// Entries of [`HOPS`]; a power of two. Targets that share one find out about their next hops more often.
+pub const HOP_ENTRIES: u32 = 4096;
+
+/// A next hop as the kernel's neighbour entry says.
+#[repr(C)]
+pub struct Hop {
+    /// The next hop: its address, and its interface.
+    pub address: [u64; 2],
+    /// See above; 0: nothing is known.
+    pub ifindex: u32,
+    /// MTU of the interface.
+    pub mtu: u32,
+    /// When the neighbour entry was read, in ticks of the kernel.
+    pub read: u64,
+    /// When a packet last went past the entry, so that the kernel checks it.
+    pub used: u64,
+    /// Link addresses, destination and source, as they lie in a packet.
+    pub link: [u32; 3],
+    /// Explicit padding.
+    pub pad: u32,
+}
 
 /// The maps as the decision sees them.
 pub struct Maps;

@@ -27,8 +27,9 @@ const RECOMPUTE: u64 = 1;
 #[inline(always)]
 fn store<const N: usize>(ctx: &TcContext, offset: u32, bytes: &[u8; N], flags: u64) -> Result<(), Reason> {
     // SAFETY: the helper reads N bytes from a buffer of N bytes.
-    let result =
-        unsafe { bpf_skb_store_bytes(ctx.as_ptr().cast(), offset + L2, bytes.as_ptr().cast(), N as u32, flags) };
+    let result = unsafe {
+        bpf_skb_store_bytes(ctx.as_ptr().cast(), offset.wrapping_add(L2), bytes.as_ptr().cast(), N as u32, flags)
+    };
     if result == 0 { Ok(()) } else { Err(Reason::Helper) }
 }
 
@@ -42,8 +43,32 @@ pub fn age(ctx: &TcContext, network: &Network) -> Result<(), Reason> {
     // RFC 1624 for a change of 0x0100 in one word.
     let sum = network.checksum as u32 + 0x0100;
     let sum = (sum & 0xffff) + (sum >> 16);
-    let [high, low] = (sum as u16).to_be_bytes();
-    store(ctx, 8, &[ttl, network.protocol, high, low], 0)
+    // What the one changes in a sum over the packet, the other changes back.
+    let word = (ttl as u32) << 24 | (network.protocol as u32) << 16 | (sum & 0xffff);
+    let at = ctx.data() + L2 as usize + 8;
+    if at + 4 > ctx.data_end() {
+        return store(ctx, 8, &word.to_be_bytes(), 0);
+    }
+    // SAFETY: within the packet, as just checked; alignment as in `Skb::read_usual`.
+    unsafe { (at as *mut u32).write(word.to_be()) };
+    Ok(())
+}
+
+/// Sets the link addresses: destination and source, as they lie in the packet. `false`: the packet has none.
+#[inline(always)]
+pub fn link(ctx: &TcContext, addresses: &[u32; 3]) -> bool {
+    let at = ctx.data();
+    if at + L2 as usize > ctx.data_end() {
+        return false;
+    }
+    let words = at as *mut u32;
+    // SAFETY: within the packet, as just checked; alignment as in `Skb::read_usual`.
+    unsafe {
+        words.write(addresses[0]);
+        words.add(1).write(addresses[1]);
+        words.add(2).write(addresses[2]);
+    }
+    true
 }
 
 /// Replaces a 16-bit word in an Internet checksum at `at`.

@@ -44,6 +44,50 @@ impl Packet for Skb<'_> {
         };
         result == 0
     }
+
+    #[inline(always)]
+    fn read_usual<const N: usize>(&self, offset: u32, usual: u32) -> Option<[u8; N]> {
+        // Constants, because the verifier wants to know where it is in the packet.
+        let direct = match usual {
+            0 if offset == 0 => direct::<0, N>(self.0),
+            8 if offset == 8 => direct::<8, N>(self.0),
+            24 if offset == 24 => direct::<24, N>(self.0),
+            20 if offset == 20 => direct::<20, N>(self.0),
+            40 if offset == 40 => direct::<40, N>(self.0),
+            _ => None,
+        };
+        // It may lie behind the linear part.
+        direct.or_else(|| self.read(offset))
+    }
+}
+
+/// Bytes of the packet where they are, without a call; `None`: not all of them are in its linear part.
+#[inline(always)]
+fn direct<const AT: usize, const N: usize>(ctx: &TcContext) -> Option<[u8; N]> {
+    let from = ctx.data() + L2 as usize + AT;
+    if from + N > ctx.data_end() {
+        return None;
+    }
+    let mut bytes = [0u8; N];
+    let mut at = 0;
+    // SAFETY: within the packet, as just checked. Words need not be aligned: the verifier would refuse the program on
+    // a machine where they have to be.
+    unsafe {
+        while at + 4 <= N {
+            let word = ((from + at) as *const u32).read().to_ne_bytes();
+            (bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]) = (word[0], word[1], word[2], word[3]);
+            at += 4;
+        }
+        if at + 2 <= N {
+            let word = ((from + at) as *const u16).read().to_ne_bytes();
+            (bytes[at], bytes[at + 1]) = (word[0], word[1]);
+            at += 2;
+        }
+        if at < N {
+            bytes[at] = ((from + at) as *const u8).read();
+        }
+    }
+    Some(bytes)
 }
 
 /// Ethernet type of a packet.

@@ -165,6 +165,7 @@ pub(crate) fn target(id: u32) -> Target {
         v4: Some((Ipv4Addr::new(172, 16, (id >> 8) as u8, id as u8), 1)),
         v6: Some((Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, id as u16), 1)),
         mtu: 0,
+        direct: false,
     }
 }
 

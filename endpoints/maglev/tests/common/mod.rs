@@ -6,15 +6,50 @@ pub(crate) mod build;
 pub(crate) mod flood;
 pub(crate) mod generate;
 pub(crate) mod net;
+pub(crate) mod scene;
 pub(crate) mod shrink;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 
-use meridio_maglev::{Options, Settings};
+use meridio_maglev::{Config, Engine, Flow, Options, Protocol, Settings, Stream, Targets};
 
 #[allow(unused_imports)] // each test uses some
 pub(crate) use generate::{Rng, config, frame, packet, target};
+
+/// The VIPs of [`net::V4`] and [`net::V6`].
+pub(crate) fn vips() -> Vec<ipnet::IpNet> {
+    vec!["20.0.0.1/32".parse().unwrap(), "2000::1/128".parse().unwrap()]
+}
+
+/// A flow of stream `s` to both VIPs.
+pub(crate) fn flow(name: &str, protocols: &[Protocol], ports: &[u16]) -> Flow {
+    Flow {
+        name: name.into(),
+        stream: "s".into(),
+        destinations: vips(),
+        protocols: protocols.to_vec(),
+        destination_ports: ports.iter().map(|port| (*port, *port)).collect(),
+        ..Flow::default()
+    }
+}
+
+/// Both VIPs, stream `s` with up to 100 targets, and these flows.
+pub(crate) fn dual_stack(flows: Vec<Flow>) -> Config {
+    let stream = Stream { name: "s".into(), max_targets: 100, sctp_ports_only: false };
+    Config { vips: vips(), streams: vec![stream], flows, nats: vec![] }
+}
+
+/// A configured engine in the namespace of the load balancer, attached to the outside.
+pub(crate) fn start(net: &net::Net, settings: Settings, config: Config, targets: BTreeMap<String, Targets>) -> Engine {
+    net.run("l", move || {
+        let mut engine = Engine::open(settings).unwrap();
+        engine.apply(&config, &targets).unwrap();
+        engine.attach("ext").unwrap();
+        engine
+    })
+}
 
 /// A BPF file system mounted below a temporary directory, unmounted at the end.
 pub(crate) struct BpfFs {

@@ -128,7 +128,7 @@ impl Net {
         let index = self.index(&format!("nsm{n}"));
         let v4 = Ipv4Addr::new(172, 16, n as u8, 2);
         let v6 = Ipv6Addr::new(0xfd00, n as u16, 0, 0, 0, 0, 0, 2);
-        Target { v4: Some((v4, index)), v6: Some((v6, index)), mtu: 0 }
+        Target { v4: Some((v4, index)), v6: Some((v6, index)), mtu: 0, direct: true }
     }
 
     /// Targets of stream `s`.

@@ -9,16 +9,16 @@ use std::process::Command;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use meridio_maglev::{Config, Engine, Flow, Options, Protocol, Reason, Settings, Stream, Target, Targets};
+use meridio_maglev::{Engine, Options, Protocol, Reason, Settings, Target, Targets};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use super::DONE;
+use super::common::net::{V4, V6};
+use super::common::{dual_stack, flow};
 
 /// What a cloud kernel keeps out of its image.
 pub(crate) const MODULES: [&str; 3] = ["veth", "sch_ingress", "cls_bpf"];
-const V4: Ipv4Addr = Ipv4Addr::new(20, 0, 0, 1);
-const V6: Ipv6Addr = Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 1);
 /// TC_ACT_OK, TC_ACT_REDIRECT.
 const OK: u32 = 0;
 const REDIRECT: u32 = 7;
@@ -139,24 +139,12 @@ fn run() {
         ip(&format!("addr add {V6}/128 dev lo nodad"));
     });
     let nsm = index("nsm");
-    let vips = vec![format!("{V4}/32").parse().unwrap(), format!("{V6}/128").parse().unwrap()];
-    let config = Config {
-        vips: vips.clone(),
-        streams: vec![Stream { name: "s".into(), max_targets: 100, sctp_ports_only: false }],
-        flows: vec![Flow {
-            name: "f".into(),
-            stream: "s".into(),
-            destinations: vips,
-            protocols: vec![Protocol::Udp],
-            destination_ports: vec![(4000, 4000)],
-            ..Flow::default()
-        }],
-        nats: vec![],
-    };
+    let config = dual_stack(vec![flow("f", &[Protocol::Udp], &[4000])]);
     let hop = Target {
         v4: Some((Ipv4Addr::new(172, 16, 2, 2), nsm)),
         v6: Some(("fd00:2::2".parse().unwrap(), nsm)),
         mtu: 1500,
+        direct: true,
     };
     let targets = BTreeMap::from([("s".to_owned(), Targets::from([(7, hop)]))]);
     let mut kernel = Options::new("/sys/fs/bpf/lb");

@@ -154,7 +154,8 @@ fn targets(desired: &Desired, told: &[String]) -> anyhow::Result<BTreeMap<String
         chosen.entry(stream).or_insert_with(Vec::new).extend(ids);
     }
     // Next hops are not known here; that there is one of each family is what "ready" stands for.
-    let hop = Target { v4: Some((Ipv4Addr::UNSPECIFIED, 1)), v6: Some((Ipv6Addr::UNSPECIFIED, 1)), mtu: 0 };
+    let hop =
+        Target { v4: Some((Ipv4Addr::UNSPECIFIED, 1)), v6: Some((Ipv6Addr::UNSPECIFIED, 1)), mtu: 0, direct: false };
     let streams = desired.config.streams.iter().map(|stream| {
         let ids = chosen.remove(&stream.name).unwrap_or_else(|| (1..=stream.max_targets).collect());
         (stream.name.clone(), ids.into_iter().map(|id| (id, hop)).collect())

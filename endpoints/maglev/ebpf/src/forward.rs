@@ -1,0 +1,210 @@
+//! Towards the target: straight into its link, or through the stack for what only the stack can do.
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{BPF_FIB_LOOKUP_DIRECT, BPF_FIB_LOOKUP_OUTPUT, TC_ACT_OK, bpf_fib_lookup as FibLookup, bpf_redir_neigh},
+    helpers::generated::{bpf_check_mtu, bpf_fib_lookup, bpf_jiffies64, bpf_redirect_neigh, bpf_redirect_peer},
+    programs::TcContext,
+};
+use meridio_decision::{
+    Decision, Reason,
+    layout::TargetEntry,
+    packet::{Network, Transport},
+};
+
+use crate::{
+    maps::{HOP_ENTRIES, HOPS, Hop, TARGETS},
+    rewrite,
+    skb::L2,
+};
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const CHECK_MTU_SEGS: u64 = 1;
+
+/// Whether the kernel has `bpf_check_mtu` (5.12); set by the loader, so that the verifier drops the call elsewhere.
+#[unsafe(no_mangle)]
+static HAS_CHECK_MTU: u32 = 1;
+/// Whether the kernel tells link addresses of valid neighbour entries only, and all that the direct way needs (6.2).
+#[unsafe(no_mangle)]
+static HAS_DIRECT: u32 = 0;
+
+/// Ticks of the kernel (1 to 10 ms each) for which what a neighbour entry says is believed.
+const BELIEVED: u64 = 2;
+/// Ticks after which a packet goes past the neighbour entry. The direct way only reads it, and an entry that nobody
+/// uses is never found to be wrong; one that is used is not checked before some 30 s either (`base_reachable_time`).
+const USED: u64 = 1_250;
+
+/// What is done with the packet, and why.
+#[inline(always)]
+pub fn forward(
+    ctx: &TcContext,
+    decision: &Decision,
+    network: &Network,
+    transport: &Transport,
+) -> Result<(i32, Reason), Reason> {
+    let target = TARGETS.get(decision.target).ok_or(Reason::Internal)?;
+    let ifindex = if network.v6 { target.ifindex6 } else { target.ifindex4 };
+    if ifindex == 0 {
+        return Err(Reason::NoAddress);
+    }
+    if decision.nat_port != 0 {
+        rewrite::destination(ctx, network, transport, decision.nat_port as u16)?;
+    }
+    if !network.options && network.ttl > 1 {
+        // SAFETY: a constant that the loader sets before the program is loaded.
+        let has_direct = unsafe { (&raw const HAS_DIRECT).read_volatile() };
+        if has_direct != 0
+            && target.direct != 0
+            && let Some(hop) = hop(ctx, decision, network, target, ifindex)
+        {
+            rewrite::age(ctx, network)?;
+            if rewrite::link(ctx, &hop.link) {
+                // SAFETY: a helper with plain arguments.
+                return Ok((unsafe { bpf_redirect_peer(ifindex, 0) } as i32, Reason::Redirected));
+            }
+            return Err(Reason::Helper);
+        }
+    }
+    if let Some(reason) = slow(ctx, network, target, ifindex) {
+        // SAFETY: writes a field of the context that TC programs may write.
+        unsafe { (*ctx.skb.skb).mark = target.mark };
+        return Ok((TC_ACT_OK, reason));
+    }
+    rewrite::age(ctx, network)?;
+    Ok((neighbour(network, target, ifindex), Reason::Redirected))
+}
+
+/// Past the kernel's neighbour entry, which resolves and checks the link address as the stack would.
+#[inline(always)]
+fn neighbour(network: &Network, target: &TargetEntry, ifindex: u32) -> i32 {
+    // SAFETY: plain numbers, for which zero is a value.
+    let mut next: bpf_redir_neigh = unsafe { core::mem::zeroed() };
+    if network.v6 {
+        next.nh_family = AF_INET6 as u32;
+        next.__bindgen_anon_1.ipv6_nh = words(&target.v6);
+    } else {
+        next.nh_family = AF_INET as u32;
+        next.__bindgen_anon_1.ipv4_nh = u32::from_ne_bytes(target.v4);
+    }
+    // SAFETY: the parameters are on this frame and of the size given.
+    unsafe { bpf_redirect_neigh(ifindex, &raw mut next, core::mem::size_of::<bpf_redir_neigh>() as i32, 0) as i32 }
+}
+
+#[inline(always)]
+fn words(a: &[u8; 16]) -> [u32; 4] {
+    [
+        u32::from_ne_bytes([a[0], a[1], a[2], a[3]]),
+        u32::from_ne_bytes([a[4], a[5], a[6], a[7]]),
+        u32::from_ne_bytes([a[8], a[9], a[10], a[11]]),
+        u32::from_ne_bytes([a[12], a[13], a[14], a[15]]),
+    ]
+}
+
+/// The link address for a packet that can go straight into the other end of a veth pair, past the queue between the two ends.
+/// `None`: it takes the usual way, because the link address is not known, or the packet may be too large, or it is time
+/// for the kernel to check the neighbour entry.
+#[inline(always)]
+fn hop<'a>(
+    ctx: &TcContext,
+    decision: &Decision,
+    network: &Network,
+    target: &TargetEntry,
+    ifindex: u32,
+) -> Option<&'a Hop> {
+    let place = (decision.target & !1) | network.v6 as u32;
+    let hop = HOPS.get_ptr_mut(place & (HOP_ENTRIES - 1))?;
+    // SAFETY: a per-CPU value that only this program uses, and it does not nest on one CPU; and a helper without arguments.
+    let (hop, now) = unsafe { (&mut *hop, bpf_jiffies64()) };
+    let address = if network.v6 {
+        let [a, b, c, d] = words(&target.v6);
+        [(a as u64) << 32 | b as u64, (c as u64) << 32 | d as u64]
+    } else {
+        [0, u32::from_ne_bytes(target.v4) as u64]
+    };
+    if hop.address[1] != address[1] || hop.address[0] != address[0] || hop.ifindex != ifindex {
+        // Its first packet goes past the neighbour entry.
+        (hop.address, hop.ifindex, hop.read, hop.used) = (address, ifindex, now.wrapping_sub(BELIEVED), now);
+        return None;
+    }
+    if now.wrapping_sub(hop.read) >= BELIEVED {
+        if now.wrapping_sub(hop.used) >= USED {
+            hop.used = now;
+            return None;
+        }
+        if !look(ctx, network, target, hop) {
+            return None;
+        }
+        hop.read = now;
+    }
+    // SAFETY: reads of the context's fields.
+    let super_packet = unsafe { (*ctx.skb.skb).gso_size } != 0;
+    if super_packet {
+        let mut mtu = 0u32;
+        // SAFETY: the helper writes one u32.
+        let result = unsafe { bpf_check_mtu(ctx.as_ptr().cast(), ifindex, &raw mut mtu, 0, CHECK_MTU_SEGS) };
+        return if result == 0 { Some(hop) } else { None };
+    }
+    if ctx.len().wrapping_sub(L2) <= hop.mtu { Some(hop) } else { None }
+}
+
+/// Reads the neighbour entry; `false`: there is none, or not a valid one.
+#[inline(always)]
+fn look(ctx: &TcContext, network: &Network, target: &TargetEntry, hop: &mut Hop) -> bool {
+    // SAFETY: plain numbers, for which zero is a value.
+    let mut look: FibLookup = unsafe { core::mem::zeroed() };
+    look.ifindex = hop.ifindex;
+    if network.v6 {
+        look.family = AF_INET6;
+        look.__bindgen_anon_4.ipv6_dst = words(&target.v6);
+    } else {
+        look.family = AF_INET;
+        look.__bindgen_anon_4.ipv4_dst = u32::from_ne_bytes(target.v4);
+    }
+    let size = core::mem::size_of::<FibLookup>() as i32;
+    let flags = BPF_FIB_LOOKUP_DIRECT | BPF_FIB_LOOKUP_OUTPUT;
+    // SAFETY: the parameters are on this frame and of the size given.
+    let result = unsafe { bpf_fib_lookup(ctx.as_ptr().cast(), &raw mut look, size, flags) };
+    if result != 0 || look.ifindex != hop.ifindex {
+        return false;
+    }
+    let (d, s) = (look.dmac, look.smac);
+    hop.link = [
+        u32::from_ne_bytes([d[0], d[1], d[2], d[3]]),
+        u32::from_ne_bytes([d[4], d[5], s[0], s[1]]),
+        u32::from_ne_bytes([s[2], s[3], s[4], s[5]]),
+    ];
+    // SAFETY: the kernel has written it.
+    hop.mtu = unsafe { look.__bindgen_anon_1.mtu_result } as u32;
+    true
+}
+
+/// Why this packet needs the stack.
+#[inline(always)]
+fn slow(ctx: &TcContext, network: &Network, target: &TargetEntry, ifindex: u32) -> Option<Reason> {
+    if network.options {
+        return Some(Reason::SlowOptions);
+    }
+    if network.ttl <= 1 {
+        return Some(Reason::SlowTtl);
+    }
+    // SAFETY: a constant that the loader sets before the program is loaded.
+    let has_check = unsafe { (&raw const HAS_CHECK_MTU).read_volatile() };
+    if has_check != 0 {
+        let mut mtu = 0u32;
+        // SAFETY: the helper writes one u32.
+        let result = unsafe { bpf_check_mtu(ctx.as_ptr().cast(), ifindex, &raw mut mtu, 0, CHECK_MTU_SEGS) };
+        if result != 0 {
+            return Some(Reason::SlowMtu);
+        }
+    } else if target.mtu != 0 {
+        // SAFETY: reads of the context's fields.
+        let gso = unsafe { (*ctx.skb.skb).gso_size };
+        // 60 and 60: the longest headers in front of a segment; too careful by at most a few bytes.
+        let size = if gso == 0 { ctx.len().wrapping_sub(L2) } else { gso + 120 };
+        if size > target.mtu {
+            return Some(Reason::SlowMtu);
+        }
+    }
+    None
+}

@@ -1,0 +1,70 @@
+//! Fragments go where their flow goes, in whatever order they come.
+#![allow(clippy::unwrap_used)] // a test says what it expects by unwrapping it
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use common::build::{fragment, udp};
+use common::net::eventually;
+use common::scene::{SOON, Scene, client, vip};
+use meridio_maglev::Reason;
+
+/// Fragments of one datagram, and whether a packet is one of them.
+fn fragments(v6: bool, sport: u16, id: u32, port: u16) -> (Vec<Vec<u8>>, impl Fn(&[u8]) -> bool + Copy) {
+    let (src, dst) = (client(v6), vip(v6));
+    let whole = udp(src, dst, (sport, port), &vec![7; 2_000]);
+    let parts = [(0, 696), (696, 1392), (1392, whole.len())];
+    let list = parts.map(|(from, to)| fragment(src, dst, 17, &whole[from..to], id, from as u16, to != whole.len()));
+    let ours = move |p: &[u8]| {
+        if v6 {
+            p[6] == 44 && p[44..48] == id.to_be_bytes()
+        } else {
+            p[9] == 17 && p[4..6] == (id as u16).to_be_bytes()
+        }
+    };
+    (list.to_vec(), ours)
+}
+
+#[test]
+fn fragments_follow_their_flow_in_any_order() {
+    let scene = Scene::new();
+    for v6 in [false, true] {
+        for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [2, 1, 0], [1, 2, 0]] {
+            let mut owners = BTreeSet::new();
+            for _ in 0..6 {
+                let (sport, owner) = scene.owner(v6, 4000);
+                let (list, ours) = fragments(v6, sport, sport as u32, 4000);
+                for n in order {
+                    scene.send(&list[n]);
+                    std::thread::sleep(Duration::from_millis(3));
+                }
+                let seen = scene.arrived(3, ours);
+                assert!(seen.iter().all(|(n, _)| *n == owner), "v6 {v6}, order {order:?}: not all at target {owner}");
+                owners.insert(owner);
+            }
+            assert!(owners.len() == 2 || order != [0, 1, 2], "both targets have their share");
+        }
+    }
+    assert!(scene.count(Reason::FragmentHeld) >= 4 * 2 * 6, "out of order means held");
+    assert_eq!(scene.count(Reason::FragmentUnknown), 0);
+}
+
+#[test]
+fn a_fragment_whose_first_one_never_comes_is_dropped_in_time() {
+    let scene = Scene::new();
+    for v6 in [false, true] {
+        let before = scene.count(Reason::FragmentUnknown);
+        let sport = scene.fresh();
+        let (list, ours) = fragments(v6, sport, sport as u32, 4000);
+        let sent = std::time::Instant::now();
+        scene.send(&list[1]);
+        assert!(eventually(SOON, || scene.count(Reason::FragmentUnknown) == before + 1), "dropped and counted");
+        assert!(sent.elapsed() >= Duration::from_millis(150), "not before it has waited");
+        // What comes afterwards goes by itself, whatever became of the fragment before.
+        scene.send(&list[0]);
+        scene.send(&list[2]);
+        scene.arrived(2, ours);
+    }
+}
