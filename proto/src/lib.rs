@@ -1,23 +1,10 @@
-//! Wire contracts: the gRPC APIs of Network Service Mesh (`nsm`), of Meridio (`nsp`, `ipam`,
-//! `ambassador`, `loadbalancer`) and of the SPIFFE Workload API (`spiffe`). Field numbers, package
-//! names and method paths are those of the original projects; nothing but generated code lives here.
+//! Wire contracts: the gRPC APIs of Meridio (`nsp`, `ipam`, `ambassador`, `loadbalancer`), and beside them those of Network
+//! Service Mesh (`nsm`) and of the SPIFFE Workload API (`spiffe`), which live in `nsm-proto`. Field numbers, package names and
+//! method paths are those of the original projects; nothing but generated code lives here.
 #![allow(clippy::all, clippy::pedantic)]
 
-/// Network Service Mesh: requests, connections, monitoring and the registries.
-pub mod nsm {
-    pub mod connection {
-        tonic::include_proto!("connection");
-    }
-    pub mod connectioncontext {
-        tonic::include_proto!("connectioncontext");
-    }
-    pub mod networkservice {
-        tonic::include_proto!("networkservice");
-    }
-    pub mod registry {
-        tonic::include_proto!("registry");
-    }
-}
+pub use nsm_proto as nsm;
+pub use nsm_proto::spiffe;
 
 /// Network service platform: configuration watches and the target registry.
 pub mod nsp {
@@ -45,9 +32,4 @@ pub mod loadbalancer {
     pub mod v1 {
         tonic::include_proto!("loadbalancer.v1");
     }
-}
-
-/// The SPIFFE Workload API.
-pub mod spiffe {
-    tonic::include_proto!("_");
 }

@@ -25,7 +25,7 @@ pub use crate::core::{
 pub use crate::elements::begin::{Event, EventFactory, EventOptions, Fired};
 pub use crate::remote::{Connector, EventStream, REMOTE, Remote, RemoteService};
 pub use crate::stock::{Client, ClientBuilder, Endpoint, EndpointBuilder};
-pub use meridio_proto::nsm::{
+pub use nsm_proto::{
     connection::{
         Connection, ConnectionEvent, ConnectionEventType, Mechanism, MonitorScopeSelector, Path, PathSegment, State,
     },

@@ -1,6 +1,6 @@
 //! Path rules, without I/O.
 
-use meridio_proto::nsm::connection::{Connection, Path, PathSegment};
+use nsm_proto::connection::{Connection, Path, PathSegment};
 use uuid::Uuid;
 
 /// Why a path is not acceptable.

@@ -1,7 +1,8 @@
 //! What elements ask a registry.
 
 use crate::Error;
-pub use meridio_proto::nsm::registry::{NetworkService, NetworkServiceEndpoint};
+use futures_util::stream::BoxStream;
+pub use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use std::collections::BTreeMap;
 
 /// Looks up network services and endpoints.
@@ -9,6 +10,8 @@ use std::collections::BTreeMap;
 pub trait Registry: Send + Sync + 'static {
     /// The services that match the template, as they are now. Unset fields match everything.
     async fn find_ns(&self, query: NetworkService) -> Result<Vec<NetworkService>, Error>;
+    /// The service of this name: as it is now, if there is one, then each change of it. Ends when the registry is lost.
+    async fn watch_ns(&self, name: &str) -> Result<BoxStream<'static, NetworkService>, Error>;
     /// The endpoints that match the template, as they are now. A URL in the template matches every URL it is part of.
     async fn find_nse(&self, query: NetworkServiceEndpoint) -> Result<Vec<NetworkServiceEndpoint>, Error>;
     /// Those of `endpoints` that the service's matches allow for a request with these labels, best first.

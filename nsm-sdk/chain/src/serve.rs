@@ -5,7 +5,7 @@ use crate::{
     RequestCall, elements::monitor::Hub, remote::EventStream,
 };
 use futures_util::StreamExt;
-use meridio_proto::nsm::{
+use nsm_proto::{
     connection::monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
     networkservice::network_service_server::{NetworkService, NetworkServiceServer},
 };

@@ -1,7 +1,7 @@
 //! Tokens that a process puts into its segment of the path.
 
 use crate::Peer;
-use meridio_proto::nsm::connection::PathSegment;
+use nsm_proto::connection::PathSegment;
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},

@@ -4,11 +4,11 @@
 
 mod world;
 
-use meridio_proto::nsm::{
+use nsm_chain::{ConnectionEventType, MonitorScopeSelector, NetworkServiceRequest};
+use nsm_proto::{
     connection::monitor_connection_client::MonitorConnectionClient,
     networkservice::network_service_client::NetworkServiceClient,
 };
-use nsm_chain::{ConnectionEventType, MonitorScopeSelector, NetworkServiceRequest};
 use std::{sync::atomic::Ordering::SeqCst, time::Duration};
 use tonic::Code;
 use world::*;

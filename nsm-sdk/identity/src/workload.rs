@@ -2,7 +2,7 @@
 
 use crate::{Bundles, Error, Identity, SpiffeId, Svid, split_certificates};
 use hyper_util::rt::TokioIo;
-use meridio_proto::spiffe::{X509svidRequest, X509svidResponse, spiffe_workload_api_client::SpiffeWorkloadApiClient};
+use nsm_proto::spiffe::{X509svidRequest, X509svidResponse, spiffe_workload_api_client::SpiffeWorkloadApiClient};
 use rustls::pki_types::CertificateDer;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{

@@ -1,9 +1,10 @@
 //! The registry of the node, as the elements of routing see it.
 
-use meridio_proto::nsm::registry::{NetworkService, NetworkServiceEndpoint};
+use futures_util::{StreamExt, stream::BoxStream};
 use nsm_chain::{Error, registry::Registry};
+use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use nsm_registry::{
-    Chain, Context,
+    Call, Chain, Context, Query,
     matching::{self, Labels},
 };
 use std::time::Duration;
@@ -52,8 +53,17 @@ impl Registry for Finder {
         self.services.list(query, Context::new().with_timeout(TIMEOUT)).await.map_err(failed)
     }
 
+    async fn watch_ns(&self, name: &str) -> Result<BoxStream<'static, NetworkService>, Error> {
+        let query = Query::watch(NetworkService { name: name.to_owned(), ..Default::default() });
+        let events = self.services.find(Call::new(query, Context::new())).await.map_err(failed)?;
+        let current = |event: Result<nsm_registry::Event<NetworkService>, _>| {
+            std::future::ready(event.ok().map(|event| (!event.deleted).then_some(event.object)))
+        };
+        Ok(events.scan((), move |(), event| current(event)).filter_map(std::future::ready).boxed())
+    }
+
     async fn find_nse(&self, query: NetworkServiceEndpoint) -> Result<Vec<NetworkServiceEndpoint>, Error> {
-        let named = !query.name.is_empty() && query.network_service_names.is_empty() && query.url.is_empty();
+        let named = !query.name.is_empty();
         let patience = self.settled.min(Instant::now() + self.patience);
         loop {
             let ctx = Context::new().with_timeout(TIMEOUT);

@@ -5,7 +5,6 @@ use crate::{
     excluded::{self, DEFAULT_FILE},
     find::Finder,
 };
-use meridio_proto::nsm::registry::{NetworkServiceEndpoint, NetworkServiceLabels};
 use nsm_chain::{
     Client, Connector, Endpoint, Peer, Side,
     elements::{
@@ -17,6 +16,7 @@ use nsm_chain::{
         filtermechanisms::FilterMechanisms,
         mechanisms::Mechanisms,
         mechanismtranslation::MechanismTranslation,
+        netsvcmonitor::NetSvcMonitor,
         null::Null,
         recvfd::{RecvFdClient, RecvFdServer},
         roundrobin::RoundRobin,
@@ -35,6 +35,7 @@ use nsm_kernel::{
         wire::{WireClient, WireServer},
     },
 };
+use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceLabels};
 use nsm_registry::{Call, Context, ManagerRegistry, RegistryClient, Security, Upstream, service};
 use nsm_transport::Transport;
 use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
@@ -263,7 +264,8 @@ fn forwarder_url(config: &NodeConfig) -> String {
     format!("inproc://{}", config.forwarder_name)
 }
 
-/// Endpoint chain → clientinfo → discoverforwarder → excludedprefixes → recvfd → connect[recvfd, sendfd] → sendfd.
+/// Endpoint chain → clientinfo → discoverforwarder → netsvcmonitor → excludedprefixes → recvfd → connect[recvfd, sendfd] →
+/// sendfd.
 fn manager(config: &NodeConfig, tokens: Tokens, finder: Lookup, hops: Arc<dyn Connector>, ends: &Ends) -> Endpoint {
     let receive = RecvFdClient::new();
     let from_caller = RecvFdServer::new().releasing(Some(&receive));
@@ -273,13 +275,15 @@ fn manager(config: &NodeConfig, tokens: Tokens, finder: Lookup, hops: Arc<dyn Co
         .element(receive)
         .element(SendFdClient)
         .build();
+    let discover = DiscoverForwarder::new(finder.clone(), &config.forwarder_service, &config.public_url);
     let mut builder = Endpoint::builder(&config.name, tokens).policies(config.policies.clone());
     if config.keep_alive {
         builder = builder.keep_while(Arc::new(Alive::manager(ends.clone())), KEEP_INTERVAL);
     }
     builder
         .element(ClientInfo::new(config.labels.iter().cloned()))
-        .element(DiscoverForwarder::new(finder, &config.forwarder_service, &config.public_url))
+        .element(discover.settling(SETTLING))
+        .element(NetSvcMonitor::new(finder))
         .element(excluded::from_file(config.excluded_prefixes.clone()))
         .element(from_caller)
         .element(ConnectServer::new(client.chain().clone()))

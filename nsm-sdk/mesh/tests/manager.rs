@@ -5,13 +5,8 @@
 
 mod sandbox;
 
-use meridio_proto::nsm::registry::network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient;
-use nsm_chain::{
-    Chain, Client, CloseCall, Connection, Element, Error, Next, RequestCall,
-    elements::{connect::ConnectServer, mechanismtranslation::MechanismTranslation},
-    remote::Grpc,
-};
-use nsm_registry::{NetworkServiceEndpoint, NetworkServiceLabels, RegistryClient};
+use nsm_proto::registry::network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient;
+use nsm_registry::{NetworkServiceEndpoint, RegistryClient};
 use nsm_transport::{Address, Transport};
 use sandbox::*;
 use std::{
@@ -22,25 +17,6 @@ use std::{
     time::Duration,
 };
 use tokio::time::{Instant, sleep, timeout};
-
-/// One node with one forwarder and the service.
-async fn node(world: &World, name: &str) -> (Manager, Forwarder) {
-    let manager = world.manager(name, None).await;
-    let forwarder = world.forwarder(&format!("fwd-{name}"), &manager, &[("p2p", "true")]).await;
-    world.service(&manager, service()).await;
-    (manager, forwarder)
-}
-
-/// The endpoint of the connection as the client knows it now.
-fn endpoint_of(client: &Client, id: &str) -> Option<String> {
-    let connection = client.connection(id)?;
-    connection.path?.path_segments.last().map(|segment| segment.name.clone())
-}
-
-async fn moves_to(client: &Client, id: &str, endpoint: &str) {
-    let there = || async { endpoint_of(client, id).as_deref() == Some(endpoint) };
-    eventually(&format!("the connection is at {endpoint}"), there).await;
-}
 
 // Conformance 42
 #[tokio::test(flavor = "multi_thread")]
@@ -364,72 +340,4 @@ async fn the_second_forwarder_gets_the_namespace_too() {
         assert!(inside.starts_with("file:///proc/"), "{inside}");
         assert!(forwarder.endpoint.hub().connections().is_empty());
     }
-}
-
-/// Passes connections on to the next stage: other labels, whatever endpoint matches them.
-struct Onward(&'static str);
-
-#[async_trait::async_trait]
-impl Element for Onward {
-    fn name(&self) -> &'static str {
-        "onward"
-    }
-
-    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
-        let connection = call.connection_mut();
-        let labels = std::mem::replace(&mut connection.labels, [("app".to_owned(), self.0.to_owned())].into());
-        let own = std::mem::take(&mut connection.network_service_endpoint_name);
-        let mut connection = next.request(call).await?;
-        connection.labels = labels;
-        connection.network_service_endpoint_name = own;
-        Ok(connection)
-    }
-
-    async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
-        call.message.network_service_endpoint_name = String::new();
-        next.close(call).await
-    }
-}
-
-// Conformance 56, 79
-#[tokio::test(flavor = "multi_thread")]
-async fn passthrough_endpoints_add_four_segments_each() {
-    let world = World::new();
-    let _registry = world.registry().await;
-    let manager = world.manager("nsmgr", None).await;
-    let _forwarder = world.forwarder("fwd", &manager, &[("p2p", "true")]).await;
-    world.service(&manager, sandbox::passthrough_service(&["firewall", "filter"])).await;
-    let mut stages = Vec::new();
-    for (stage, label) in [("firewall", "firewall"), ("filter", "filter")] {
-        let client = Client::builder(stage, Arc::new(Grpc::new(world.transport(stage))))
-            .passthrough()
-            .url(world.url("nsmgr"))
-            .element(MechanismTranslation::new())
-            .element(Onward(label))
-            .element(nsm_chain::elements::kernel_mechanism::KernelClient::new())
-            .element(nsm_chain::elements::sendfd::SendFdClient)
-            .build();
-        let chain: Chain = client.chain().clone();
-        stages.push((stage, Arc::new(ConnectServer::new(chain)) as Arc<dyn Element>));
-    }
-    let mut endpoints = Vec::new();
-    for (name, onward) in stages {
-        endpoints.push(world.endpoint_with(name, &manager, vec![onward]).await);
-    }
-    endpoints.push(world.unregistered("nse", &manager).await);
-    for nse in &mut endpoints {
-        let app = [("app".to_owned(), nse.registration.name.clone())].into();
-        let labels = [(SERVICE.to_owned(), NetworkServiceLabels { labels: app })].into();
-        nse.registration.network_service_labels = labels;
-        nse.register().await;
-    }
-    let client = world.client("nsc", &manager, None);
-    let connection = client.request(request("c"), TIMEOUT).await.unwrap();
-    let stage = |name: &'static str| ["nsmgr", "fwd", name];
-    let expected: Vec<&str> = [&["nsc"][..], &stage("firewall"), &stage("filter"), &stage("nse")].concat();
-    assert_eq!(names(&connection), expected);
-    let refreshed = client.request(again(&connection), TIMEOUT).await.unwrap();
-    assert_eq!(ids(&refreshed), ids(&connection));
-    client.close(refreshed, TIMEOUT).await.unwrap();
-    assert!(endpoints.iter().all(|nse| nse.endpoint.hub().connections().is_empty()));
 }

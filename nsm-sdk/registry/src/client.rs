@@ -15,8 +15,8 @@ use crate::{
     watch::{GRACE, watch},
 };
 use futures_util::Stream;
-use meridio_proto::nsm::registry::{NetworkService, NetworkServiceEndpoint};
 use nsm_identity::X509Source;
+use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use nsm_transport::{Address, Transport};
 use std::{sync::Arc, time::Duration};
 

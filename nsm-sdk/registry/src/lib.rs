@@ -24,7 +24,7 @@ pub use chain::{Call, Chain, ClientToken, Context, Element, Events, Factory, Nex
 pub use client::{Builder, RegistryClient};
 pub use elements::{authorize::Policies, clientinfo::ClientInfo, dial::Dialer};
 pub use error::Error;
-pub use meridio_proto::nsm::registry::{NetworkService, NetworkServiceEndpoint, NetworkServiceLabels};
+pub use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint, NetworkServiceLabels};
 pub use object::{Event, Object, Query};
 pub use path::{PathHandle, RegistryPath};
 pub use stock::{ManagerRegistry, Registry, Security, Upstream};

@@ -1,6 +1,6 @@
 //! Which endpoints may serve a request: the matches of a network service applied to labels. Pure functions.
 
-use meridio_proto::nsm::registry::{Match, NetworkService, NetworkServiceEndpoint};
+use nsm_proto::registry::{Match, NetworkService, NetworkServiceEndpoint};
 use std::collections::BTreeMap;
 
 /// Labels of a request or of an endpoint.
@@ -123,7 +123,7 @@ pub fn match_forwarders(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use meridio_proto::nsm::registry::{Destination, Metadata, NetworkServiceLabels};
+    use nsm_proto::registry::{Destination, Metadata, NetworkServiceLabels};
 
     fn labels(pairs: &[(&str, &str)]) -> Labels {
         pairs.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()

@@ -1,6 +1,6 @@
 //! What a registry holds: network services and network service endpoints, seen alike.
 
-use meridio_proto::nsm::registry::{NetworkService, NetworkServiceEndpoint};
+use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use std::{
     collections::BTreeMap,
     fmt,
@@ -155,7 +155,7 @@ impl<T> Event<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use meridio_proto::nsm::registry::NetworkServiceLabels;
+    use nsm_proto::registry::NetworkServiceLabels;
 
     fn endpoint(name: &str, services: &[&str], url: &str) -> NetworkServiceEndpoint {
         NetworkServiceEndpoint {

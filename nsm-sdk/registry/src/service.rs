@@ -2,7 +2,7 @@
 
 use crate::{Call, Chain, ClientToken, Context, Event, Object, PathHandle, Query, RegistryPath};
 use futures_util::{StreamExt, stream::BoxStream};
-use meridio_proto::nsm::registry as wire;
+use nsm_proto::registry as wire;
 use nsm_transport::{ConnInfo, client_token, grpc_timeout};
 use tonic::{Request, Response, Status, service::Routes};
 use wire::{

@@ -17,8 +17,8 @@ use crate::{
     },
     store::{MemoryStore, Store},
 };
-use meridio_proto::nsm::registry::{NetworkService, NetworkServiceEndpoint};
 use nsm_identity::X509Source;
+use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},

@@ -159,7 +159,7 @@ async fn sleep_until(at: Option<Instant>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use meridio_proto::nsm::registry::NetworkServiceEndpoint;
+    use nsm_proto::registry::NetworkServiceEndpoint;
 
     fn endpoint(name: &str, url: &str) -> NetworkServiceEndpoint {
         NetworkServiceEndpoint { name: name.into(), url: url.into(), ..Default::default() }

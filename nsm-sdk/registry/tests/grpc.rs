@@ -218,7 +218,7 @@ async fn restarts_of_registry_and_manager_lose_nothing() {
 // Conformance 110
 #[tokio::test(flavor = "multi_thread")]
 async fn metadata_of_other_peers_is_tolerated_or_refused_but_never_fatal() {
-    use meridio_proto::nsm::registry::{
+    use nsm_proto::registry::{
         NetworkServiceEndpointQuery, network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
     };
     let world = World::new();
@@ -277,7 +277,10 @@ async fn a_foreign_name_is_denied_and_a_missing_token_too() {
     // TLS without tokens.
     let transport = Transport::new(world.source("x")).unwrap();
     let channel = transport.channel(&Address::parse(&registry.url).unwrap());
-    let mut raw = meridio_proto::nsm::registry::network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient::new(channel);
+    let mut raw =
+        nsm_proto::registry::network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient::new(
+            channel,
+        );
     let status = raw.register(endpoint("f", "tcp://127.0.0.1:1")).await.unwrap_err();
     assert_eq!(status.code(), tonic::Code::PermissionDenied, "{status}");
     registry.stop().await;

@@ -106,46 +106,17 @@ pub struct ClientBuilder {
 }
 
 impl ClientBuilder {
-    /// Name of the client; its connections are called `<name>-0`, `<name>-1` ... It has to be unique on its node, and to stay the same
-    /// over restarts.
-    #[must_use]
-    pub fn name(mut self, name: impl Into<String>) -> Self {
-        self.settings.name = name.into();
-        self
-    }
+    settings::setters!(
+        name: "Name of the client; its connections are called `<name>-0`, `<name>-1` ... It has to be unique on its node, and to stay the same over restarts.",
+        max_token_lifetime: "Longest life of its tokens (10 min).",
+        patience: "How long [`ClientBuilder::connect`] waits for the identity, and for each connection (1 min).",
+        element: "Adds an element above the mechanism."
+    );
 
     /// Asks for a service, as a [`ServiceUrl`] such as `kernel://icmp-responder/nsm-1?color=red`.
     #[must_use]
     pub fn service(mut self, url: impl AsRef<str>) -> Self {
         self.services.push(url.as_ref().parse());
-        self
-    }
-
-    /// The manager, [`DEFAULT_MANAGER`](crate::DEFAULT_MANAGER) by default.
-    #[must_use]
-    pub fn connect_to(mut self, url: impl Into<String>) -> Self {
-        self.settings.manager = url.into();
-        self
-    }
-
-    /// Socket of the SPIFFE Workload API, `unix:///run/spire/sockets/agent.sock` by default.
-    #[must_use]
-    pub fn workload_api(mut self, socket: impl Into<String>) -> Self {
-        self.settings.workload_api = socket.into();
-        self
-    }
-
-    /// An identity that is there already.
-    #[must_use]
-    pub fn identity(mut self, source: nsm_identity::X509Source) -> Self {
-        self.settings.source = Some(source);
-        self
-    }
-
-    /// Longest life of its tokens (10 min).
-    #[must_use]
-    pub fn max_token_lifetime(mut self, lifetime: Duration) -> Self {
-        self.settings.max_token_lifetime = lifetime;
         self
     }
 
@@ -156,24 +127,10 @@ impl ClientBuilder {
         self
     }
 
-    /// How long [`ClientBuilder::connect`] waits for the identity, and for each connection (1 min).
-    #[must_use]
-    pub fn patience(mut self, patience: Duration) -> Self {
-        self.settings.patience = patience;
-        self
-    }
-
     /// Whether the data path is asked, by ICMP echo over the interface, before a connection is given up (it is).
     #[must_use]
     pub fn liveness(mut self, check: bool) -> Self {
         self.liveness = check;
-        self
-    }
-
-    /// Adds an element above the mechanism.
-    #[must_use]
-    pub fn element(mut self, element: impl Element) -> Self {
-        self.elements.push(Arc::new(element));
         self
     }
 

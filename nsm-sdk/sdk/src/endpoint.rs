@@ -149,12 +149,12 @@ pub struct EndpointBuilder {
 }
 
 impl EndpointBuilder {
-    /// Name of the endpoint and of its segment on each path. It has to be unique, and to stay the same over restarts.
-    #[must_use]
-    pub fn name(mut self, name: impl Into<String>) -> Self {
-        self.settings.name = name.into();
-        self
-    }
+    settings::setters!(
+        name: "Name of the endpoint and of its segment on each path. It has to be unique, and to stay the same over restarts.",
+        max_token_lifetime: "Longest life of its tokens (10 min). Connections live as long and are refreshed well before.",
+        patience: "How long [`EndpointBuilder::start`] waits for identity and registration (1 min each).",
+        element: "Adds an element below the addresses and above the mechanisms."
+    );
 
     /// Serves the network service of this name.
     #[must_use]
@@ -183,41 +183,6 @@ impl EndpointBuilder {
         self
     }
 
-    /// The manager, [`DEFAULT_MANAGER`](crate::DEFAULT_MANAGER) by default.
-    #[must_use]
-    pub fn connect_to(mut self, url: impl Into<String>) -> Self {
-        self.settings.manager = url.into();
-        self
-    }
-
-    /// Socket of the SPIFFE Workload API, `unix:///run/spire/sockets/agent.sock` by default.
-    #[must_use]
-    pub fn workload_api(mut self, socket: impl Into<String>) -> Self {
-        self.settings.workload_api = socket.into();
-        self
-    }
-
-    /// An identity that is there already.
-    #[must_use]
-    pub fn identity(mut self, source: nsm_identity::X509Source) -> Self {
-        self.settings.source = Some(source);
-        self
-    }
-
-    /// Longest life of its tokens (10 min). Connections live as long and are refreshed well before.
-    #[must_use]
-    pub fn max_token_lifetime(mut self, lifetime: Duration) -> Self {
-        self.settings.max_token_lifetime = lifetime;
-        self
-    }
-
-    /// How long [`EndpointBuilder::start`] waits for identity and registration (1 min each).
-    #[must_use]
-    pub fn patience(mut self, patience: Duration) -> Self {
-        self.settings.patience = patience;
-        self
-    }
-
     /// Gives each connection a pair of host addresses from these prefixes and a route to the other end. Once more for a second family.
     #[must_use]
     pub fn addresses(mut self, prefixes: impl IntoIterator<Item = IpNet>) -> Self {
@@ -243,13 +208,6 @@ impl EndpointBuilder {
     #[must_use]
     pub fn policies(mut self, policies: Policies) -> Self {
         self.policies = policies;
-        self
-    }
-
-    /// Adds an element below the addresses and above the mechanisms.
-    #[must_use]
-    pub fn element(mut self, element: impl Element) -> Self {
-        self.elements.push(Arc::new(element));
         self
     }
 

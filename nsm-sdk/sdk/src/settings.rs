@@ -58,6 +58,69 @@ impl Settings {
     }
 }
 
+/// The setters that both builders have: `setters!(name: "...", max_token_lifetime: "...", patience: "...")`, with what each of the
+/// three means there. The builder has a field `settings` and a field `elements`.
+macro_rules! setters {
+    (name: $name:literal, max_token_lifetime: $lifetime:literal, patience: $patience:literal, element: $element:literal) => {
+        #[doc = $name]
+        #[must_use]
+        pub fn name(mut self, name: impl Into<String>) -> Self {
+            self.settings.name = name.into();
+            self
+        }
+
+        /// The manager, [`DEFAULT_MANAGER`](crate::DEFAULT_MANAGER) by default.
+        #[must_use]
+        pub fn connect_to(mut self, url: impl Into<String>) -> Self {
+            self.settings.manager = url.into();
+            self
+        }
+
+        /// Socket of the SPIFFE Workload API, `unix:///run/spire/sockets/agent.sock` by default.
+        #[must_use]
+        pub fn workload_api(mut self, socket: impl Into<String>) -> Self {
+            self.settings.workload_api = socket.into();
+            self
+        }
+
+        /// An identity that is there already.
+        #[must_use]
+        pub fn identity(mut self, source: nsm_identity::X509Source) -> Self {
+            self.settings.source = Some(source);
+            self
+        }
+
+        #[doc = $lifetime]
+        #[must_use]
+        pub fn max_token_lifetime(mut self, lifetime: Duration) -> Self {
+            self.settings.max_token_lifetime = lifetime;
+            self
+        }
+
+        /// What connecting to the manager may take (5 s).
+        #[must_use]
+        pub fn dial_timeout(mut self, timeout: Duration) -> Self {
+            self.settings.dial_timeout = timeout;
+            self
+        }
+
+        #[doc = $patience]
+        #[must_use]
+        pub fn patience(mut self, patience: Duration) -> Self {
+            self.settings.patience = patience;
+            self
+        }
+
+        #[doc = $element]
+        #[must_use]
+        pub fn element(mut self, element: impl Element) -> Self {
+            self.elements.push(Arc::new(element));
+            self
+        }
+    };
+}
+pub(crate) use setters;
+
 /// Reads variables, and collects every fault instead of stopping at the first.
 pub(crate) struct Env<'a> {
     lookup: &'a dyn Fn(&str) -> Option<String>,

@@ -22,7 +22,7 @@ pub use address::Address;
 pub use credentials::{
     ClientToken, PerRpcToken, TOKEN_EXPIRES_HEADER, TOKEN_HEADER, client_token, format_rfc3339, parse_rfc3339,
 };
-pub use deadline::grpc_timeout;
+pub use deadline::{grpc_timeout, with_deadline_code};
 pub use error::Error;
 pub use fd::{FdStream, FdTransceiver, inode_of};
 pub use listener::Listener;

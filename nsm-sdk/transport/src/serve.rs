@@ -1,6 +1,6 @@
 //! Incoming connections.
 
-use crate::{Error, Listener, Stream, Transport, stream::Socket, transport::chain};
+use crate::{Error, Listener, Stream, Transport, deadline::DeadlineLayer, stream::Socket, transport::chain};
 use rustls::ServerConfig;
 use std::{io, sync::Arc, time::Duration};
 use tokio::{
@@ -50,6 +50,7 @@ impl Transport {
         let result = Server::builder()
             .http2_keepalive_interval(Some(PING_INTERVAL))
             .http2_keepalive_timeout(Some(PING_TIMEOUT))
+            .layer(DeadlineLayer)
             .add_routes(routes)
             .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop.cancelled_owned())
             .await

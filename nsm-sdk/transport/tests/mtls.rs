@@ -1,12 +1,12 @@
 //! gRPC over the transport: identities, descriptors, rotation.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test states what it expects by unwrapping it")]
 
-use meridio_proto::ambassador::v1::{
-    Stream as TapStream, StreamResponse, StreamStatus,
-    tap_client::TapClient,
-    tap_server::{Tap, TapServer},
-};
 use nsm_identity::{Authority, X509Source};
+use nsm_proto::registry::{
+    NetworkService, NetworkServiceQuery, NetworkServiceResponse,
+    network_service_registry_client::NetworkServiceRegistryClient,
+    network_service_registry_server::{NetworkServiceRegistry, NetworkServiceRegistryServer},
+};
 use nsm_transport::{Address, ConnInfo, Link, Listener, Transport, client_token, inode_of};
 use std::{
     fs::File,
@@ -22,12 +22,12 @@ use tonic::{Request, Response, Status, service::Routes};
 const HOUR: Duration = Duration::from_secs(3600);
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Open checks that the descriptor named `dev/ino` arrived; Close tells who called; Watch ticks for ever.
+/// Register checks that the descriptor named `dev/ino` arrived; Unregister tells who called; Find ticks for ever.
 struct Probe;
 
 #[tonic::async_trait]
-impl Tap for Probe {
-    async fn open(&self, request: Request<TapStream>) -> Result<Response<()>, Status> {
+impl NetworkServiceRegistry for Probe {
+    async fn register(&self, request: Request<NetworkService>) -> Result<Response<NetworkService>, Status> {
         let fds = request.extensions().get::<ConnInfo>().and_then(|info| info.fds.clone());
         let fds = fds.ok_or_else(|| Status::failed_precondition("no descriptors here"))?;
         for name in request.get_ref().name.split(',') {
@@ -36,10 +36,10 @@ impl Tap for Probe {
             let fd = fds.take(dev.parse().unwrap(), ino.parse().unwrap(), Some(deadline)).await?;
             assert_eq!(inode_of(&fd).unwrap(), (dev.parse().unwrap(), ino.parse().unwrap()));
         }
-        Ok(Response::new(()))
+        Ok(Response::new(request.into_inner()))
     }
 
-    async fn close(&self, request: Request<TapStream>) -> Result<Response<()>, Status> {
+    async fn unregister(&self, request: Request<NetworkService>) -> Result<Response<()>, Status> {
         let peer = request.extensions().get::<ConnInfo>().and_then(|info| info.peer.clone()).map(|peer| peer.spiffe_id);
         let token = client_token(request.metadata());
         let claims = token.map(|token| nsm_identity::token::decode(&token.jwt).unwrap());
@@ -50,11 +50,11 @@ impl Tap for Probe {
         )))
     }
 
-    type WatchStream = Pin<Box<dyn Stream<Item = Result<StreamResponse, Status>> + Send>>;
+    type FindStream = Pin<Box<dyn Stream<Item = Result<NetworkServiceResponse, Status>> + Send>>;
 
-    async fn watch(&self, _: Request<TapStream>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn find(&self, _: Request<NetworkServiceQuery>) -> Result<Response<Self::FindStream>, Status> {
         let ticks = IntervalStream::new(tokio::time::interval(Duration::from_millis(10)));
-        Ok(Response::new(Box::pin(ticks.map(|_| Ok(StreamResponse { stream_status: vec![StreamStatus::default()] })))))
+        Ok(Response::new(Box::pin(ticks.map(|_| Ok(NetworkServiceResponse::default())))))
     }
 }
 
@@ -73,7 +73,7 @@ async fn serve(transport: &Transport, tcp: bool) -> Served {
     };
     let listener = Listener::bind(&address).await.unwrap();
     let (address, stop, transport) = (listener.address().clone(), CancellationToken::new(), transport.clone());
-    let routes = Routes::new(TapServer::new(Probe));
+    let routes = Routes::new(NetworkServiceRegistryServer::new(Probe));
     let stopped = stop.clone();
     let server = tokio::spawn(async move { transport.serve(vec![listener], routes, stopped).await });
     Served { address, stop, server, _dir: dir }
@@ -88,8 +88,8 @@ fn transport(source: &X509Source) -> Transport {
 }
 
 async fn caller(link: &Link) -> String {
-    let mut client = TapClient::new(link.with_token());
-    client.close(TapStream::default()).await.unwrap_err().message().to_owned()
+    let mut client = NetworkServiceRegistryClient::new(link.with_token());
+    client.unregister(NetworkService::default()).await.unwrap_err().message().to_owned()
 }
 
 async fn pass(link: &Link, count: usize) {
@@ -101,7 +101,10 @@ async fn pass(link: &Link, count: usize) {
         .map(|(dev, ino)| format!("{dev}/{ino}"))
         .collect();
     let name = names.join(",");
-    TapClient::new(link.with_token()).open(TapStream { name, conduit: None }).await.unwrap();
+    NetworkServiceRegistryClient::new(link.with_token())
+        .register(NetworkService { name, ..Default::default() })
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -140,7 +143,10 @@ async fn strangers_are_refused() {
         // Without TLS, so without a certificate: the server never answers a request.
         let plain = Transport::insecure().dial(&served.address, LIMIT).await;
         if let Ok(link) = plain {
-            let answer = TapClient::new(link.channel).close(TapStream::default()).await.unwrap_err();
+            let answer = NetworkServiceRegistryClient::new(link.channel)
+                .unregister(NetworkService::default())
+                .await
+                .unwrap_err();
             assert!(!answer.message().contains("spiffe"), "{answer}");
         }
         let link = transport(&source(&ours, "/client")).dial(&served.address, LIMIT).await.unwrap();
@@ -262,7 +268,11 @@ async fn rotation_ends_no_stream_and_shows_in_the_next_handshake() {
     let served = serve(&transport(&server), false).await;
     let transport = transport(&client);
     let link = transport.dial(&served.address, LIMIT).await.unwrap();
-    let mut ticks = TapClient::new(link.channel.clone()).watch(TapStream::default()).await.unwrap().into_inner();
+    let mut ticks = NetworkServiceRegistryClient::new(link.channel.clone())
+        .find(NetworkServiceQuery::default())
+        .await
+        .unwrap()
+        .into_inner();
     ticks.next().await.unwrap().unwrap();
     server.update(authority.identity("/server", HOUR).unwrap());
     client.update(authority.identity("/client2", HOUR).unwrap());
@@ -280,24 +290,26 @@ async fn a_channel_comes_back_and_a_link_does_not() {
     let (server, client) = (transport(&source(&authority, "/server")), transport(&source(&authority, "/client")));
     let served = serve(&server, false).await;
     let (link, channel) = (client.dial(&served.address, LIMIT).await.unwrap(), client.channel(&served.address));
-    let mut tap = TapClient::new(channel);
-    assert!(tap.close(TapStream::default()).await.unwrap_err().message().contains("client"));
+    let mut tap = NetworkServiceRegistryClient::new(channel);
+    assert!(tap.unregister(NetworkService::default()).await.unwrap_err().message().contains("client"));
     // A stream that never ends does not hold up the stop.
-    let mut ticks = tap.watch(TapStream::default()).await.unwrap().into_inner();
+    let mut ticks = tap.find(NetworkServiceQuery::default()).await.unwrap().into_inner();
     ticks.next().await.unwrap().unwrap();
     let started = Instant::now();
     served.stop.cancel();
     timeout(LIMIT, served.server).await.unwrap().unwrap().unwrap();
     assert!(started.elapsed() < Duration::from_secs(2));
     while let Some(Ok(_)) = timeout(LIMIT, ticks.next()).await.unwrap() {}
-    assert!(!tap.close(TapStream::default()).await.unwrap_err().message().contains("client"));
+    assert!(!tap.unregister(NetworkService::default()).await.unwrap_err().message().contains("client"));
 
     let listener = Listener::bind(&served.address).await.unwrap();
     let again = tokio::spawn(async move {
-        server.serve(vec![listener], Routes::new(TapServer::new(Probe)), CancellationToken::new()).await
+        server
+            .serve(vec![listener], Routes::new(NetworkServiceRegistryServer::new(Probe)), CancellationToken::new())
+            .await
     });
     let deadline = Instant::now() + LIMIT;
-    while !tap.close(TapStream::default()).await.unwrap_err().message().contains("client") {
+    while !tap.unregister(NetworkService::default()).await.unwrap_err().message().contains("client") {
         assert!(Instant::now() < deadline);
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

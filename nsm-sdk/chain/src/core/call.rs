@@ -1,7 +1,7 @@
 //! One operation on its way through a chain.
 
 use crate::core::Context;
-use meridio_proto::nsm::{connection::Connection, networkservice::NetworkServiceRequest};
+use nsm_proto::{connection::Connection, networkservice::NetworkServiceRequest};
 
 /// A message together with everything that travels beside it.
 #[derive(Clone, Debug)]

@@ -2,7 +2,7 @@
 
 use crate::core::{CloseCall, Element, Error, Next, Operation, Outcome, RequestCall};
 use futures_util::future::BoxFuture;
-use meridio_proto::nsm::connection::Connection;
+use nsm_proto::connection::Connection;
 use std::{
     fmt,
     sync::Arc,

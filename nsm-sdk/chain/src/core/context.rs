@@ -5,7 +5,7 @@ use crate::{
     elements::begin::EventFactory,
     remote::Remote,
 };
-use meridio_proto::nsm::registry::{NetworkService, NetworkServiceEndpoint};
+use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use std::{
     any::{Any, TypeId},
     collections::HashMap,

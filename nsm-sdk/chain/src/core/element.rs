@@ -2,7 +2,7 @@
 
 use crate::core::{CloseCall, Error, Operation, Outcome, Postponed, RequestCall};
 use futures_util::future::BoxFuture;
-use meridio_proto::nsm::connection::Connection;
+use nsm_proto::connection::Connection;
 use std::{
     any::Any,
     fmt,

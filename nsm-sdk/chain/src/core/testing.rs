@@ -6,6 +6,7 @@ pub(crate) use remote::{Hop, HopConnector};
 
 use crate::registry::{NetworkService, NetworkServiceEndpoint, Registry};
 use crate::{Call, Chain, CloseCall, Connection, Context, Element, Error, NetworkServiceRequest, Next, RequestCall};
+use futures_util::{StreamExt, stream::BoxStream};
 use std::{
     sync::{
         Mutex,
@@ -13,6 +14,7 @@ use std::{
     },
     time::Duration,
 };
+use tokio::sync::mpsc;
 
 /// A request for the connection `id`.
 pub(crate) fn request_id(id: &str, ctx: Context) -> RequestCall {
@@ -103,13 +105,30 @@ impl Element for Spy {
     }
 }
 
-/// A registry of two lists.
+/// A registry of two lists, and who watches the first.
 #[derive(Default)]
-pub(crate) struct MemoryRegistry(Mutex<(Vec<NetworkService>, Vec<NetworkServiceEndpoint>)>);
+pub(crate) struct MemoryRegistry(
+    Mutex<(Vec<NetworkService>, Vec<NetworkServiceEndpoint>)>,
+    Mutex<Vec<mpsc::UnboundedSender<NetworkService>>>,
+);
 
 impl MemoryRegistry {
+    /// Adds a service, or replaces the one of that name.
     pub(crate) fn add_ns(&self, ns: NetworkService) {
-        self.0.lock().unwrap().0.push(ns);
+        let mut lists = self.0.lock().unwrap();
+        lists.0.retain(|other| other.name != ns.name);
+        self.1.lock().unwrap().retain(|watcher| watcher.send(ns.clone()).is_ok());
+        lists.0.push(ns);
+    }
+
+    /// How many watch.
+    pub(crate) fn watchers(&self) -> usize {
+        self.1.lock().unwrap().iter().filter(|watcher| !watcher.is_closed()).count()
+    }
+
+    /// Ends every watch, as a registry that dies does.
+    pub(crate) fn cut(&self) {
+        self.1.lock().unwrap().clear();
     }
 
     pub(crate) fn add_nse(&self, nse: NetworkServiceEndpoint) {
@@ -128,6 +147,16 @@ impl Registry for MemoryRegistry {
     async fn find_ns(&self, query: NetworkService) -> Result<Vec<NetworkService>, Error> {
         // Generous on purpose: elements have to look for the exact name themselves.
         Ok(self.0.lock().unwrap().0.iter().filter(|ns| ns.name.contains(&query.name)).cloned().collect())
+    }
+
+    async fn watch_ns(&self, name: &str) -> Result<BoxStream<'static, NetworkService>, Error> {
+        let (sender, mut receiver) = mpsc::unbounded_channel();
+        let lists = self.0.lock().unwrap();
+        for service in lists.0.iter().filter(|ns| ns.name.contains(name)) {
+            let _ = sender.send(service.clone());
+        }
+        self.1.lock().unwrap().push(sender);
+        Ok(futures_util::stream::poll_fn(move |ctx| receiver.poll_recv(ctx)).boxed())
     }
 
     async fn find_nse(&self, query: NetworkServiceEndpoint) -> Result<Vec<NetworkServiceEndpoint>, Error> {

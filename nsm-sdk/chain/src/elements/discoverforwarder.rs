@@ -4,17 +4,20 @@ use crate::{
     CloseCall, Connection, Element, Error, Key, Next, RequestCall, Side, State, path,
     registry::{NetworkServiceEndpoint, Registry, endpoint, service},
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
+use tokio::time::Instant;
 use tonic::Code;
 
 /// Tries the forwarders that the service allows, and stays with the one that served a connection until it is to be
-/// reselected.
+/// reselected. After a restart of this process the path says which one that was: it is tried first, and while others are still
+/// coming back (see [`DiscoverForwarder::settling`]) it is the only one that is tried.
 pub struct DiscoverForwarder {
     registry: Arc<dyn Registry>,
     service: String,
     url: String,
     /// The forwarder of a connection.
     sticky: Key<String>,
+    settled: Instant,
 }
 
 const NAME: &str = "discoverforwarder";
@@ -22,7 +25,21 @@ const NAME: &str = "discoverforwarder";
 impl DiscoverForwarder {
     /// Looks for endpoints of `service` ("forwarder") whose URL contains `url` (that of the manager, as registered).
     pub fn new(registry: Arc<dyn Registry>, service: impl Into<String>, url: impl Into<String>) -> Self {
-        Self { registry, service: service.into(), url: url.into(), sticky: Key::new(Side::Server) }
+        Self {
+            registry,
+            service: service.into(),
+            url: url.into(),
+            sticky: Key::new(Side::Server),
+            settled: Instant::now(),
+        }
+    }
+
+    /// For so long from now a connection that has a forwarder on its path gets no other one as long as that one is registered:
+    /// what fails after a restart of the manager may fail only because an endpoint or the forwarder is not back yet.
+    #[must_use]
+    pub fn settling(mut self, settling: Duration) -> Self {
+        self.settled = Instant::now() + settling;
+        self
     }
 
     async fn candidates(
@@ -50,6 +67,26 @@ impl DiscoverForwarder {
             (true, None) => Err(missing("no candidates found".to_owned())),
         }
     }
+
+    /// Candidates for a connection that this process does not know, or does not know any more: the path may name its forwarder.
+    async fn first_or_again(
+        &self,
+        connection: &Connection,
+        reselect: bool,
+    ) -> Result<Vec<NetworkServiceEndpoint>, Error> {
+        let before = path::segment(connection, 1).map(|before| before.name.as_str());
+        let Some(before) = before.filter(|name| !name.is_empty() && !reselect) else {
+            return self.candidates(connection, None).await;
+        };
+        if Instant::now() < self.settled
+            && let Ok(found) = self.candidates(connection, Some(before)).await
+        {
+            return Ok(found);
+        }
+        let mut candidates = self.candidates(connection, None).await?;
+        candidates.sort_by_key(|forwarder| forwarder.name != before);
+        Ok(candidates)
+    }
 }
 
 #[async_trait::async_trait]
@@ -65,12 +102,10 @@ impl Element for DiscoverForwarder {
         if reselect {
             metadata.remove(&self.sticky);
         }
-        let sticky = metadata.get(&self.sticky);
-        let mut candidates = self.candidates(&connection, sticky.as_deref()).await?;
-        if let Some(before) = path::segment(&connection, 1).filter(|_| sticky.is_none() && !reselect) {
-            // We have forgotten it (restart), the path has not.
-            candidates.sort_by_key(|forwarder| forwarder.name != before.name);
-        }
+        let candidates = match metadata.get(&self.sticky) {
+            Some(name) => self.candidates(&connection, Some(&name)).await?,
+            None => self.first_or_again(&connection, reselect).await?,
+        };
         let mut errors = Vec::new();
         for forwarder in candidates {
             let mut attempt = call.clone();
@@ -167,6 +202,33 @@ mod tests {
         assert_eq!(error.message(), "forwarder fwd-2 is not available");
         request(State::ReselectRequested).await.unwrap();
         assert_eq!(urls.0.lock().unwrap()[2], "unix:///fwd-1");
+    }
+
+    // Conformance 51, 68
+    #[tokio::test(start_paused = true)]
+    async fn after_a_restart_no_other_forwarder_is_taken_while_things_come_back() {
+        let (registry, urls, spy) = (Arc::<MemoryRegistry>::default(), Arc::<Urls>::default(), Arc::<Spy>::default());
+        registry.add_ns(ns("svc"));
+        for n in 1..=3 {
+            registry.add_nse(nse(&format!("fwd-{n}"), "forwarder", &format!("unix:///fwd-{n}")));
+        }
+        let element = DiscoverForwarder::new(registry.clone(), "forwarder", "").settling(Duration::from_secs(20));
+        let chain = Chain::builder()
+            .element(MetadataElement::new())
+            .element(element)
+            .element(urls.clone())
+            .element(spy.clone())
+            .build();
+        let request = |forwarder| chain.request(request_with(connection(State::Up, forwarder)));
+        let tried = || std::mem::take(&mut *urls.0.lock().unwrap());
+        spy.fail_requests(true);
+        request("fwd-2").await.unwrap_err();
+        assert_eq!(tried(), ["unix:///fwd-2"], "its endpoint is not there yet");
+        request("fwd-9").await.unwrap_err();
+        assert_eq!(tried().len(), 3, "this one is gone for good");
+        tokio::time::advance(Duration::from_secs(20)).await;
+        request("fwd-2").await.unwrap_err();
+        assert_eq!(tried(), ["unix:///fwd-2", "unix:///fwd-1", "unix:///fwd-3"]);
     }
 
     // Conformance 66

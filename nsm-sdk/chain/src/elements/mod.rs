@@ -22,6 +22,7 @@ pub mod mechanismtranslation;
 pub mod metadata;
 pub mod monitor;
 pub mod mtu;
+pub mod netsvcmonitor;
 pub mod null;
 pub mod policyroute;
 pub mod recvfd;

@@ -5,11 +5,11 @@ use crate::{
     Connection, Connector, Error, FdChannel, FdTransceiver, MonitorScopeSelector, NetworkServiceRequest, Peer, Remote,
 };
 use futures_util::StreamExt;
-use meridio_proto::nsm::{
+use nsm_proto::{
     connection::monitor_connection_client::MonitorConnectionClient,
     networkservice::network_service_client::NetworkServiceClient,
 };
-use nsm_transport::{Address, Link, OptionalToken, Transport};
+use nsm_transport::{Address, Link, OptionalToken, Transport, with_deadline_code};
 use std::{
     collections::HashMap,
     io,
@@ -91,6 +91,7 @@ impl GrpcRemote {
 
     /// Takes note of a broken transport: an error that did not come from the other side, or silence.
     fn judge<T>(&self, result: Result<T, Status>) -> Result<T, Status> {
+        let result = with_deadline_code(result);
         if let Err(status) = &result {
             let local = std::error::Error::source(status).is_some();
             if local || matches!(status.code(), Code::DeadlineExceeded) {

@@ -2,7 +2,6 @@
 
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub, reason = "shared by tests, each of which uses a part")]
 
-use meridio_proto::nsm::networkservice::network_service_client::NetworkServiceClient;
 use nsm_chain::{
     CloseCall, Connection, Element, Endpoint, Error, Mechanism, NetworkServiceRequest, Next, Path, PathSegment,
     RequestCall, Side,
@@ -15,6 +14,7 @@ use nsm_chain::{
     token,
 };
 use nsm_identity::{Authority, X509Source};
+use nsm_proto::networkservice::network_service_client::NetworkServiceClient;
 use nsm_transport::{Address, Link, Listener, OptionalToken, Transport};
 use std::{
     sync::{

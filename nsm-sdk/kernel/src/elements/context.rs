@@ -122,7 +122,7 @@ fn policy(policy: &PolicyRoute) -> Result<Policy, crate::Error> {
 }
 
 fn neighbours(ip: &IpContext) -> Vec<InterfaceNeighbour> {
-    let parse = |n: &meridio_proto::nsm::connectioncontext::IpNeighbor| {
+    let parse = |n: &nsm_proto::connectioncontext::IpNeighbor| {
         Some(InterfaceNeighbour { ip: n.ip.parse().ok()?, mac: n.hardware_address.parse().ok()?, permanent: false })
     };
     ip.ip_neighbors.iter().filter_map(parse).collect()

@@ -3,7 +3,6 @@
 
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub, reason = "shared by tests, each of which uses a part")]
 
-use meridio_proto::nsm::registry::{Destination, Match};
 use nsm_chain::{
     Client, CloseCall, Connection, Connector, Element, Endpoint, Error, Mechanism, NetworkServiceRequest, Next,
     RequestCall, Side,
@@ -28,6 +27,7 @@ use nsm_chain::{
 use nsm_identity::{Authority, X509Source};
 use nsm_kernel::Netns;
 use nsm_mesh::{Node, NodeConfig};
+use nsm_proto::registry::{Destination, Match};
 use nsm_registry::{
     NetworkService, NetworkServiceEndpoint, NetworkServiceLabels, Registry, RegistryClient, Security, Upstream,
     store::{SqliteStore, Store},
@@ -427,4 +427,23 @@ pub fn passthrough_service(stages: &[&str]) -> NetworkService {
     });
     let first = Match { routes: to(stages[0]), ..Default::default() };
     NetworkService { matches: after.chain([first]).collect(), ..service() }
+}
+
+/// One node with one forwarder and the service.
+pub async fn node(world: &World, name: &str) -> (Manager, Forwarder) {
+    let manager = world.manager(name, None).await;
+    let forwarder = world.forwarder(&format!("fwd-{name}"), &manager, &[("p2p", "true")]).await;
+    world.service(&manager, service()).await;
+    (manager, forwarder)
+}
+
+/// The endpoint of the connection as the client knows it now.
+pub fn endpoint_of(client: &Client, id: &str) -> Option<String> {
+    let connection = client.connection(id)?;
+    connection.path?.path_segments.last().map(|segment| segment.name.clone())
+}
+
+pub async fn moves_to(client: &Client, id: &str, endpoint: &str) {
+    let there = || async { endpoint_of(client, id).as_deref() == Some(endpoint) };
+    eventually(&format!("the connection is at {endpoint}"), there).await;
 }

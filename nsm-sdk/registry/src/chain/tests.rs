@@ -1,6 +1,6 @@
 use super::*;
 use futures_util::StreamExt;
-use meridio_proto::nsm::registry::NetworkService;
+use nsm_proto::registry::NetworkService;
 use std::sync::Mutex;
 
 type Log = Arc<Mutex<Vec<String>>>;

@@ -222,8 +222,8 @@ impl<T: Object> Element<T> for Authorize<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use meridio_proto::nsm::registry::{NetworkService, NetworkServiceEndpoint};
     use nsm_identity::Authority;
+    use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
     use std::time::Duration;
 
     const LATER: Duration = Duration::from_secs(7200);

@@ -1,7 +1,7 @@
 //! Says where an endpoint runs: labels `nodeName`, `podName`, `clusterName` for each of its services.
 
 use crate::{Call, Element, Error, Next};
-use meridio_proto::nsm::registry::NetworkServiceEndpoint;
+use nsm_proto::registry::NetworkServiceEndpoint;
 use std::collections::BTreeMap;
 
 const NAME: &str = "clientinfo";
@@ -54,7 +54,7 @@ impl Element<NetworkServiceEndpoint> for ClientInfo {
 mod tests {
     use super::*;
     use crate::Context;
-    use meridio_proto::nsm::registry::NetworkServiceLabels;
+    use nsm_proto::registry::NetworkServiceLabels;
     use std::sync::Arc;
 
     // Conformance 120

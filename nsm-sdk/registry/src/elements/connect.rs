@@ -2,7 +2,7 @@
 
 use crate::{Call, Chain, Context, Element, Error, Event, Events, Next, Object, Query, RegistryPath};
 use futures_util::StreamExt;
-use meridio_proto::nsm::registry as wire;
+use nsm_proto::registry as wire;
 use nsm_transport::{Link, OptionalToken};
 use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
@@ -101,7 +101,7 @@ fn request<M>(message: M, ctx: &Context) -> (Request<M>, Instant) {
 
 async fn within<R>(object: &str, deadline: Instant, call: impl Future<Output = Result<R, Status>>) -> Result<R, Error> {
     match tokio::time::timeout_at(deadline, call).await {
-        Ok(result) => result.map_err(|status| Error::remote(NAME, object, &status)),
+        Ok(result) => nsm_transport::with_deadline_code(result).map_err(|status| Error::remote(NAME, object, &status)),
         Err(_) => Err(Error::deadline(NAME, object, "the registry's answer")),
     }
 }

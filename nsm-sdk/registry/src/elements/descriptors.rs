@@ -2,7 +2,7 @@
 
 use crate::{Call, Element, Error, Events, Next, Query, chain::Table};
 use futures_util::StreamExt;
-use meridio_proto::nsm::registry::NetworkServiceEndpoint;
+use nsm_proto::registry::NetworkServiceEndpoint;
 use nsm_transport::{Address, FdTransceiver};
 use rustix::fs::{Mode, OFlags};
 use std::{

@@ -108,7 +108,7 @@ impl<T: Object> Element<T> for Expire<T> {
 mod tests {
     use super::*;
     use crate::elements::begin::Begin;
-    use meridio_proto::nsm::registry::NetworkServiceEndpoint;
+    use nsm_proto::registry::NetworkServiceEndpoint;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[derive(Default)]

@@ -2,7 +2,7 @@
 
 use crate::{Call, Element, Error, Events, Next, Query, chain::Table};
 use futures_util::StreamExt;
-use meridio_proto::nsm::registry::NetworkServiceEndpoint;
+use nsm_proto::registry::NetworkServiceEndpoint;
 use std::sync::Arc;
 
 const NAME: &str = "localbypass";

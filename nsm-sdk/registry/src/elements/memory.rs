@@ -147,7 +147,7 @@ mod tests {
     use super::*;
     use crate::{Context, store::MemoryStore};
     use futures_util::StreamExt;
-    use meridio_proto::nsm::registry::NetworkServiceEndpoint;
+    use nsm_proto::registry::NetworkServiceEndpoint;
 
     fn endpoint(name: &str, url: &str) -> NetworkServiceEndpoint {
         NetworkServiceEndpoint { name: name.into(), url: url.into(), ..Default::default() }

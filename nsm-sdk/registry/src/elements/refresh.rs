@@ -56,7 +56,7 @@ impl<T: Object> Element<T> for Refresh {
 mod tests {
     use super::*;
     use crate::{Context, elements::begin::Begin};
-    use meridio_proto::nsm::registry::NetworkServiceEndpoint;
+    use nsm_proto::registry::NetworkServiceEndpoint;
     use std::sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},

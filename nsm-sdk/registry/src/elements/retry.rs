@@ -73,7 +73,7 @@ impl<T: Object> Element<T> for Retry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use meridio_proto::nsm::registry::NetworkService;
+    use nsm_proto::registry::NetworkService;
     use std::sync::{
         Arc,
         atomic::{AtomicU32, Ordering},

@@ -1,7 +1,7 @@
 //! Defaults that a registry fills in: a service's payload and an endpoint's first registration time.
 
 use crate::{Call, Element, Error, Next, chain::Table};
-use meridio_proto::nsm::registry::{NetworkService, NetworkServiceEndpoint};
+use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use prost_types::Timestamp;
 use std::time::SystemTime;
 

@@ -81,8 +81,8 @@ impl<T: Object> Element<T> for UpdatePath {
 mod tests {
     use super::*;
     use crate::ClientToken;
-    use meridio_proto::nsm::registry::NetworkServiceEndpoint;
     use nsm_identity::Authority;
+    use nsm_proto::registry::NetworkServiceEndpoint;
     use std::time::SystemTime;
 
     // Conformance 111

@@ -59,12 +59,15 @@ impl Element for AuthorizeServer {
     }
 }
 
-/// Checks what the next hop answers: the whole path. Stands below `dial`, which knows that hop.
+/// Checks what the next hop answers, and what is closed there: the whole path. Stands below `dial`, which knows that hop.
+///
+/// A close is not held up by tokens that have expired: what nobody could refresh for a while has to be closed all the same, and
+/// the next hop judges the close by fresh ones.
 #[derive(Debug)]
 pub struct AuthorizeClient {
     policies: Policies,
-    /// Set once an answer has passed.
-    passed: Key<bool>,
+    /// Who gave the last answer that has passed, and the own token in it.
+    passed: Key<(Peer, String)>,
 }
 
 impl AuthorizeClient {
@@ -91,12 +94,27 @@ impl Element for AuthorizeClient {
         let Some(peer) = peer else { return Ok(connection) };
         match check(&self.policies, &connection, usize::MAX, &peer) {
             Ok(()) => {
-                metadata.insert(&self.passed, true);
+                let own = path::segment(&connection, 0).map_or_else(String::new, |own| own.token.clone());
+                metadata.insert(&self.passed, (peer, own));
                 Ok(connection)
             }
-            Err(error) if metadata.get(&self.passed).is_some() => Err(error),
+            Err(error) if metadata.contains(&self.passed) => Err(error),
             Err(error) => Err(unwind(&next, connection, &postponed, error).await),
         }
+    }
+
+    async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
+        if !self.policies.is_empty()
+            && let Some((peer, token)) = call.ctx.metadata(NAME, call.id())?.get(&self.passed)
+        {
+            // On the way down the own token is the one for the caller; the next hop puts the one for itself in its place.
+            let mut connection = call.message.clone();
+            if let Some(own) = path::segment_mut(&mut connection, 0) {
+                own.token = token;
+            }
+            check(&self.policies.clone().without(Policy::TokensExpired), &connection, usize::MAX, &peer)?;
+        }
+        next.close(call).await
     }
 }
 

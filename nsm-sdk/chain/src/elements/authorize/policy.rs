@@ -111,6 +111,13 @@ impl Policies {
         Self(policies.into())
     }
 
+    /// The others.
+    #[must_use]
+    pub fn without(mut self, policy: Policy) -> Self {
+        self.0.retain(|other| *other != policy);
+        self
+    }
+
     /// The policies whose [`Policy::file`] is covered by a mask; a mask is a path in which `.*` stands for anything.
     pub fn from_masks<S: AsRef<str>>(masks: &[S]) -> Self {
         let covered = |policy: &Policy| masks.iter().any(|mask| covers(mask.as_ref(), policy.file()));

@@ -92,7 +92,19 @@ async fn clients_check_answers() {
 
     let error = chain.request(request_with(forged.clone())).await.unwrap_err();
     assert_eq!((error.code(), spy.closes()), (Code::PermissionDenied, 1));
-    chain.request(request_with(good)).await.unwrap();
-    chain.request(request_with(forged)).await.unwrap_err();
+    chain.request(request_with(good.clone())).await.unwrap();
+    chain.request(request_with(forged.clone())).await.unwrap_err();
     assert_eq!(spy.closes(), 1, "a failed refresh closes nothing");
+
+    // A close is checked by whom the last answer came from.
+    let close = async |connection| chain.close(CloseCall::new(connection, Context::new())).await;
+    assert_eq!(close(forged).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(spy.closes(), 1);
+    chain.request(request_with(good.clone())).await.unwrap();
+    let ended = |source: &X509Source, audience: &X509Source| {
+        let jwt = source.sign(Some(&audience.spiffe_id()), Duration::ZERO).unwrap().jwt;
+        PathSegment { token: jwt, ..token(source, audience) }
+    };
+    close(connection(0, vec![ended(&client, &server), ended(&server, &client)])).await.unwrap();
+    assert_eq!(spy.closes(), 2, "what has expired is closed");
 }

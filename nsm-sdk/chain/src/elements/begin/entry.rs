@@ -10,7 +10,10 @@ use crate::{
 };
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 use tokio::time::Instant;
@@ -56,6 +59,36 @@ pub(super) struct Entry {
     pub(super) closed: CancellationToken,
     /// A close is in the line: replays under way should hurry.
     pub(super) closing: CancellationToken,
+    /// Requests of callers that are in the line or under way.
+    asking: AtomicUsize,
+}
+
+/// A caller's request, from its arrival to its end.
+pub(super) struct Asking {
+    entry: Arc<Entry>,
+    /// What it was given on arrival.
+    pub(super) time: Option<Duration>,
+    /// Cancelled when the caller has stopped waiting.
+    pub(super) gone: CancellationToken,
+}
+
+impl Asking {
+    pub(super) fn new(entry: &Arc<Entry>, time: Option<Duration>, gone: CancellationToken) -> Self {
+        entry.asking.fetch_add(1, Ordering::SeqCst);
+        Self { entry: entry.clone(), time, gone }
+    }
+
+    /// Nobody wants the answer: the caller has stopped waiting, and has not asked again.
+    fn is_given_up(&self, deadline: Option<Instant>) -> bool {
+        let left = self.gone.is_cancelled() || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        left && self.entry.asking.load(Ordering::SeqCst) == 1
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.entry.asking.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl Entry {
@@ -70,6 +103,7 @@ impl Entry {
             record: Mutex::default(),
             closed: CancellationToken::new(),
             closing: CancellationToken::new(),
+            asking: AtomicUsize::new(0),
         })
     }
 
@@ -118,12 +152,12 @@ impl Entry {
         Context { deadline, factory, cancel, ..record.values.clone() }
     }
 
-    /// A request by the caller. `time` is what it was given on arrival.
+    /// A request by the caller.
     pub(super) async fn request(
         self: &Arc<Self>,
         _turn: &Turn,
         mut call: RequestCall,
-        time: Option<Duration>,
+        asking: &Asking,
     ) -> Result<Connection, Error> {
         let (phase, stored) = {
             let record = self.record();
@@ -145,7 +179,8 @@ impl Entry {
             self.forget_unless_established();
             return Err(Error::deadline(NAME, &self.id, "an earlier operation on this connection"));
         }
-        self.record().time.get_or_insert(time);
+        self.record().time.get_or_insert(asking.time);
+        let (deadline, fresh) = (call.ctx.deadline, self.record().phase == Phase::New && !call.ctx.refresh);
         let values = Context { deadline: None, ..call.ctx.clone() };
         call.ctx.factory = Some(EventFactory(self.clone()));
         let request = call.message.clone();
@@ -153,12 +188,27 @@ impl Entry {
             Ok(connection) => {
                 let connection = self.established(request, connection, Some(values));
                 self.record().returned = Some(connection.clone());
+                if fresh && asking.is_given_up(deadline) {
+                    return Err(self.undo(connection).await);
+                }
                 Ok(connection)
             }
             Err(error) => {
                 self.forget_unless_established();
                 Err(error)
             }
+        }
+    }
+
+    /// Closes what was made for a caller that does not know of it, and so will neither refresh nor close it.
+    async fn undo(self: &Arc<Self>, connection: Connection) -> Error {
+        tracing::info!(id = %self.id, "closing: the caller has not waited for it");
+        let error = Error::deadline(NAME, &self.id, "the chain");
+        let closed = self.next.close(CloseCall::new(connection, self.event_context())).await;
+        self.forget();
+        match closed {
+            Ok(()) => error,
+            Err(close) => error.also("connection closed with error", &close),
         }
     }
 

@@ -15,19 +15,21 @@ pub use entry::Reselect;
 pub use factory::{Event, EventFactory, EventOptions, Fired};
 
 use crate::{CloseCall, Connection, Element, Error, NetworkServiceRequest, Next, RequestCall, Side, State};
-use entry::{Entries, Entry, NAME};
+use entry::{Asking, Entries, Entry, NAME};
 use factory::broken;
 use std::{
     sync::{Arc, MutexGuard, PoisonError},
     time::Duration,
 };
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 /// A caller whose deadline has passed waits this much longer, for the real cause to come up.
 const GRACE: Duration = Duration::from_millis(50);
 
 /// Runs the operations of each connection one at a time, in order of arrival, each in a task of its own: a caller
-/// that leaves never cuts an element between its effect and its undo.
+/// that leaves never cuts an element between its effect and its undo. A new connection that is ready only after its caller
+/// has left is closed again, unless the caller has asked for it once more.
 ///
 /// In a chain inside another chain that has a `begin` it lets everything pass: events then start at the outer one.
 pub struct Begin {
@@ -115,19 +117,24 @@ impl Element for Begin {
         let (entries, side, reselect) = (self.entries.clone(), self.side, self.reselect.clone());
         let (time, deadline) = (call.ctx.time_left(), call.ctx.deadline);
         let mut entry = get_or_create(&entries, &id, side, &next, &reselect);
+        let gone = CancellationToken::new();
+        let mut asking = Asking::new(&entry, time, gone.clone());
         let mut ticket = entry.queue.enter();
         let key = id.clone();
         let task = tokio::spawn(async move {
             loop {
                 let turn = ticket.turn().await;
                 if entry.is_current() {
-                    return entry.request(&turn, call, time).await;
+                    return entry.request(&turn, call, &asking).await;
                 }
                 // The connection was closed while we waited: this request starts a new one.
                 entry = get_or_create(&entries, &key, side, &next, &reselect);
+                asking = Asking::new(&entry, time, asking.gone.clone());
                 ticket = entry.queue.enter();
             }
         });
+        // A caller that leaves drops this future.
+        let _gone = gone.drop_guard();
         wait(&id, task, deadline).await
     }
 

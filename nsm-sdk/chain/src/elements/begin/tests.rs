@@ -237,11 +237,32 @@ async fn a_caller_that_leaves_cancels_nothing() {
     let error = chain.request(request_id("c", ctx)).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::DeadlineExceeded);
     assert_eq!(seen.inside.load(SeqCst), 1);
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
     let left = tokio::time::timeout(Duration::from_millis(1), chain.request(request("d"))).await;
     assert!(left.is_err());
     tokio::time::sleep(Duration::from_secs(1)).await;
-    assert_eq!((seen.inside.load(SeqCst), begin.len()), (0, 2));
+    assert_eq!(seen.inside.load(SeqCst), 0);
+    // Nobody has been told of either connection.
+    assert_eq!((seen.requests.load(SeqCst), seen.closes.load(SeqCst), begin.len()), (2, 2, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_caller_asks_for_again_or_had_before_is_not_closed() {
+    for side in [Side::Server, Side::Client] {
+        let (chain, seen, begin) = chain(side);
+        *seen.delay.lock().unwrap() = Duration::from_millis(400);
+        let short = || Context::new().with_timeout(Duration::from_millis(50));
+        chain.request(request_id("c", short())).await.unwrap_err();
+        // Asked again while the first request is still under way: the second one is a refresh.
+        chain.request(request("c")).await.unwrap();
+        chain.request(request_id("c", short())).await.unwrap_err();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        // Another process has made it before, whatever this one remembers.
+        let refresh = Context { refresh: true, ..short() };
+        chain.request(request_id("d", refresh)).await.unwrap_err();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!((seen.requests.load(SeqCst), seen.closes.load(SeqCst), begin.len()), (4, 0, 2));
+    }
 }
 
 /// A client chain inside a server chain does not queue behind itself.

@@ -1,6 +1,6 @@
 use super::*;
 use crate::{ClientToken, PathHandle, RegistryPath};
-use meridio_proto::nsm::registry::NetworkServiceEndpoint;
+use nsm_proto::registry::NetworkServiceEndpoint;
 use prost_types::Timestamp;
 use std::{
     sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
