@@ -46,9 +46,18 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
         policies: registry_policies(&settings),
     };
     // The state is loaded before anybody can ask for it.
-    let registry = match settings.registry_url.is_empty() {
-        true => Some(Registry::open(store(&settings.state_dir)?, &security).await.context("registry")?),
-        false => None,
+    let embedded = settings.registry_url.is_empty();
+    let state = match store(&settings.state_dir) {
+        Ok(state) => Some(state),
+        Err(cause) if embedded => return Err(cause),
+        Err(cause) => {
+            tracing::warn!(%cause, "after a restart local endpoints will be unknown until they register again");
+            None
+        }
+    };
+    let registry = match state.clone().filter(|_| embedded) {
+        Some(state) => Some(Registry::open(state, &security).await.context("registry")?),
+        None => None,
     };
     let upstream = match &registry {
         Some(registry) => Upstream::Local(registry.clone()),
@@ -58,7 +67,11 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
         }
     };
     let public_url = public_url(&settings.listen_on, &netns).await?;
-    let node = Node::new(node_config(&settings, &public_url, source, netns), upstream)?;
+    let config = NodeConfig { state, ..node_config(&settings, &public_url, source, netns) };
+    let node = Node::new(config, upstream)?;
+    if let Err(cause) = node.recall().await {
+        tracing::warn!(%cause, "local endpoints are unknown until they register again");
+    }
 
     let mut tasks = JoinSet::new();
     let registered = CancellationToken::new();

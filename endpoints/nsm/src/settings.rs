@@ -33,7 +33,7 @@ pub struct Settings {
     /// Where the registry of this process listens for other nodes' managers; empty for nowhere.
     #[arg(long, env = "NSM_REGISTRY_LISTEN_ON", default_value = "")]
     pub registry_listen_on: String,
-    /// Folder of the registry's store; empty to keep it in memory only.
+    /// Folder of the registry's store, and of what the manager knows of its local endpoints; empty to keep both in memory only.
     #[arg(long, env = "NSM_STATE_DIR", default_value = "/var/lib/nsm")]
     pub state_dir: String,
     /// Own address of tunnels to other nodes; empty for a node by itself.

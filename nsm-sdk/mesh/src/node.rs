@@ -85,6 +85,8 @@ pub struct NodeConfig {
     pub keep_alive: bool,
     /// The node's own network namespace.
     pub netns: Netns,
+    /// Where the manager keeps what it knows of its local endpoints, for [`Node::recall`].
+    pub state: Option<Arc<dyn nsm_registry::store::Store>>,
 }
 
 impl NodeConfig {
@@ -106,6 +108,7 @@ impl NodeConfig {
             excluded_prefixes: DEFAULT_FILE.into(),
             keep_alive: true,
             netns,
+            state: None,
         }
     }
 }
@@ -147,7 +150,7 @@ impl Node {
             policies: config.registry_policies,
         };
         let labels = nsm_registry::ClientInfo::new(config.labels.iter().cloned().collect());
-        let registry = ManagerRegistry::new(upstream, &config.public_url, labels, &security);
+        let registry = ManagerRegistry::new(upstream, &config.public_url, labels, &security, config.state.clone());
         let finder = Finder::new(registry.local_services.clone(), registry.local_endpoints.clone());
         let finder: Lookup = Arc::new(finder.settling(SETTLING, PATIENCE));
 
@@ -180,6 +183,15 @@ impl Node {
     /// The manager's registry.
     pub fn registry(&self) -> &ManagerRegistry {
         &self.registry
+    }
+
+    /// Takes over the local endpoints that a former run of this node knew, as far as they are still there; to be called before the
+    /// node is served. Returns their names.
+    ///
+    /// # Errors
+    /// The state cannot be read.
+    pub async fn recall(&self) -> Result<Vec<String>, nsm_registry::Error> {
+        self.registry.recall().await
     }
 
     /// Registers the forwarder once.

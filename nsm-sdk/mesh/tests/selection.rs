@@ -14,8 +14,11 @@ use nsm_chain::{
     },
     remote::Grpc,
 };
-use nsm_proto::registry::{Destination, Match};
-use nsm_registry::{NetworkService, NetworkServiceLabels};
+use nsm_proto::registry::{
+    Destination, Match, network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
+};
+use nsm_registry::{NetworkService, NetworkServiceEndpoint, NetworkServiceLabels};
+use nsm_transport::Address;
 use sandbox::*;
 use std::{
     sync::{
@@ -204,4 +207,26 @@ async fn the_forwarder_stays_over_restarts_of_the_manager() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_forwarder_stays_over_restarts_of_the_manager_when_the_endpoint_is_on_another_node() {
     restarts(true).await;
+}
+
+/// An endpoint that registers when its next refresh is due, and not because the manager was restarted.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restart_of_the_manager_its_endpoints_are_reached_before_they_register_again() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let (manager, _forwarder) = node(&world, "nsmgr").await;
+    let nse = world.unregistered("nse", &manager).await;
+    {
+        let link = world.transport("nse").dial(&Address::parse(&world.url("nsmgr")).unwrap(), TIMEOUT).await.unwrap();
+        let socket = rustix::fs::open(world.path("nse"), rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
+        let (device, inode) = link.fds.as_ref().unwrap().queue(socket).unwrap();
+        let url = format!("inode://{device}/{inode}");
+        let endpoint = NetworkServiceEndpoint { url, ..nse.registration.clone() };
+        NetworkServiceEndpointRegistryClient::new(link.with_token()).register(endpoint).await.unwrap();
+    }
+    let connection = world.client("nsc", &manager, None).request(request("c"), TIMEOUT).await.unwrap();
+    assert_eq!(*names(&connection).last().unwrap(), "nse");
+    let manager = manager.restart(&world).await;
+    let connection = world.client("nsc-2", &manager, None).request(request("d"), TIMEOUT).await.unwrap();
+    assert_eq!(*names(&connection).last().unwrap(), "nse");
 }

@@ -39,6 +39,8 @@ pub struct Context {
     pub token: Option<ClientToken>,
     /// Descriptors of the connection the call came in by.
     pub fds: Option<FdTransceiver>,
+    /// Process id of the caller on a unix socket, if it has one here.
+    pub pid: Option<i32>,
     /// The tokens of everyone the registration passed.
     pub path: Option<PathHandle>,
     /// When the token ends that this process has put into the path.

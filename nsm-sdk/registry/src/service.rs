@@ -65,6 +65,7 @@ fn context<M>(request: &Request<M>) -> Context {
         peer: info.peer,
         token,
         fds: info.fds,
+        pid: info.unix_cred.and_then(|cred| cred.pid),
         path: Some(RegistryPath::read(metadata).map(PathHandle::new).unwrap_or_default()),
         ..Context::new()
     };

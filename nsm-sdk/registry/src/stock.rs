@@ -12,6 +12,7 @@ use crate::{
         expire::Expire,
         localbypass::LocalBypass,
         memory::{Memory, load},
+        remember::Remember,
         stamp::{SetPayload, SetRegistrationTime},
         updatepath::UpdatePath,
     },
@@ -138,6 +139,15 @@ pub struct ManagerRegistry {
     pub local_endpoints: Chain<NetworkServiceEndpoint>,
     /// For an endpoint in the same process, such as the forwarder of the node.
     pub own_endpoints: Chain<NetworkServiceEndpoint>,
+    /// What is kept over a restart, and where it goes then.
+    kept: Arc<Kept>,
+}
+
+struct Kept {
+    remember: Arc<Remember>,
+    sockets: Arc<RecvFdServer>,
+    bypass: Arc<LocalBypass>,
+    owners: Arc<Owners<NetworkServiceEndpoint>>,
 }
 
 fn client<T: Remote>(dialer: &Arc<Dialer>) -> Chain<T> {
@@ -145,8 +155,15 @@ fn client<T: Remote>(dialer: &Arc<Dialer>) -> Chain<T> {
 }
 
 impl ManagerRegistry {
-    /// `url` is where other nodes reach this manager; `info` labels the endpoints of this node.
-    pub fn new(upstream: Upstream, url: &str, info: ClientInfo, security: &Security) -> Self {
+    /// `url` is where other nodes reach this manager; `info` labels the endpoints of this node; `state` keeps where they are,
+    /// for [`ManagerRegistry::recall`].
+    pub fn new(
+        upstream: Upstream,
+        url: &str,
+        info: ClientInfo,
+        security: &Security,
+        state: Option<Arc<dyn Store>>,
+    ) -> Self {
         let (services, endpoints): (Chain<NetworkService>, Chain<NetworkServiceEndpoint>) = match upstream {
             Upstream::Remote(dialer) => (
                 chain(vec![Arc::new(Through::new(client(&dialer)))]),
@@ -163,17 +180,23 @@ impl ManagerRegistry {
             }
         };
 
-        let bypass: Arc<dyn Element<NetworkServiceEndpoint>> = Arc::new(LocalBypass::new(url));
+        let kept = Kept {
+            remember: Arc::new(Remember::new(state)),
+            sockets: Arc::default(),
+            bypass: Arc::new(LocalBypass::new(url)),
+            owners: Arc::default(),
+        };
         let upstream_endpoints: Arc<dyn Element<NetworkServiceEndpoint>> = Arc::new(Through::new(endpoints));
-        let inner: Vec<Arc<dyn Element<NetworkServiceEndpoint>>> = vec![bypass, upstream_endpoints];
+        let inner: Vec<Arc<dyn Element<NetworkServiceEndpoint>>> = vec![kept.bypass.clone(), upstream_endpoints];
 
-        let owners = Arc::<Owners<NetworkServiceEndpoint>>::default();
+        let owners = kept.owners.clone();
         let mut own: Vec<Arc<dyn Element<NetworkServiceEndpoint>>> = vec![
             Arc::new(Begin::new()),
             Arc::new(info),
             Arc::new(Expire::new(Some(DEFAULT_EXPIRATION), owners.clone())),
-            Arc::new(RecvFdServer::default()),
+            kept.sockets.clone(),
             Arc::new(SendFdServer),
+            kept.remember.clone(),
         ];
         own.extend(inner.iter().cloned());
         let mut outer: Vec<Arc<dyn Element<NetworkServiceEndpoint>>> =
@@ -191,6 +214,17 @@ impl ManagerRegistry {
             local_services: services,
             local_endpoints: chain(inner),
             own_endpoints: chain(own),
+            kept: Arc::new(kept),
         }
+    }
+
+    /// Takes over the local endpoints that a former run of this manager knew, as far as they are still there; to be called before
+    /// anything is served. Returns their names.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub async fn recall(&self) -> Result<Vec<String>, Error> {
+        let Kept { remember, sockets, bypass, owners } = &*self.kept;
+        Ok(remember.recall(sockets, bypass, owners).await?)
     }
 }

@@ -84,6 +84,7 @@ impl World {
             &format!("tcp://{name}:5001"),
             ClientInfo::default(),
             &Security::new(source.clone()),
+            None,
         );
         let url = format!("unix://{}", self.path(name).display());
         let server = Server::start(&source, &url, chains.services.clone(), chains.endpoints.clone()).await;

@@ -140,9 +140,11 @@ impl World {
             labels: vec![("nodeName".into(), name.into())],
             keep_alive: false,
             dial_timeout: Duration::from_millis(750),
+            state: Some(Arc::new(SqliteStore::open(&self.path(&format!("{name}.db"))).unwrap())),
             ..NodeConfig::new(name, &tcp, self.source(name), Netns::current().unwrap())
         };
         let node = Node::new(config, Upstream::Remote(dialer)).unwrap();
+        node.recall().await.unwrap();
         let process = Process::start(self.transport(name), listeners, node.routes());
         Manager { name: name.into(), process, node, tcp }
     }

@@ -134,6 +134,11 @@ impl<T: Object> Owners<T> {
         });
     }
 
+    /// SPIFFE id of a name's owner.
+    pub fn owner(&self, name: &str) -> Option<String> {
+        self.0.with(|map| map.get(name)?.path_ids().first().cloned())
+    }
+
     /// Forgets a removed object.
     pub fn forget(&self, name: &str) {
         self.0.remove(name);

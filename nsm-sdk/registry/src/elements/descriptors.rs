@@ -117,6 +117,13 @@ pub struct RecvFdServer {
     files: Files,
 }
 
+impl RecvFdServer {
+    /// Holds the socket of an endpoint that a former run of this process had; returns the URL that it has now.
+    pub(crate) fn adopt(&self, name: &str, key: (u64, u64), fd: OwnedFd) -> std::io::Result<String> {
+        self.files.put(name, key, fd)
+    }
+}
+
 #[async_trait::async_trait]
 impl Element<Endpoint> for RecvFdServer {
     fn name(&self) -> &'static str {

@@ -3,20 +3,43 @@
 use crate::{Call, Element, Error, Events, Next, Query, chain::Table};
 use futures_util::StreamExt;
 use nsm_proto::registry::NetworkServiceEndpoint;
-use std::sync::Arc;
+use std::{sync::Arc, time::SystemTime};
 
 const NAME: &str = "localbypass";
 
 /// The element.
 pub struct LocalBypass {
     manager_url: String,
-    urls: Arc<Table<String>>,
+    urls: Arc<Table<Local>>,
+}
+
+/// Where a local endpoint is.
+#[derive(Clone)]
+struct Local {
+    url: String,
+    /// Known from a former run of this manager: the SPIFFE id that had registered it, and until when.
+    former: Option<(String, SystemTime)>,
+}
+
+impl Local {
+    /// Whether it is the endpoint that the registry above has under this name.
+    fn is(&self, published: &NetworkServiceEndpoint) -> bool {
+        self.former
+            .as_ref()
+            .is_none_or(|(owner, until)| published.path_ids.first() == Some(owner) && SystemTime::now() < *until)
+    }
 }
 
 impl LocalBypass {
     /// `manager_url` is where other nodes reach this one's manager.
     pub fn new(manager_url: impl Into<String>) -> Self {
         Self { manager_url: manager_url.into(), urls: Arc::default() }
+    }
+
+    /// Takes an endpoint for local that a former run of this manager has registered for `owner`; until `until`, or until it is
+    /// registered again.
+    pub(crate) fn adopt(&self, name: &str, url: String, owner: String, until: SystemTime) {
+        self.urls.insert(name, Local { url, former: Some((owner, until)) });
     }
 }
 
@@ -36,7 +59,8 @@ impl Element<NetworkServiceEndpoint> for LocalBypass {
             return Err(Error::new(NAME, name, format_args!("{local:?} is no URL of an endpoint"))
                 .with_code(tonic::Code::InvalidArgument));
         }
-        let before = self.urls.insert(&name, local.clone());
+        let here = Local { url: local.clone(), former: None };
+        let before = self.urls.insert(&name, here.clone());
         call.message.url.clone_from(&self.manager_url);
         match next.register(call).await {
             Ok(mut answer) => {
@@ -44,7 +68,7 @@ impl Element<NetworkServiceEndpoint> for LocalBypass {
                 // The registry may have given it another name.
                 if answer.name != name {
                     self.urls.remove(&name);
-                    self.urls.insert(&answer.name, local);
+                    self.urls.insert(&answer.name, here);
                 }
                 Ok(answer)
             }
@@ -73,8 +97,8 @@ impl Element<NetworkServiceEndpoint> for LocalBypass {
                 if !wanted.is_empty() && !published.contains(&wanted) {
                     return None;
                 }
-                match urls.get(&event.object.name) {
-                    Some(local) if published == manager_url || event.deleted => event.object.url = local,
+                match urls.get(&event.object.name).filter(|local| local.is(&event.object)) {
+                    Some(local) if published == manager_url || event.deleted => event.object.url = local.url,
                     // Registered with the manager that ran here before: unreachable until it registers again.
                     None if published == manager_url && !event.deleted => return None,
                     _ => {}

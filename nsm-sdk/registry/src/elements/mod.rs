@@ -11,6 +11,7 @@ pub mod heal;
 pub mod localbypass;
 pub mod memory;
 pub mod refresh;
+pub mod remember;
 pub mod retry;
 pub mod stamp;
 pub mod updatepath;
