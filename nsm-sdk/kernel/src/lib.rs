@@ -4,6 +4,7 @@
 //! read back and gives a plan, and a thin loop that applies the plan until nothing is left to do. Applying the same desired
 //! state twice writes nothing the second time.
 
+mod aliases;
 pub mod config;
 pub mod elements;
 pub mod error;

@@ -7,7 +7,7 @@
 
 use crate::error::ignore_missing;
 use crate::netlink::{Link, LinkChange, VXLAN, VethEnd, VxlanParameters, mac_from_seed};
-use crate::{Error, Netns, sysctl};
+use crate::{Error, Netns, aliases, sysctl};
 
 const VETH: &str = "veth";
 /// Longest name of an interface in bytes (`IFNAMSIZ - 1`).
@@ -128,28 +128,37 @@ pub fn plan_vxlan(end: &End, tunnel: &VxlanParameters, links: &[Link]) -> Result
     Ok(WirePlan { delete_first: ours.iter().map(|l| l.index).collect(), ..Default::default() })
 }
 
-/// Sees to it that the wire exists, by adopting, replacing or making it; both ends are up afterwards. `known` are the indexes that the
-/// ends of a veth had the last time: if they still fit, no other interface is looked at.
-pub async fn ensure(wire: &Wire, known: Option<(u32, u32)>) -> Result<Made, Error> {
+/// Sees to it that the wire exists, by adopting, replacing or making it; both ends are up afterwards.
+pub async fn ensure(wire: &Wire) -> Result<Made, Error> {
     match wire {
-        Wire::Veth { client, endpoint } => ensure_veth(client, endpoint, known).await,
+        Wire::Veth { client, endpoint } => ensure_veth(client, endpoint).await,
         Wire::Vxlan { end, underlay, tunnel } => ensure_vxlan(end, underlay, tunnel).await,
     }
 }
 
-async fn ensure_veth(a: &End, b: &End, known: Option<(u32, u32)>) -> Result<Made, Error> {
+/// Every interface of the namespace that matters for this end: all of them, unless none has its alias for certain.
+async fn relevant(end: &End, named: &[Link]) -> Result<Vec<Link>, Error> {
+    if aliases::absent(end.netns.id(), &end.alias) {
+        return Ok(named.to_vec());
+    }
+    let links = end.netns.netlink().await?.links().await?;
+    aliases::listed(end.netns.id(), &links);
+    Ok(links)
+}
+
+async fn named(end: &End) -> Result<Vec<Link>, Error> {
+    Ok(end.netns.netlink().await?.link_by_name(&end.name).await?.into_iter().collect())
+}
+
+async fn ensure_veth(a: &End, b: &End) -> Result<Made, Error> {
     check_name(a)?;
     check_name(b)?;
     let (na, nb) = (a.netns.netlink().await?, b.netns.netlink().await?);
-    let mut plan = WirePlan::default();
-    if let Some((ia, ib)) = known
-        && let (Some(la), Some(lb)) = (na.link_by_index(ia).await?, nb.link_by_index(ib).await?)
-        && (&la.name, &lb.name) == (&a.name, &b.name)
-    {
-        plan = plan_veth(a, b, &[la], &[lb]).unwrap_or_default();
-    }
+    // What is as it should be is found by its names, however many others there are.
+    let (named_a, named_b) = (named(a).await?, named(b).await?);
+    let mut plan = plan_veth(a, b, &named_a, &named_b).unwrap_or_default();
     if plan.adopt.is_none() {
-        plan = plan_veth(a, b, &na.links().await?, &nb.links().await?)?;
+        plan = plan_veth(a, b, &relevant(a, &named_a).await?, &relevant(b, &named_b).await?)?;
     }
     for index in &plan.delete_first {
         ignore_missing(na.link_delete(*index).await)?;
@@ -158,7 +167,10 @@ async fn ensure_veth(a: &End, b: &End, known: Option<(u32, u32)>) -> Result<Made
         ignore_missing(nb.link_delete(*index).await)?;
     }
     if plan.adopt.is_none() {
-        let end = |e: &End| VethEnd { netns: e.netns.clone(), name: e.name.clone(), mac: mac_from_seed(&e.alias) };
+        let end = |e: &End| {
+            aliases::using(e.netns.id(), &e.alias);
+            VethEnd { netns: e.netns.clone(), name: e.name.clone(), mac: mac_from_seed(&e.alias) }
+        };
         na.veth_create(&end(a), &end(b), None).await?;
     }
     let found = plan.adopt.map_or((None, None), |(first, second)| (Some(first), second));
@@ -176,7 +188,11 @@ fn transit_name(alias: &str) -> String {
 async fn ensure_vxlan(end: &End, underlay: &Netns, tunnel: &VxlanParameters) -> Result<Made, Error> {
     check_name(end)?;
     let netlink = end.netns.netlink().await?;
-    let plan = plan_vxlan(end, tunnel, &netlink.links().await?)?;
+    let named = named(end).await?;
+    let mut plan = plan_vxlan(end, tunnel, &named).unwrap_or_default();
+    if plan.adopt.is_none() {
+        plan = plan_vxlan(end, tunnel, &relevant(end, &named).await?)?;
+    }
     if let Some((index, _)) = plan.adopt {
         let first = activate(end, Some(index)).await?;
         return Ok(Made { created: false, first, second: None });
@@ -185,6 +201,7 @@ async fn ensure_vxlan(end: &End, underlay: &Netns, tunnel: &VxlanParameters) -> 
         ignore_missing(netlink.link_delete(*index).await)?;
     }
     let node = underlay.netlink().await?;
+    aliases::using(end.netns.id(), &end.alias);
     let transit = transit_name(&end.alias);
     if let Some(left) = node.link_by_name(&transit).await? {
         ignore_missing(node.link_delete(left.index).await)?;
@@ -228,12 +245,17 @@ async fn activate(end: &End, adopted: Option<u32>) -> Result<u32, Error> {
 
 /// Deletes the interface with this alias in a namespace. True if there was one.
 pub async fn remove_by_alias(netns: &Netns, alias: &str) -> Result<bool, Error> {
+    if aliases::absent(netns.id(), alias) {
+        return Ok(false);
+    }
     let netlink = netns.netlink().await?;
-    let mut found = false;
-    for link in netlink.links().await?.iter().filter(|l| l.alias == alias) {
+    let (links, mut found) = (netlink.links().await?, false);
+    aliases::listed(netns.id(), &links);
+    for link in links.iter().filter(|l| l.alias == alias) {
         found = true;
         ignore_missing(netlink.link_delete(link.index).await)?;
     }
+    aliases::removed(netns.id(), alias);
     Ok(found)
 }
 

@@ -61,21 +61,17 @@ async fn veth_is_made_once_and_adopted_after() {
     let (client, endpoint) = ends();
     let wire = Wire::Veth { client: client.clone(), endpoint: endpoint.clone() };
     let started = std::time::Instant::now();
-    let made = ensure(&wire, None).await.unwrap();
+    let made = ensure(&wire).await.unwrap();
     println!("veth made in {:?}", started.elapsed());
     assert!(made.created);
     let link = client.netns.netlink().await.unwrap().link_by_name("nsm-0").await.unwrap().unwrap();
     assert_eq!(link.alias, "server-id");
     assert_eq!(link.mac, Some(mac_from_seed("server-id")));
-    let again = ensure(&wire, None).await.unwrap();
-    // Indexes of before are a short cut, and no more than that.
-    for known in [(made.first, made.second.unwrap()), (made.first, 1), (4000, 4000)] {
-        assert_eq!(ensure(&wire, Some(known)).await.unwrap(), again);
-    }
+    let again = ensure(&wire).await.unwrap();
     assert_eq!(again, Made { created: false, ..made });
     // Another name on one side: the same interface.
     let renamed = End { name: "conduit-b".into(), ..endpoint.clone() };
-    assert_eq!(ensure(&Wire::Veth { client: client.clone(), endpoint: renamed }, None).await.unwrap(), again);
+    assert_eq!(ensure(&Wire::Veth { client: client.clone(), endpoint: renamed }).await.unwrap(), again);
     let netlink = endpoint.netns.netlink().await.unwrap();
     assert_eq!(
         netlink.link_by_name("conduit-b").await.unwrap().map(|l| (l.index, l.up)),
@@ -83,10 +79,39 @@ async fn veth_is_made_once_and_adopted_after() {
     );
     // One end in another namespace now: the pair is made anew.
     let elsewhere = End { netns: Netns::anonymous().unwrap(), ..endpoint };
-    let moved = ensure(&Wire::Veth { client: client.clone(), endpoint: elsewhere.clone() }, None).await.unwrap();
+    let moved = ensure(&Wire::Veth { client: client.clone(), endpoint: elsewhere.clone() }).await.unwrap();
     assert!(moved.created);
     assert!(remove_by_alias(&elsewhere.netns, &elsewhere.alias).await.unwrap());
     assert!(client.netns.netlink().await.unwrap().link_by_name("nsm-0").await.unwrap().is_none());
+}
+
+/// What is certain to be absent is not looked for; everything else is, whoever has made it.
+#[tokio::test]
+async fn a_namespace_is_listed_once_and_nothing_of_ours_is_overlooked() {
+    let (client, endpoint) = ends();
+    let (ids, wire) =
+        ([client.netns.id(), endpoint.netns.id()], Wire::Veth { client: client.clone(), endpoint: endpoint.clone() });
+    assert!(!aliases::absent(ids[0], "server-id"), "nobody has looked yet");
+    let second = Wire::Veth {
+        client: End { name: "nsm-1".into(), alias: client_alias("other"), ..client.clone() },
+        endpoint: End { name: "conduit-b".into(), alias: endpoint_alias("other"), ..endpoint.clone() },
+    };
+    ensure(&second).await.unwrap();
+    assert!(aliases::absent(ids[0], "server-id") && aliases::absent(ids[1], "client-id"));
+    let made = ensure(&wire).await.unwrap();
+    assert!(made.created && !aliases::absent(ids[0], "server-id") && !aliases::absent(ids[1], "client-id"));
+    // Its names are taken by nobody, but it has others now: still the same pair.
+    client.netns.netlink().await.unwrap().link_rename(made.first, "moved").await.unwrap();
+    assert_eq!(ensure(&wire).await.unwrap(), Made { created: false, ..made });
+    // An interface under the wanted name that is not ours is an error although our alias is absent.
+    let taken = End { name: "nsm-0".into(), alias: client_alias("third"), ..client.clone() };
+    let third = Wire::Veth { client: taken, endpoint: End { alias: endpoint_alias("third"), ..endpoint.clone() } };
+    assert!(matches!(ensure(&third).await, Err(Error::Foreign { .. })));
+    assert!(remove_by_alias(&client.netns, "server-id").await.unwrap());
+    assert!(aliases::absent(ids[0], "server-id") && !remove_by_alias(&client.netns, "server-id").await.unwrap());
+    // The other end has gone with it, unseen: it may be there as far as anybody knows, and is made anew.
+    assert!(!aliases::absent(ids[1], "client-id"));
+    assert!(ensure(&wire).await.unwrap().created);
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use super::vxlan::PORT;
 use super::{KERNEL, LOCAL, NOOP, REMOTE, VXLAN, address, first_id, interface_name, netns_of, parameter, preference};
 use crate::netlink::VxlanParameters;
 use crate::wire::{self, End, Wire};
-use crate::{Netns, NetnsId};
+use crate::{Netns, NetnsId, aliases};
 
 /// Bytes that VXLAN adds, with Ethernet, UDP and IPv4 or IPv6 headers.
 const OVERHEAD_V4: u32 = 50;
@@ -146,7 +146,11 @@ impl WireClient {
         let mut result = Ok(());
         for interface in known {
             let removed = netlink.link_delete_in(interface.nsid, interface.index, &interface.alias).await;
-            result = result.and(crate::error::ignore_missing(removed));
+            let removed = crate::error::ignore_missing(removed);
+            if removed.is_ok() {
+                aliases::removed(interface.netns, &interface.alias);
+            }
+            result = result.and(removed);
         }
         result
     }
@@ -156,13 +160,7 @@ impl WireClient {
         let stays = |k: &&Known| wire_ends(wire).iter().any(|e| (e.netns.id(), &e.alias) == (k.netns, &k.alias));
         let moved: Vec<_> = before.iter().filter(|k| !stays(k)).cloned().collect();
         self.remove(&moved).await?;
-        let index =
-            |end: &End| before.iter().find(|k| (end.netns.id(), &end.alias) == (k.netns, &k.alias)).map(|k| k.index);
-        let known = match wire {
-            Wire::Veth { client, endpoint } => index(client).zip(index(endpoint)),
-            Wire::Vxlan { .. } => None,
-        };
-        let made = wire::ensure(wire, known).await?;
+        let made = wire::ensure(wire).await?;
         let indexes = [Some(made.first), made.second];
         let mut known = Vec::new();
         for (end, index) in wire_ends(wire).into_iter().zip(indexes.into_iter().flatten()) {
