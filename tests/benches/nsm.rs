@@ -1,14 +1,16 @@
 //! Figures of the NSM SDK on one machine: client -> manager -> forwarder -> endpoint, over real sockets with mutual TLS.
 //!
 //! `tools/bench nsm [PART...] [--quick]` as root; parts are `rate`, `live` and `leaks`, all by default.
-//! `NSM_MANAGER=/path/to/program` names another manager (NSM's own `cmd-nsmgr`, say) that is measured in the same run, with our
-//! forwarder, endpoint and client around it. It is started with NSM's settings: `NSM_NAME`, `NSM_LISTEN_ON`, an empty `NSM_REGISTRY_URL` (it
-//! keeps its registry itself), `SPIFFE_ENDPOINT_SOCKET`. A table is printed, and written as JSON to `target/bench/nsm.json`.
+//! The manager of NSM's own Go SDK is measured in the same run, with our forwarder, endpoint and client around it, where `tools/peers` has
+//! built it; `NSM_MANAGER="PROGRAM ARGUMENT..."` names another one. It is started with NSM's settings: `NSM_NAME`, `NSM_LISTEN_ON`, an empty
+//! `NSM_REGISTRY_URL` (it keeps its registry itself), `SPIFFE_ENDPOINT_SOCKET`. A table is printed, and written as JSON to
+//! `target/bench/nsm.json`.
 
 use anyhow::{Context as _, Result, bail};
 use meridio_tests::{
     leaks,
     mesh::{self, Carrier, Nse, Process, TIMEOUT, World},
+    peers::GoSdk,
 };
 use nsm_chain::{Client, Connection};
 use serde_json::{Value, json};
@@ -47,6 +49,25 @@ const QUICK: Size = Size {
     cycles: leaks::Cycles { nothing: 500, veth: 50 },
 };
 
+/// Another manager.
+struct Other {
+    program: PathBuf,
+    args: Vec<String>,
+}
+
+impl Other {
+    /// What `NSM_MANAGER` names, or else the manager among the live peers.
+    fn find() -> Option<Self> {
+        if let Ok(command) = std::env::var("NSM_MANAGER") {
+            let mut words = command.split_whitespace().map(str::to_owned);
+            return Some(Self { program: words.next()?.into(), args: words.collect() });
+        }
+        let program = GoSdk::Current.program();
+        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/peers/bin").join(program);
+        program.is_file().then(|| Self { program, args: vec!["manager".to_owned()] })
+    }
+}
+
 /// Manager, forwarder, endpoint and client.
 struct Path4 {
     world: World,
@@ -60,21 +81,23 @@ struct Path4 {
 
 impl Path4 {
     /// Ours in the middle, one process for manager and forwarder; or another manager with our forwarder beside it.
-    async fn start(other: Option<&Path>) -> Result<Self> {
+    async fn start(other: Option<&Other>) -> Result<Self> {
         let world = World::start().await?;
         let mut processes = Vec::new();
         let manager = world.url("manager");
         match other {
             None => processes.push(world.node("manager", None)?),
             Some(program) => {
-                let mut command = world.command(program);
+                let mut command = world.command(&program.program);
                 command
+                    .args(&program.args)
                     .env("NSM_NAME", "manager")
                     .env("NSM_LISTEN_ON", format!("{manager},tcp://127.0.0.1:5001"))
                     .env("NSM_REGISTRY_URL", "")
-                    .env("NSM_LOG_LEVEL", "ERROR")
+                    .env("NSM_MAX_TOKEN_LIFETIME", format!("{}s", LONG_LIFE.as_secs()))
+                    .env("NSM_LOG_LEVEL", "error")
                     .env("SPIFFE_ENDPOINT_SOCKET", world.workload("manager")?);
-                processes.push(Process(command.spawn().with_context(|| program.display().to_string())?));
+                processes.push(Process(command.spawn().with_context(|| program.program.display().to_string())?));
                 processes.push(world.node("forwarder", Some(&manager))?);
             }
         }
@@ -174,7 +197,7 @@ fn mib(bytes: u64) -> f64 {
     (bytes as f64 / 1024.0 / 1024.0 * 100.0).round() / 100.0
 }
 
-async fn rate(other: Option<&Path>, size: &Size) -> Result<Value> {
+async fn rate(other: Option<&Other>, size: &Size) -> Result<Value> {
     let path = Path4::start(other).await?;
     let mut result = json!({});
     for (name, carrier) in [("nothing", Carrier::Nothing), ("veth", Carrier::Veth)] {
@@ -196,7 +219,7 @@ async fn rate(other: Option<&Path>, size: &Size) -> Result<Value> {
 }
 
 /// Many connections at once: time, memory, latency of one more, cost of refreshing, and what is left when they are closed.
-async fn live(other: Option<&Path>, size: &Size) -> Result<Value> {
+async fn live(other: Option<&Other>, size: &Size) -> Result<Value> {
     let path = Path4::start(other).await?;
     path.sequential(Carrier::Veth, 20).await?;
     let before = mesh::usage(path.pid)?;
@@ -354,7 +377,7 @@ fn main() -> Result<()> {
         bail!("{unknown}: no part of this bench, there are: {}", known.join(", "));
     }
     let wanted = |name: &str| parts.is_empty() || parts.contains(&name);
-    let other = std::env::var_os("NSM_MANAGER").map(PathBuf::from);
+    let other = Other::find();
     let mut result = json!({ "machine": machine() });
     println!("nsm: {}", result["machine"]);
     for (name, section) in known.iter().zip(0..) {
@@ -366,12 +389,14 @@ fn main() -> Result<()> {
             result["leaks"] = leak(size)?;
             continue;
         }
-        for (who, program) in [("ours", None), ("other", other.as_deref())] {
+        for (who, program) in [("ours", None), ("other", other.as_ref())] {
             if who == "other" && program.is_none() {
-                println!("{name}, another manager: skipped, NSM_MANAGER does not name one");
+                println!(
+                    "{name}, another manager: skipped, tools/peers has not built one and NSM_MANAGER does not name one"
+                );
                 continue;
             }
-            println!("{name}, manager: {}", program.map_or("ours".into(), |program| program.display().to_string()));
+            println!("{name}, manager: {}", program.map_or("ours".into(), |other| other.program.display().to_string()));
             result[*name][who] = match section {
                 0 => runtime.block_on(rate(program, size))?,
                 _ => runtime.block_on(live(program, size))?,

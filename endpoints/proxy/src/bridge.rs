@@ -274,6 +274,7 @@ mod tests {
             running: true,
             master,
             peer: None,
+            peer_nsid: None,
             vxlan: None,
         }
     }

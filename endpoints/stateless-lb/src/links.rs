@@ -154,7 +154,7 @@ impl Links {
         let ours: BTreeMap<u32, (u32, bool)> = links
             .iter()
             .filter(|l| l.up && l.name.starts_with(&self.prefix) && l.name != self.external)
-            .map(|l| (l.index, (l.mtu, l.kind == "veth" && l.peer_elsewhere)))
+            .map(|l| (l.index, (l.mtu, l.kind == "veth" && l.peer_nsid.is_some())))
             .collect();
         let addresses = netlink.addresses(None).await?;
         let subnets = addresses

@@ -178,6 +178,16 @@ async fn ensure_veth(a: &End, b: &End) -> Result<Made, Error> {
     Ok(Made { created: plan.adopt.is_none(), first, second: Some(second) })
 }
 
+/// Name of the endpoint's end of a veth that exists already, found from the client's end `name` in `netns`: only if both carry the aliases of the
+/// connection `first_segment_id`.
+pub async fn endpoint_name(netns: &Netns, name: &str, first_segment_id: &str) -> Result<Option<String>, Error> {
+    let netlink = netns.netlink().await?;
+    let own = netlink.link_by_name(name).await?.filter(|link| link.alias == client_alias(first_segment_id));
+    let Some((peer, nsid)) = own.and_then(|own| own.peer.zip(own.peer_nsid)) else { return Ok(None) };
+    let other = netlink.link_in(nsid, peer).await?.filter(|link| link.alias == endpoint_alias(first_segment_id));
+    Ok(other.map(|link| link.name))
+}
+
 /// Name that a VXLAN device has in the node's namespace between being made and being moved: always the same for one
 /// connection, so that one that a crash left behind is found.
 fn transit_name(alias: &str) -> String {

@@ -12,7 +12,7 @@ fn link(index: u32, name: &str, alias: &str, peer: Option<u32>) -> Link {
         running: true,
         master: None,
         peer,
-        peer_elsewhere: true,
+        peer_nsid: Some(1),
         vxlan: None,
     }
 }

@@ -53,6 +53,11 @@ impl Ends {
         Note { ends: self.clone(), set: |end, inode| end.client = inode, last: true }
     }
 
+    /// The element for right below `mechanismtranslation`.
+    pub fn without_namespace(&self) -> WithoutNamespace {
+        WithoutNamespace(self.clone())
+    }
+
     /// The element for below `mechanismtranslation`: notes the endpoint's namespace.
     pub fn endpoint(&self) -> impl Element + use<> {
         Note { ends: self.clone(), set: |end, inode| end.endpoint = inode, last: false }
@@ -74,9 +79,10 @@ fn namespace(mechanism: Option<&Mechanism>) -> Option<Inode> {
 }
 
 /// Stands below `mechanismtranslation`, which remembers the mechanism of the endpoint's side: takes the URL of the
-/// namespace out of it, whose file is closed by then. The endpoint names its namespace again in each answer.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct WithoutNamespace;
+/// namespace out of it, whose file is closed by then. The endpoint names its namespace again in each answer. For a close it is opened once
+/// more, so that it can be sent along: an endpoint made of NSM's Go SDK waits for the descriptor before it closes anything.
+#[derive(Clone, Debug)]
+pub struct WithoutNamespace(Ends);
 
 fn strip(mechanism: Option<&mut Mechanism>) {
     if let Some(mechanism) = mechanism {
@@ -97,6 +103,13 @@ impl Element for WithoutNamespace {
 
     async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
         strip(call.message.mechanism.as_mut());
+        let id = call.id().to_owned();
+        if let Some(mechanism) = &mut call.message.mechanism
+            && let Some(inode) = self.0.get(&id).and_then(|end| end.endpoint)
+            && let Some(path) = find(inode).await
+        {
+            mechanism.parameters.insert(INODE_URL.to_owned(), format!("file://{}", path.display()));
+        }
         next.close(call).await
     }
 }
@@ -115,10 +128,12 @@ impl Element for Note {
     }
 
     async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
+        let id = call.id().to_owned();
+        let result = next.close(call).await;
         if self.last {
-            self.ends.remove(call.id());
+            self.ends.remove(&id);
         }
-        next.close(call).await
+        result
     }
 }
 

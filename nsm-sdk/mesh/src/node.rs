@@ -1,7 +1,7 @@
 //! One node of a mesh: manager and kernel forwarder as real chains in one process.
 
 use crate::{
-    alive::{Alive, Ends, WithoutNamespace},
+    alive::{Alive, Ends},
     excluded::{self, DEFAULT_FILE},
     find::Finder,
 };
@@ -313,7 +313,7 @@ fn forwarder(config: &NodeConfig, tokens: Tokens, finder: Lookup, grpc: Arc<dyn 
         .passthrough()
         .dial_timeout(config.dial_timeout)
         .element(MechanismTranslation::new())
-        .element(WithoutNamespace)
+        .element(ends.without_namespace())
         .element(ends.endpoint())
         .element(ClientContext::new())
         .element(WireClient::new(config.netns.clone(), config.tunnel_ip))

@@ -3,206 +3,120 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
 	"time"
 
-	"github.com/edwarnicke/grpcfd"
+	"github.com/networkservicemesh/api/pkg/api/networkservice"
+	"github.com/networkservicemesh/api/pkg/api/networkservice/mechanisms/cls"
+	kernelmech "github.com/networkservicemesh/api/pkg/api/networkservice/mechanisms/kernel"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/chains/client"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/common/authorize"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/common/heal"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/kernel"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/common/mechanisms/sendfd"
+	"github.com/networkservicemesh/sdk/pkg/networkservice/common/retry"
+	"github.com/networkservicemesh/sdk/pkg/tools/grpcutils"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/peer"
-	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/encoding/protojson"
 )
 
-const tryTimeout = 10 * time.Second
+const tryTimeout = 5 * time.Second
 
-// client keeps one connection.
-type client struct {
-	settings
-	*wire
-	*identity
-	last       *grpc.ClientConn
-	connection object
-}
+// alive says that the data path works, so that nothing but its own refresh ever changes the connection.
+func alive(context.Context, *networkservice.Connection) bool { return true }
 
-// request establishes the connection, refreshes it at a third of its tokens' life, heals it when the monitor says that it is down, and
-// at once on SIGUSR1. When the context ends it closes the connection.
-func request(ctx context.Context, s settings, w *wire, self *identity) error {
-	id := s.name + "-0"
-	connection := object{"id": id, "network_service": s.service}
-	setSegments(connection, 0, []object{{"name": s.name, "id": id}})
-	c := &client{settings: s, wire: w, identity: self, connection: connection}
-	defer c.keep(nil)
+func keepConnection(ctx context.Context, s settings, self *identity) error {
+	if s.name == "" || s.service == "" || s.connectTo == nil {
+		return errors.New("NSM_NAME, NSM_SERVICE_NAME and NSM_CONNECT_TO: not all are set")
+	}
+	// The chain's tasks go on while the connection is closed.
+	life, stop := context.WithCancel(context.Background())
+	defer stop()
+	nsc := retry.NewClient(client.NewClient(life,
+		client.WithName(s.name),
+		client.WithClientURL(s.connectTo),
+		client.WithDialOptions(self.dial()...),
+		client.WithDialTimeout(dialTimeout),
+		client.WithAuthorizeClient(authorize.NewClient()),
+		client.WithHealClient(heal.NewClient(life, heal.WithLivenessCheck(alive))),
+		client.WithAdditionalFunctionality(
+			mechanisms.NewClient(map[string]networkservice.NetworkServiceClient{
+				kernelmech.MECHANISM: kernel.NewClient(kernel.WithInterfaceName(s.iface)),
+			}),
+			sendfd.NewClient(),
+		),
+	), retry.WithTryTimeout(tryTimeout))
 
+	request := &networkservice.NetworkServiceRequest{
+		Connection:           &networkservice.Connection{Id: s.name + "-0", NetworkService: s.service},
+		MechanismPreferences: []*networkservice.Mechanism{{Cls: cls.LOCAL, Type: kernelmech.MECHANISM}},
+	}
 	now := make(chan os.Signal, 1)
 	signal.Notify(now, syscall.SIGUSR1)
-	down := make(chan string, 16)
-	c.until(ctx, "connected")
-	go c.watch(ctx, down)
-	for {
+	for event := "connected"; ; event = "refreshed" {
+		began := time.Now()
+		connection, err := nsc.Request(ctx, request.Clone())
+		if err != nil {
+			return err
+		}
+		say(event, "ms", time.Since(began).Milliseconds(), "connection", asJSON{connection})
+		if event == "connected" {
+			go watch(life, s, self, connection.GetId())
+		}
+		request.Connection = connection
 		select {
 		case <-ctx.Done():
-			return c.close(context.Background())
-		case <-time.After(c.lifetime / 3):
-			c.until(ctx, "refreshed")
+			within, cancel := context.WithTimeout(context.Background(), tryTimeout)
+			defer cancel()
+			if _, err := nsc.Close(within, connection); err != nil {
+				return err
+			}
+			say("closed")
+			return nil
 		case <-now:
-			c.until(ctx, "refreshed")
-		case why := <-down:
-			say("lost", "cause", why)
-			c.until(ctx, "healed")
 		}
 	}
 }
 
-// until requests until it works.
-func (c *client) until(ctx context.Context, event string) {
+type asJSON struct{ *networkservice.Connection }
+
+// MarshalJSON writes the message under the field names of the .proto files.
+func (c asJSON) MarshalJSON() ([]byte, error) {
+	return protojson.MarshalOptions{UseProtoNames: true}.Marshal(c.Connection)
+}
+
+// watch prints every monitor event of the connection.
+func watch(ctx context.Context, s settings, self *identity, id string) {
 	for ctx.Err() == nil {
-		began := time.Now()
-		err := c.try(ctx)
-		if err == nil {
-			say(event, "ms", time.Since(began).Milliseconds(), "connection", c.connection)
-			return
+		if err := events(ctx, s, self, id); ctx.Err() == nil {
+			say("monitor ended", "cause", err)
+			time.Sleep(100 * time.Millisecond)
 		}
-		say("not "+event, "cause", err)
-		time.Sleep(100 * time.Millisecond)
 	}
 }
 
-// try sends one request with the own namespace, and checks the answer's path as NSM's clients do.
-func (c *client) try(ctx context.Context) error {
-	within, cancel := context.WithTimeout(ctx, tryTimeout)
-	defer cancel()
-	netns, err := grpcfd.FilenameToURL(ownNetns)
-	if err != nil {
-		return err
-	}
-	kernel := object{"cls": "LOCAL", "type": "KERNEL", "parameters": object{"inodeURL": netns.String(), "name": c.iface}}
-	in, err := c.message("networkservice.NetworkServiceRequest", object{"connection": c.connection, "mechanism_preferences": []any{kernel}})
-	if err != nil {
-		return err
-	}
-	out, err := c.empty("connection.Connection")
-	if err != nil {
-		return err
-	}
-	perCall, err := c.call(ownNetns)
-	if err != nil {
-		return err
-	}
-	var server peer.Peer
-	manager, err := c.dial(c.connectTo)
-	if err != nil {
-		return err
-	}
-	c.keep(manager)
-	if err := manager.Invoke(within, "/networkservice.NetworkService/Request", in, out, perCall, grpc.Peer(&server)); err != nil {
-		return err
-	}
-	answer, err := content(out)
-	if err != nil {
-		return err
-	}
-	leaf, err := leafOf(server.AuthInfo)
-	if err != nil {
-		return err
-	}
-	index, list := segments(answer)
-	if index != 0 || text(answer, "id") != text(c.connection, "id") {
-		return fmt.Errorf("the answer is not of this side: index %d, id %s", index, text(answer, "id"))
-	}
-	if err := checkPath(list, 1, leaf); err != nil {
-		return err
-	}
-	c.connection = answer
-	return nil
-}
-
-// keep replaces the connection to the manager: every request has one of its own, as NSM's clients do, so that the tokens are by the
-// certificate that its handshake has shown.
-func (c *client) keep(manager *grpc.ClientConn) {
-	if c.last != nil {
-		_ = c.last.Close()
-	}
-	c.last = manager
-}
-
-func (c *client) close(ctx context.Context) error {
-	within, cancel := context.WithTimeout(ctx, tryTimeout)
-	defer cancel()
-	in, err := c.message("connection.Connection", c.connection)
-	if err != nil {
-		return err
-	}
-	perCall, err := c.call()
-	if err != nil {
-		return err
-	}
-	manager, err := c.dial(c.connectTo)
-	if err != nil {
-		return err
-	}
-	c.keep(manager)
-	if err := manager.Invoke(within, "/networkservice.NetworkService/Close", in, &emptypb.Empty{}, perCall); err != nil {
-		return err
-	}
-	say("closed")
-	return nil
-}
-
-// watch prints every monitor event of the own connection; `down` hears of the stream's end and of the state DOWN.
-func (c *client) watch(ctx context.Context, down chan<- string) {
-	id := text(c.connection, "id")
-	for ctx.Err() == nil {
-		err := c.events(ctx, id, down)
-		if ctx.Err() != nil {
-			return
-		}
-		down <- fmt.Sprintf("monitor: %v", err)
-		time.Sleep(100 * time.Millisecond)
-	}
-}
-
-func (c *client) events(ctx context.Context, id string, down chan<- string) error {
-	selector, err := c.message("connection.MonitorScopeSelector", object{"path_segments": []any{object{"id": id, "name": c.name}}})
-	if err != nil {
-		return err
-	}
-	perCall, err := c.call()
-	if err != nil {
-		return err
-	}
-	description := &grpc.StreamDesc{ServerStreams: true}
-	manager, err := c.dial(c.connectTo)
+func events(ctx context.Context, s settings, self *identity, id string) error {
+	manager, err := grpc.DialContext(ctx, grpcutils.URLToTarget(s.connectTo), self.dial()...)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = manager.Close() }()
-	stream, err := manager.NewStream(ctx, description, "/connection.MonitorConnection/MonitorConnections", perCall, grpc.WaitForReady(true))
+	stream, err := networkservice.NewMonitorConnectionClient(manager).MonitorConnections(ctx, &networkservice.MonitorScopeSelector{
+		PathSegments: []*networkservice.PathSegment{{Id: id, Name: s.name}},
+	})
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(stream.SendMsg(selector), stream.CloseSend()); err != nil {
-		return err
-	}
 	for {
-		message, err := c.empty("connection.ConnectionEvent")
+		event, err := stream.Recv()
 		if err != nil {
 			return err
 		}
-		if err := stream.RecvMsg(message); err != nil {
-			return err
-		}
-		event, err := content(message)
-		if err != nil {
-			return err
-		}
-		for _, connection := range at(event, "connections") {
-			state := text(connection.(object), "state")
-			say("monitor", "type", text(event, "type"), "state", state)
-			if state == "DOWN" {
-				down <- "DOWN"
-			}
+		for _, connection := range event.GetConnections() {
+			say("monitor", "type", event.GetType().String(), "state", connection.GetState().String())
 		}
 	}
 }

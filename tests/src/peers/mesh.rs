@@ -22,6 +22,34 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const AGENT_ID: &str = "spiffe://example.org/agent";
 const SERVER_KEY: &str = "spire-server";
 
+/// Version of NSM's Go SDK that a peer is built of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GoSdk {
+    /// v1.14.2, of the minor version that Meridio 1.2 pins.
+    Pinned,
+    /// v1.15.0.
+    Current,
+}
+
+impl GoSdk {
+    /// Name of its program.
+    pub const fn program(self) -> &'static str {
+        match self {
+            GoSdk::Pinned => "nsm-1.14",
+            GoSdk::Current => "nsm-1.15",
+        }
+    }
+}
+
+/// Whose registry and manager stand between clients and endpoints. The kernel forwarder is always ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Infra {
+    /// `meridio nsm`, once as registry and once as manager and forwarder in one process.
+    Ours,
+    /// NSM's registry and manager, and `meridio nsm` as forwarder.
+    Go(GoSdk),
+}
+
 /// What can be killed and started again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Component {
@@ -31,8 +59,10 @@ pub enum Component {
     SpireServer,
     /// Registry, a process apart from the manager's.
     Registry,
-    /// Manager and forwarder of the node.
-    Node,
+    /// Manager of the node; with [`Infra::Ours`] it is the forwarder too.
+    Manager,
+    /// Forwarder of the node, where it is a process apart.
+    Forwarder,
 }
 
 /// Everything between a client and an endpoint.
@@ -43,92 +73,62 @@ pub struct Mesh {
     server: Arc<Process>,
     agent: Arc<Process>,
     registry: Arc<Process>,
-    node: Arc<Process>,
+    manager: Arc<Process>,
+    forwarder: Option<Arc<Process>>,
     directory: tempfile::TempDir,
     _lock: Lock,
 }
 
 impl Mesh {
-    /// Starts all of it, with peers out of `programs`; `workloads` are hard links that get identities, beside our own components.
+    /// Starts all of it, with peers out of `programs`; the Go processes `client` and `endpoint` that are started later get identities too, and
+    /// are of `workloads`' version.
     ///
     /// # Errors
     /// If a part does not come up in time; its log is named.
-    pub async fn start(programs: &Path, workloads: &[&str]) -> Result<Self> {
+    pub async fn start(programs: &Path, infra: Infra, workloads: GoSdk) -> Result<Self> {
         let lock = Lock::take(ID)?;
         let left = cleanup::sweep(ID)?;
         if !left.is_empty() {
             println!("removed what an earlier run left: {}", left.join(", "));
         }
         let directory = tempfile::Builder::new().prefix("peers-").tempdir().context("make a directory")?;
-        let infra = Namespace::create(&format!("{}infra", cleanup::prefix(ID)), None)?;
-        infra.ip("link set lo up")?;
-        let path = |name: &str| directory.path().join(name);
-        let process = |program: PathBuf, args: &[&str], env: &[(&str, String)]| {
-            let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let log = path(&format!("{name}.log"));
-            Process::new(ID, "node", plan(program, args, env), log)
-        };
+        let namespace = Namespace::create(&format!("{}infra", cleanup::prefix(ID)), None)?;
+        namespace.ip("link set lo up")?;
+        let start = Start { programs, directory: directory.path(), namespace: &namespace };
 
-        let program = |name: &str| programs.join(name);
-        std::fs::write(path("server.conf"), server_config(directory.path())).context("write server.conf")?;
-        std::fs::write(path("agent.conf"), agent_config(directory.path())).context("write agent.conf")?;
-        let server_conf = path("server.conf").display().to_string();
-        let server = process(program(SERVER_KEY), &["run", "-config", &server_conf], &[]);
-        server.start(&infra)?;
-        healthy(&infra, &program(SERVER_KEY), &path("server.sock"), &server).await?;
-
-        let binary = scene::binary()?;
+        let server = start.server().await?;
         let own = std::env::current_exe().context("find the test's own file")?.canonicalize()?;
-        entry(&infra, programs, directory.path(), "test", &own)?;
-        for name in ["registry", "nsmgr"] {
-            link(&binary, &path(name))?;
-            entry(&infra, programs, directory.path(), name, &path(name))?;
-        }
-        for name in workloads {
-            link(&program("nsm"), &path(name))?;
-            entry(&infra, programs, directory.path(), name, &path(name))?;
-        }
-        let token = token(&infra, programs, directory.path())?;
-        let agent_conf = path("agent.conf").display().to_string();
-        let agent = process(program("spire-agent"), &["run", "-config", &agent_conf, "-joinToken", &token], &[]);
-        agent.start(&infra)?;
-        healthy(&infra, &program("spire-agent"), &path("agent.sock"), &agent).await?;
-
-        let socket = |name: &str| format!("unix://{}", path(name).display());
-        let common = |name: &str| {
-            vec![
-                ("SPIFFE_ENDPOINT_SOCKET", socket("agent.sock")),
-                ("NSM_NAME", name.to_owned()),
-                ("NSM_MAX_TOKEN_LIFETIME", format!("{}s", TOKEN_LIFETIME.as_secs())),
-                ("NSM_STATE_DIR", path(&format!("state-{name}")).display().to_string()),
-                ("HEALTH_SOCKET", String::new()),
-            ]
+        start.entry("test", &own)?;
+        let (ours, go) = (scene::binary()?, |sdk: GoSdk| programs.join(sdk.program()));
+        let theirs = match infra {
+            Infra::Ours => ours.clone(),
+            Infra::Go(sdk) => go(sdk),
         };
-        for name in ["registry", "nsmgr"] {
-            std::fs::create_dir(path(&format!("state-{name}"))).context("make a state directory")?;
+        for (name, program) in [
+            ("registry", theirs.clone()),
+            ("nsmgr", theirs),
+            ("forwarder", ours),
+            ("client", go(workloads)),
+            ("endpoint", go(workloads)),
+        ] {
+            link(&program, &start.path(name))?;
+            start.entry(name, &start.path(name))?;
         }
-        let mut env = common("registry");
-        env.push(("NSM_LISTEN_ON", socket("registry-node.sock")));
-        env.push(("NSM_REGISTRY_LISTEN_ON", "tcp://127.0.0.1:5002".to_owned()));
-        let registry = process(path("registry"), &["nsm"], &env);
-        let mut env = common("nsmgr");
-        env.push(("NSM_LISTEN_ON", format!("{},tcp://127.0.0.1:5001", socket("nsm.io.sock"))));
-        env.push(("NSM_REGISTRY_URL", "tcp://127.0.0.1:5002".to_owned()));
-        env.push(("NODE_NAME", "node-a".to_owned()));
-        let node = process(path("nsmgr"), &["nsm"], &env);
-        registry.start(&infra)?;
-        node.start(&infra)?;
-        let mesh = Mesh { programs: programs.to_owned(), infra, server, agent, registry, node, directory, _lock: lock };
-        mesh.listening().await?;
+        let agent = start.agent().await?;
+        let (registry, manager, forwarder) = start.infra(infra)?;
+        let programs = programs.to_owned();
+        let mesh =
+            Mesh { programs, infra: namespace, server, agent, registry, manager, forwarder, directory, _lock: lock };
+        mesh.listening("nsm.io.sock").await?;
         Ok(mesh)
     }
 
-    async fn listening(&self) -> Result<()> {
-        let socket = self.path("nsm.io.sock");
+    async fn listening(&self, socket: &str) -> Result<()> {
+        let socket = self.path(socket);
         let began = Instant::now();
         while tokio::net::UnixStream::connect(&socket).await.is_err() {
             if began.elapsed() > PATIENCE {
-                bail!("the manager does not listen on {}; {}", socket.display(), tail(self.node.log()));
+                bail!("nobody listens on {}; {}", socket.display(), self.logs());
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -191,9 +191,9 @@ impl Mesh {
             ("NSM_CONNECT_TO", self.manager()),
             ("NSM_SERVICE_NAME", service.to_owned()),
             ("NSM_MAX_TOKEN_LIFETIME", format!("{}s", TOKEN_LIFETIME.as_secs())),
-            ("NSM_LISTEN_ON", self.path(&format!("{name}.sock")).display().to_string()),
+            ("NSM_LISTEN_ON", self.socket(&format!("{name}.sock"))),
             ("NSM_INTERFACE", interface.to_owned()),
-            ("NSM_PROTOS", concat!(env!("CARGO_MANIFEST_DIR"), "/../proto/nsm").to_owned()),
+            ("NSM_LOG_LEVEL", std::env::var("NSM_LOG_LEVEL").unwrap_or_default()),
         ];
         let process = Process::new(ID, name, plan(self.path(name), &[role], &env), self.path(&format!("{name}.log")));
         process.start(namespace)?;
@@ -215,16 +215,135 @@ impl Mesh {
                 healthy(&self.infra, &self.programs.join(SERVER_KEY), &self.path("server.sock"), &self.server).await
             }
             Component::Registry => self.registry.restart(&self.infra),
-            Component::Node => {
-                self.node.restart(&self.infra)?;
-                self.listening().await
+            Component::Manager => {
+                self.manager.restart(&self.infra)?;
+                self.listening("nsm.io.sock").await
+            }
+            Component::Forwarder => {
+                let forwarder = self.forwarder.as_ref().context("the forwarder is the manager's process")?;
+                forwarder.restart(&self.infra)?;
+                self.listening("forwarder.sock").await
             }
         }
     }
 
+    /// What can be killed, each a process of its own.
+    pub fn components(&self) -> Vec<Component> {
+        let mut all = vec![Component::SpireAgent, Component::SpireServer, Component::Registry, Component::Manager];
+        all.extend(self.forwarder.as_ref().map(|_| Component::Forwarder));
+        all
+    }
+
     /// The last lines of every log, for a failure's message.
     pub fn logs(&self) -> String {
-        [&self.server, &self.agent, &self.registry, &self.node].map(|process| tail(process.log())).join("\n")
+        let processes = [&self.server, &self.agent, &self.registry, &self.manager].into_iter().chain(&self.forwarder);
+        processes.map(|process| tail(process.log())).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// Where the parts of a mesh are started.
+struct Start<'a> {
+    programs: &'a Path,
+    directory: &'a Path,
+    namespace: &'a Namespace,
+}
+
+impl Start<'_> {
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    fn socket(&self, name: &str) -> String {
+        format!("unix://{}", self.path(name).display())
+    }
+
+    fn process(&self, program: PathBuf, args: &[&str], env: &[(&str, String)]) -> Result<Arc<Process>> {
+        let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let process = Process::new(ID, "node", plan(program, args, env), self.path(&format!("{name}.log")));
+        process.start(self.namespace)?;
+        Ok(process)
+    }
+
+    async fn server(&self) -> Result<Arc<Process>> {
+        let (config, program) = (self.path("server.conf"), self.programs.join(SERVER_KEY));
+        std::fs::write(&config, server_config(self.directory)).context("write server.conf")?;
+        let server = self.process(program.clone(), &["run", "-config", &config.display().to_string()], &[])?;
+        healthy(self.namespace, &program, &self.path("server.sock"), &server).await?;
+        Ok(server)
+    }
+
+    async fn agent(&self) -> Result<Arc<Process>> {
+        let (config, program) = (self.path("agent.conf"), self.programs.join("spire-agent"));
+        std::fs::write(&config, agent_config(self.directory)).context("write agent.conf")?;
+        let (token, config) = (self.token()?, config.display().to_string());
+        let agent = self.process(program.clone(), &["run", "-config", &config, "-joinToken", &token], &[])?;
+        healthy(self.namespace, &program, &self.path("agent.sock"), &agent).await?;
+        Ok(agent)
+    }
+
+    /// Registry, manager and, with NSM's, the forwarder. NSM's settings have the same names as ours.
+    fn infra(&self, infra: Infra) -> Result<(Arc<Process>, Arc<Process>, Option<Arc<Process>>)> {
+        let common = |name: &str| -> Result<Vec<(&str, String)>> {
+            std::fs::create_dir(self.path(&format!("state-{name}"))).context("make a state directory")?;
+            Ok(vec![
+                ("SPIFFE_ENDPOINT_SOCKET", self.socket("agent.sock")),
+                ("NSM_NAME", name.to_owned()),
+                ("NSM_MAX_TOKEN_LIFETIME", format!("{}s", TOKEN_LIFETIME.as_secs())),
+                ("NSM_STATE_DIR", self.path(&format!("state-{name}")).display().to_string()),
+                ("NSM_LOG_LEVEL", std::env::var("NSM_LOG_LEVEL").unwrap_or_default()),
+                ("HEALTH_SOCKET", String::new()),
+            ])
+        };
+        let registry_url = "tcp://127.0.0.1:5002".to_owned();
+        let mut env = common("registry")?;
+        let role = match infra {
+            Infra::Ours => {
+                env.push(("NSM_LISTEN_ON", self.socket("registry-node.sock")));
+                env.push(("NSM_REGISTRY_LISTEN_ON", registry_url.clone()));
+                "nsm"
+            }
+            Infra::Go(_) => {
+                env.push(("NSM_LISTEN_ON", registry_url.clone()));
+                "registry"
+            }
+        };
+        let registry = self.process(self.path("registry"), &[role], &env)?;
+        let mut env = common("nsmgr")?;
+        env.push(("NSM_LISTEN_ON", format!("{},tcp://127.0.0.1:5001", self.socket("nsm.io.sock"))));
+        env.push(("NSM_REGISTRY_URL", registry_url));
+        env.push(("NODE_NAME", "node-a".to_owned()));
+        let role = if infra == Infra::Ours { "nsm" } else { "manager" };
+        let manager = self.process(self.path("nsmgr"), &[role], &env)?;
+        if infra == Infra::Ours {
+            return Ok((registry, manager, None));
+        }
+        let mut env = common("forwarder")?;
+        env.push(("NSM_CONNECT_TO", self.socket("nsm.io.sock")));
+        env.push(("NSM_LISTEN_ON", self.socket("forwarder.sock")));
+        let forwarder = self.process(self.path("forwarder"), &["nsm"], &env)?;
+        Ok((registry, manager, Some(forwarder)))
+    }
+
+    /// Output of `spire-server` with the arguments.
+    fn ask(&self, args: &[&str]) -> Result<String> {
+        let server = self.programs.join(SERVER_KEY).display().to_string();
+        self.namespace
+            .output(&server, &[args, &["-socketPath", &self.path("server.sock").display().to_string()]].concat())
+    }
+
+    /// Lets processes that run `program` be `spiffe://example.org/<name>`.
+    fn entry(&self, name: &str, program: &Path) -> Result<()> {
+        let (id, selector) = (format!("spiffe://example.org/{name}"), format!("unix:path:{}", program.display()));
+        let life = SVID_LIFETIME.to_string();
+        let args = ["entry", "create", "-parentID", AGENT_ID, "-spiffeID", &id, "-selector", &selector, "-x509SVIDTTL"];
+        self.ask(&[&args[..], &[&life]].concat()).map(drop)
+    }
+
+    /// A join token for the agent.
+    fn token(&self) -> Result<String> {
+        let said = self.ask(&["token", "generate", "-spiffeID", AGENT_ID])?;
+        let token = said.lines().find_map(|line| line.strip_prefix("Token: "));
+        token.map(|token| token.trim().to_owned()).with_context(|| format!("spire-server token generate said {said:?}"))
     }
 }
 
@@ -264,25 +383,6 @@ async fn healthy(namespace: &Namespace, program: &Path, socket: &Path, process: 
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     Ok(())
-}
-
-/// Lets processes that run `program` be `spiffe://example.org/<name>`.
-fn entry(namespace: &Namespace, programs: &Path, directory: &Path, name: &str, program: &Path) -> Result<()> {
-    let (id, selector) = (format!("spiffe://example.org/{name}"), format!("unix:path:{}", program.display()));
-    let (socket, life) = (directory.join("server.sock").display().to_string(), SVID_LIFETIME.to_string());
-    let server = programs.join(SERVER_KEY).display().to_string();
-    let args =
-        ["entry", "create", "-socketPath", &socket, "-parentID", AGENT_ID, "-spiffeID", &id, "-selector", &selector];
-    namespace.output(&server, &[&args[..], &["-x509SVIDTTL", &life]].concat()).map(drop)
-}
-
-/// A join token for the agent.
-fn token(namespace: &Namespace, programs: &Path, directory: &Path) -> Result<String> {
-    let socket = directory.join("server.sock").display().to_string();
-    let server = programs.join(SERVER_KEY).display().to_string();
-    let said = namespace.output(&server, &["token", "generate", "-socketPath", &socket, "-spiffeID", AGENT_ID])?;
-    let token = said.lines().find_map(|line| line.strip_prefix("Token: "));
-    token.map(|token| token.trim().to_owned()).with_context(|| format!("spire-server token generate said {said:?}"))
 }
 
 fn server_config(directory: &Path) -> String {

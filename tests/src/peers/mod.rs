@@ -1,19 +1,19 @@
-//! Live peers that share no code with this project: SPIRE server and agent, and NSM clients and endpoints made of the Go libraries that
-//! NSM's own programs stand on. `tools/peers` builds them.
+//! Live peers that share no code with this project: SPIRE server and agent, and registry, manager, endpoint and client of NSM's own Go SDK
+//! in two versions. `tools/peers` builds them.
 
 mod log;
 mod mesh;
 mod ours;
 
 pub use log::Log;
-pub use mesh::{Component, Mesh, TOKEN_LIFETIME};
+pub use mesh::{Component, GoSdk, Infra, Mesh, TOKEN_LIFETIME};
 pub use ours::{OurClient, OurEndpoint, Pings};
 
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 
-const PROGRAMS: [&str; 3] = ["spire-server", "spire-agent", "nsm"];
+const PROGRAMS: [&str; 4] = ["spire-server", "spire-agent", GoSdk::Pinned.program(), GoSdk::Current.program()];
 
 /// The directory of the peers. `None`, after a line that says so, where they are not built and nothing requires them.
 ///
@@ -28,6 +28,6 @@ pub fn installed() -> Result<Option<PathBuf>> {
     if std::env::var("MERIDIO_PEERS").is_ok_and(|wanted| wanted == "required") {
         bail!("{missing:?} are not in {}: run tools/peers", directory.display());
     }
-    println!("skipped: the peers {missing:?} are not built (MERIDIO_PEERS=required tools/peers builds them, with Go)");
+    println!("skipped: the peers {missing:?} are not built (tools/peers builds them where Go is)");
     Ok(None)
 }

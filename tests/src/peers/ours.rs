@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::mesh::{Mesh, TOKEN_LIFETIME};
 
-const TIMEOUT: Duration = Duration::from_secs(15);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 fn kernel(netns: &Netns, name: &str) -> Mechanism {
     let url = format!("file:///proc/self/fd/{}", netns.fd().as_raw_fd());

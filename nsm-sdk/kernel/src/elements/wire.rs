@@ -74,7 +74,8 @@ impl WireClient {
     }
 
     /// The mechanisms to offer to the next hop: what can be joined with the caller's.
-    fn offer(&self, inward: &Mechanism, preferences: &mut Vec<Mechanism>) {
+    /// `name` is the one that the endpoint's interface has already, if there is one.
+    fn offer(&self, inward: &Mechanism, name: Option<String>, preferences: &mut Vec<Mechanism>) {
         let mut add = |class: &str, kind: &str, parameters: &[(&str, String)]| {
             if !preferences.iter().any(|p| p.r#type == kind) {
                 preferences.push(preference(class, kind, parameters));
@@ -83,10 +84,20 @@ impl WireClient {
         if inward.r#type == NOOP {
             return add(LOCAL, NOOP, &[]);
         }
-        add(LOCAL, KERNEL, &[]);
+        add(LOCAL, KERNEL, name.map(|name| ("name", name)).as_slice());
         if let Some(ip) = self.tunnel_ip {
             add(REMOTE, VXLAN, &[("src_ip", ip.to_string()), ("src_port", PORT.to_string())]);
         }
+    }
+
+    /// The name of the endpoint's interface, where a forwarder that is gone has made the wire: the endpoint is asked to keep it.
+    async fn found(&self, inward: &Mechanism, id: &str) -> Option<String> {
+        if inward.r#type != KERNEL {
+            return None;
+        }
+        let netns = netns_of(inward).ok()?;
+        // Without an answer the endpoint chooses, and the interface is renamed.
+        wire::endpoint_name(&netns, interface_name(inward), id).await.ok()?
     }
 
     /// Which wire joins the two mechanisms of a connection; none where neither side wants to carry packets.
@@ -205,9 +216,14 @@ impl Element for WireClient {
         let (postponed, id) = (call.ctx.postpone(), call.id().to_owned());
         let metadata = call.ctx.metadata(CLIENT, &id)?.clone();
         let inward = call.ctx.extension::<Inward>().and_then(|i| i.0.clone()).unwrap_or_default();
-        self.offer(&inward, &mut call.message.mechanism_preferences);
+        let before = metadata.get(&self.key);
+        let name = match &before {
+            Some(_) => None,
+            None => self.found(&inward, first_id(call.connection_mut())).await,
+        };
+        let before = before.unwrap_or_default();
+        self.offer(&inward, name, &mut call.message.mechanism_preferences);
         let mut connection = next.request(call).await?;
-        let before = metadata.get(&self.key).unwrap_or_default();
         let result = match self.wire(&inward, &connection) {
             Ok(Some(wire)) => self.establish(&wire, &before).await,
             Ok(None) => self.remove(&before).await.map(|()| (Vec::new(), None)),

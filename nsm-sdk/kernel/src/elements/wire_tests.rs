@@ -11,7 +11,7 @@ use crate::elements::vxlan::VxlanServer;
 use crate::netlink::Link;
 
 /// Answers as the next hop would: with this mechanism, translated back above.
-struct NextHop(Mutex<Mechanism>, Mutex<u32>);
+struct NextHop(Mutex<Mechanism>, Mutex<u32>, Mutex<Vec<Mechanism>>);
 
 #[async_trait::async_trait]
 impl Element for NextHop {
@@ -20,6 +20,7 @@ impl Element for NextHop {
     }
 
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        self.2.lock().unwrap().clone_from(&call.message.mechanism_preferences);
         call.connection_mut().mechanism = Some(self.0.lock().unwrap().clone());
         next.request(call).await
     }
@@ -101,7 +102,7 @@ async fn answers(netns: &Netns, ip: &str) -> bool {
 async fn local_connection_from_request_to_close() {
     let (node, client, endpoint) =
         (Netns::anonymous().unwrap(), Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
-    let hop = Arc::new(NextHop(Mutex::new(kernel(&endpoint, "lb-1")), Mutex::default()));
+    let hop = Arc::new(NextHop(Mutex::new(kernel(&endpoint, "lb-1")), Mutex::default(), Mutex::default()));
     let chain = forwarder(&node, None, hop.clone());
     let asked = connection(kernel(&client, "nsm-0"));
     let started = std::time::Instant::now();
@@ -113,8 +114,11 @@ async fn local_connection_from_request_to_close() {
     assert!(answers(&endpoint, "172.16.1.2").await);
     // A refresh, also by a forwarder that has just been started, changes nothing.
     request(&chain, asked.clone()).await.unwrap();
+    assert_eq!(*hop.2.lock().unwrap(), [preference(LOCAL, KERNEL, &[])]);
     let restarted = forwarder(&node, None, hop.clone());
     request(&restarted, answer.clone()).await.unwrap();
+    // It asks for the name that the endpoint's end has already; the one before had no such wish.
+    assert_eq!(*hop.2.lock().unwrap(), [preference(LOCAL, KERNEL, &[("name", "lb-1".into())])]);
     assert_eq!(link(&client, "nsm-0").await.unwrap(), made);
     // Another name: the same interface, rules included.
     request(&restarted, connection(kernel(&client, "nsm-7"))).await.unwrap();
@@ -132,7 +136,7 @@ async fn local_connection_from_request_to_close() {
 #[tokio::test]
 async fn failure_closes_what_was_asked_for() {
     let (node, client) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
-    let hop = Arc::new(NextHop(Mutex::new(preference(LOCAL, "MEMIF", &[])), Mutex::default()));
+    let hop = Arc::new(NextHop(Mutex::new(preference(LOCAL, "MEMIF", &[])), Mutex::default(), Mutex::default()));
     let chain = forwarder(&node, None, hop.clone());
     let error = request(&chain, connection(kernel(&client, "nsm-0"))).await.unwrap_err();
     assert!(error.to_string().contains("MEMIF"), "{error}");
@@ -143,7 +147,7 @@ async fn failure_closes_what_was_asked_for() {
 #[tokio::test]
 async fn a_connection_may_do_without_packets() {
     let (node, client) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
-    let hop = Arc::new(NextHop(Mutex::new(preference(LOCAL, NOOP, &[])), Mutex::default()));
+    let hop = Arc::new(NextHop(Mutex::new(preference(LOCAL, NOOP, &[])), Mutex::default(), Mutex::default()));
     let chain = forwarder(&node, None, hop.clone());
     let asked = || connection(preference(LOCAL, NOOP, &[]));
     let answer = request(&chain, asked()).await.unwrap();
@@ -163,11 +167,11 @@ async fn remote_connection_over_vxlan() {
         let (node_a, node_b) = crate::testing::joined_nodes(ip_a, ip_b).await;
         let (client, endpoint) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
         let asked = preference(REMOTE, VXLAN, &[("src_ip", a.into()), ("src_port", "4789".into())]);
-        let far = Arc::new(NextHop(Mutex::new(kernel(&endpoint, "lb-1")), Mutex::default()));
+        let far = Arc::new(NextHop(Mutex::new(kernel(&endpoint, "lb-1")), Mutex::default(), Mutex::default()));
         let answer = request(&forwarder(&node_b, Some(ip_b), far), connection(asked)).await.unwrap();
         let tunnel = answer.mechanism.clone().unwrap();
         assert_eq!(parameter(&tunnel, "dst_ip"), b);
-        let near = Arc::new(NextHop(Mutex::new(tunnel), Mutex::default()));
+        let near = Arc::new(NextHop(Mutex::new(tunnel), Mutex::default(), Mutex::default()));
         let chain = forwarder(&node_a, Some(ip_a), near);
         request(&chain, connection(kernel(&client, "nsm-0"))).await.unwrap();
         let made = link(&client, "nsm-0").await.unwrap();
@@ -187,7 +191,7 @@ async fn remote_connection_over_vxlan() {
 async fn many_cycles_leave_nothing() {
     let (node, client, endpoint) =
         (Netns::anonymous().unwrap(), Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
-    let hop = Arc::new(NextHop(Mutex::new(kernel(&endpoint, "lb-1")), Mutex::default()));
+    let hop = Arc::new(NextHop(Mutex::new(kernel(&endpoint, "lb-1")), Mutex::default(), Mutex::default()));
     let chain = forwarder(&node, None, hop);
     let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let asked = || connection(kernel(&client, "nsm-0"));

@@ -100,8 +100,8 @@ pub struct Link {
     pub master: Option<u32>,
     /// Index of the other end of a veth pair, in the other end's namespace.
     pub peer: Option<u32>,
-    /// That other end is in another network namespace.
-    pub peer_elsewhere: bool,
+    /// Id of the other end's namespace, as this one knows it; none if it is the same namespace.
+    pub peer_nsid: Option<i32>,
     /// Of VXLAN devices with a unicast remote.
     pub vxlan: Option<VxlanParameters>,
 }
@@ -119,7 +119,7 @@ pub(crate) fn parse_link(message: &LinkMessage) -> Option<Link> {
         running: flags.contains(LinkFlags::Running) && flags.contains(LinkFlags::LowerUp),
         master: None,
         peer: None,
-        peer_elsewhere: false,
+        peer_nsid: None,
         vxlan: None,
     };
     for attribute in &message.attributes {
@@ -130,8 +130,7 @@ pub(crate) fn parse_link(message: &LinkMessage) -> Option<Link> {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Controller(index) => link.master = Some(*index).filter(|i| *i != 0),
             LinkAttribute::Link(index) => link.peer = Some(*index),
-            // Told only if it is another one than the interface's own.
-            LinkAttribute::LinkNetNsId(_) => link.peer_elsewhere = true,
+            LinkAttribute::LinkNetNsId(id) => link.peer_nsid = Some(*id),
             LinkAttribute::LinkInfo(infos) => parse_info(&mut link, infos),
             _ => {}
         }
@@ -344,19 +343,24 @@ impl Netlink {
     /// Deletes an interface in a namespace that this one knows by id (see [`nsid_of`](Self::nsid_of)), if it still carries
     /// `alias`: ids and indexes are given again. Deletes nothing if the namespace is gone.
     pub async fn link_delete_in(&self, nsid: i32, index: u32, alias: &str) -> Result<(), Error> {
+        if self.link_in(nsid, index).await?.is_none_or(|link| link.alias != alias) {
+            return Ok(());
+        }
         let what = || format!("delete interface {index} ({alias}) in namespace {nsid}");
         let mut message = named(index, "");
         message.attributes.push(LinkAttribute::IfNetnsId(nsid));
-        let found = match self.get(&what(), RouteNetlinkMessage::GetLink(message.clone())).await {
-            Ok(found) => links_in(&found),
-            // An id without a namespace is an invalid argument.
-            Err(e) if e.is_missing() || e.errno() == Some(libc::EINVAL) => return Ok(()),
-            Err(e) => return Err(e),
-        };
-        if !found.iter().any(|l| l.alias == alias) {
-            return Ok(());
-        }
         self.change(what, RouteNetlinkMessage::DelLink(message), 0).await
+    }
+
+    /// One interface in a namespace that this one knows by id (see [`nsid_of`](Self::nsid_of)); none if the namespace is gone.
+    pub async fn link_in(&self, nsid: i32, index: u32) -> Result<Option<Link>, Error> {
+        let mut message = named(index, "");
+        message.attributes.push(LinkAttribute::IfNetnsId(nsid));
+        match self.one_link(message, &format!("look up interface {index} in namespace {nsid}")).await {
+            // An id without a namespace is an invalid argument.
+            Err(e) if e.errno() == Some(libc::EINVAL) => Ok(None),
+            found => found,
+        }
     }
 }
 
