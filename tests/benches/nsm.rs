@@ -1,10 +1,10 @@
 //! Figures of the NSM SDK on one machine: client -> manager -> forwarder -> endpoint, over real sockets with mutual TLS.
 //!
 //! `tools/bench nsm [PART...] [--quick]` as root; parts are `rate`, `live` and `leaks`, all by default.
-//! The manager of NSM's own Go SDK is measured in the same run, with our forwarder, endpoint and client around it, where `tools/peers` has
-//! built it; `NSM_MANAGER="PROGRAM ARGUMENT..."` names another one. It is started with NSM's settings: `NSM_NAME`, `NSM_LISTEN_ON`, an empty
-//! `NSM_REGISTRY_URL` (it keeps its registry itself), `SPIFFE_ENDPOINT_SOCKET`. A table is printed, and written as JSON to
-//! `target/bench/nsm.json`.
+//! The manager and registry of NSM's own Go SDK are measured in the same run, with our forwarder, endpoint and client around them, where
+//! `tools/peers` has built them; `NSM_MANAGER` names another program that is a manager by its argument `manager` and a registry by
+//! `registry`. They are started with NSM's settings: `NSM_NAME`, `NSM_LISTEN_ON`, `NSM_REGISTRY_URL`, `SPIFFE_ENDPOINT_SOCKET`. A table is
+//! printed, and written as JSON to `target/bench/nsm.json`.
 
 use anyhow::{Context as _, Result, bail};
 use meridio_tests::{
@@ -49,23 +49,28 @@ const QUICK: Size = Size {
     cycles: leaks::Cycles { nothing: 500, veth: 50 },
 };
 
-/// Another manager.
-struct Other {
-    program: PathBuf,
-    args: Vec<String>,
+/// Another manager and registry: what `NSM_MANAGER` names, or else the ones among the live peers.
+fn other_program() -> Option<PathBuf> {
+    if let Some(program) = std::env::var_os("NSM_MANAGER") {
+        return Some(program.into());
+    }
+    let peers = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/peers/bin");
+    Some(peers.join(GoSdk::Current.program())).filter(|program| program.is_file())
 }
 
-impl Other {
-    /// What `NSM_MANAGER` names, or else the manager among the live peers.
-    fn find() -> Option<Self> {
-        if let Ok(command) = std::env::var("NSM_MANAGER") {
-            let mut words = command.split_whitespace().map(str::to_owned);
-            return Some(Self { program: words.next()?.into(), args: words.collect() });
-        }
-        let program = GoSdk::Current.program();
-        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/peers/bin").join(program);
-        program.is_file().then(|| Self { program, args: vec!["manager".to_owned()] })
-    }
+/// Starts one of its roles.
+fn start_other(world: &World, program: &Path, role: &str, listen_on: &str, registry: &str) -> Result<Process> {
+    let mut command = world.command(program);
+    command
+        .arg(role)
+        .env("NSM_NAME", role)
+        .env("NSM_LISTEN_ON", listen_on)
+        .env("NSM_REGISTRY_URL", registry)
+        .env("NSM_MAX_TOKEN_LIFETIME", format!("{}s", LONG_LIFE.as_secs()))
+        .env("NSM_LOG_LEVEL", "error")
+        .env("SPIFFE_ENDPOINT_SOCKET", world.workload(role)?)
+        .stdout(std::process::Stdio::null());
+    Ok(Process(command.spawn().with_context(|| program.display().to_string())?))
 }
 
 /// Manager, forwarder, endpoint and client.
@@ -81,23 +86,17 @@ struct Path4 {
 
 impl Path4 {
     /// Ours in the middle, one process for manager and forwarder; or another manager with our forwarder beside it.
-    async fn start(other: Option<&Other>) -> Result<Self> {
+    async fn start(other: Option<&Path>) -> Result<Self> {
         let world = World::start().await?;
         let mut processes = Vec::new();
         let manager = world.url("manager");
         match other {
             None => processes.push(world.node("manager", None)?),
             Some(program) => {
-                let mut command = world.command(&program.program);
-                command
-                    .args(&program.args)
-                    .env("NSM_NAME", "manager")
-                    .env("NSM_LISTEN_ON", format!("{manager},tcp://127.0.0.1:5001"))
-                    .env("NSM_REGISTRY_URL", "")
-                    .env("NSM_MAX_TOKEN_LIFETIME", format!("{}s", LONG_LIFE.as_secs()))
-                    .env("NSM_LOG_LEVEL", "error")
-                    .env("SPIFFE_ENDPOINT_SOCKET", world.workload("manager")?);
-                processes.push(Process(command.spawn().with_context(|| program.program.display().to_string())?));
+                let registry = world.url("registry");
+                let listen_on = format!("{manager},tcp://127.0.0.1:5001");
+                processes.push(start_other(&world, program, "manager", &listen_on, &registry)?);
+                processes.push(start_other(&world, program, "registry", &registry, "")?);
                 processes.push(world.node("forwarder", Some(&manager))?);
             }
         }
@@ -197,7 +196,7 @@ fn mib(bytes: u64) -> f64 {
     (bytes as f64 / 1024.0 / 1024.0 * 100.0).round() / 100.0
 }
 
-async fn rate(other: Option<&Other>, size: &Size) -> Result<Value> {
+async fn rate(other: Option<&Path>, size: &Size) -> Result<Value> {
     let path = Path4::start(other).await?;
     let mut result = json!({});
     for (name, carrier) in [("nothing", Carrier::Nothing), ("veth", Carrier::Veth)] {
@@ -219,7 +218,7 @@ async fn rate(other: Option<&Other>, size: &Size) -> Result<Value> {
 }
 
 /// Many connections at once: time, memory, latency of one more, cost of refreshing, and what is left when they are closed.
-async fn live(other: Option<&Other>, size: &Size) -> Result<Value> {
+async fn live(other: Option<&Path>, size: &Size) -> Result<Value> {
     let path = Path4::start(other).await?;
     path.sequential(Carrier::Veth, 20).await?;
     let before = mesh::usage(path.pid)?;
@@ -377,7 +376,7 @@ fn main() -> Result<()> {
         bail!("{unknown}: no part of this bench, there are: {}", known.join(", "));
     }
     let wanted = |name: &str| parts.is_empty() || parts.contains(&name);
-    let other = Other::find();
+    let other = other_program();
     let mut result = json!({ "machine": machine() });
     println!("nsm: {}", result["machine"]);
     for (name, section) in known.iter().zip(0..) {
@@ -389,14 +388,12 @@ fn main() -> Result<()> {
             result["leaks"] = leak(size)?;
             continue;
         }
-        for (who, program) in [("ours", None), ("other", other.as_ref())] {
+        for (who, program) in [("ours", None), ("other", other.as_deref())] {
             if who == "other" && program.is_none() {
-                println!(
-                    "{name}, another manager: skipped, tools/peers has not built one and NSM_MANAGER does not name one"
-                );
+                println!("{name}, another manager: skipped, tools/peers has not built one, NSM_MANAGER names none");
                 continue;
             }
-            println!("{name}, manager: {}", program.map_or("ours".into(), |other| other.program.display().to_string()));
+            println!("{name}, manager: {}", program.map_or("ours".into(), |other| other.display().to_string()));
             result[*name][who] = match section {
                 0 => runtime.block_on(rate(program, size))?,
                 _ => runtime.block_on(live(program, size))?,
