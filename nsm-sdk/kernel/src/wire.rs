@@ -174,7 +174,7 @@ async fn ensure_veth(a: &End, b: &End) -> Result<Made, Error> {
         na.veth_create(&end(a), &end(b), None).await?;
     }
     let found = plan.adopt.map_or((None, None), |(first, second)| (Some(first), second));
-    let (first, second) = (activate(a, found.0).await?, activate(b, found.1).await?);
+    let (first, second) = (activate(a, found.0, &named_a).await?, activate(b, found.1, &named_b).await?);
     Ok(Made { created: plan.adopt.is_none(), first, second: Some(second) })
 }
 
@@ -204,7 +204,7 @@ async fn ensure_vxlan(end: &End, underlay: &Netns, tunnel: &VxlanParameters) -> 
         plan = plan_vxlan(end, tunnel, &relevant(end, &named).await?)?;
     }
     if let Some((index, _)) = plan.adopt {
-        let first = activate(end, Some(index)).await?;
+        let first = activate(end, Some(index), &named).await?;
         return Ok(Made { created: false, first, second: None });
     }
     for index in &plan.delete_first {
@@ -227,15 +227,19 @@ async fn ensure_vxlan(end: &End, underlay: &Netns, tunnel: &VxlanParameters) -> 
         ignore_missing(node.link_delete(made.index).await)?;
         return Err(e);
     }
-    let first = activate(end, None).await?;
+    let first = activate(end, None, &[]).await?;
     Ok(Made { created: true, first, second: None })
 }
 
-/// Sets name, alias and "up" where they differ; returns the interface's index. `adopted` is the index of one that was there.
-async fn activate(end: &End, adopted: Option<u32>) -> Result<u32, Error> {
+/// Sets name, alias and "up" where they differ; returns the interface's index. `adopted` is the index of one that was there,
+/// perhaps among those that were `seen`.
+async fn activate(end: &End, adopted: Option<u32>, seen: &[Link]) -> Result<u32, Error> {
     let netlink = end.netns.netlink().await?;
     let link = match adopted {
-        Some(index) => netlink.link_by_index(index).await?,
+        Some(index) => match seen.iter().find(|link| link.index == index) {
+            Some(link) => Some(link.clone()),
+            None => netlink.link_by_index(index).await?,
+        },
         None => {
             let name = end.name.clone();
             end.netns.run(move || sysctl::prepare_interface_here(&name)).await?;

@@ -97,3 +97,41 @@ fn garbage_is_an_error() {
     }
     assert!(verify_es256(&token, b"not a certificate").is_err());
 }
+
+/// Signer, its leaf, and a genuine token.
+static GENUINE: std::sync::LazyLock<(X509Source, Vec<u8>, String)> = std::sync::LazyLock::new(|| {
+    let source = source("/nsc");
+    let (leaf, jwt) =
+        (leaf(&source), source.sign(Some("spiffe://example.org/mgr"), Duration::from_secs(3600)).unwrap().jwt);
+    (source, leaf, jwt)
+});
+
+proptest::proptest! {
+    /// Whatever text comes as a token gets an answer, and only the signer's own is the signer's.
+    #[test]
+    fn no_other_text_is_a_token(text in ".{0,200}", places in proptest::collection::vec((0..500_usize, 33..127_u8), 1..6), end in 0..500_usize) {
+        let (_, leaf, jwt) = &*GENUINE;
+        proptest::prop_assert!(verify_es256(&text, leaf).is_err());
+        let mut bent = jwt.clone().into_bytes();
+        for (at, byte) in places {
+            let at = at % bent.len();
+            bent[at] = byte;
+        }
+        bent.truncate(end.max(1));
+        let bent = String::from_utf8(bent).unwrap();
+        let _ = decode(&bent);
+        proptest::prop_assert!(bent == *jwt || verify_es256(&bent, leaf).is_err(), "{bent}");
+    }
+
+    /// Any audience travels as it is, and no token outlives what was asked for.
+    #[test]
+    fn what_is_signed_reads_back(audience in ".{0,60}", life in 0..7200_u64) {
+        let (source, leaf, _) = &*GENUINE;
+        let before = SystemTime::now();
+        let token = source.sign(Some(&audience), Duration::from_secs(life)).unwrap();
+        let claims = verify_es256(&token.jwt, leaf).unwrap();
+        proptest::prop_assert_eq!((&claims.aud, &claims.sub), (&vec![audience], &source.spiffe_id()));
+        let end = before + Duration::from_secs(life + 2);
+        proptest::prop_assert!(claims.expired(end));
+    }
+}

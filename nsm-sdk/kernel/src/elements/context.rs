@@ -11,7 +11,7 @@ use nsm_chain::{
     RequestCall, Route, Side, unwind,
 };
 
-use super::{configurable, interface_name, netns_of};
+use super::{Open, configurable, interface_name, netns_of};
 use crate::config::{self, InterfaceConfig, InterfaceNeighbour, InterfaceRoute, Policy};
 use crate::netlink::PortRange;
 use crate::sysctl;
@@ -175,13 +175,23 @@ async fn configure(
     Ok(())
 }
 
-async fn request(name: &'static str, key: &Key<bool>, call: RequestCall, next: Next) -> Result<Connection, Error> {
+async fn request(name: &'static str, key: &Key<bool>, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
     let (postponed, id) = (call.ctx.postpone(), call.id().to_owned());
+    // Until this operation is done, the namespaces that the elements below work in stay open.
+    let open = match call.ctx.extension::<Open>() {
+        Some(open) => open,
+        None => {
+            call.ctx.insert_extension(Open::default());
+            call.ctx.extension::<Open>().unwrap_or_default()
+        }
+    };
     let metadata = call.ctx.metadata(name, &id)?.clone();
     let connection = next.request(call).await?;
     let Some(mechanism) = configurable(connection.mechanism.as_ref()) else { return Ok(connection) };
     let context = connection.context.clone().unwrap_or_default();
-    match configure(mechanism, &context, key.side(), !metadata.contains(key)).await {
+    let configured = configure(mechanism, &context, key.side(), !metadata.contains(key)).await;
+    drop(open);
+    match configured {
         Ok(()) => {
             metadata.insert(key, true);
             Ok(connection)

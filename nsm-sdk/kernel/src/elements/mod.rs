@@ -25,6 +25,7 @@ pub mod vxlan;
 pub mod wire;
 
 use std::net::IpAddr;
+use std::sync::{Mutex, PoisonError};
 
 use nsm_chain::{Connection, Mechanism};
 
@@ -58,6 +59,17 @@ pub fn interface_name(mechanism: &Mechanism) -> &str {
 /// Opens the namespace that a KERNEL mechanism names.
 pub fn netns_of(mechanism: &Mechanism) -> Result<Netns, Error> {
     Netns::from_url(parameter(mechanism, "inodeURL"))
+}
+
+/// Namespaces that one operation works in: open until it is done, so that each element does not open them, and a netlink socket in
+/// them, anew.
+#[derive(Debug, Default)]
+pub(crate) struct Open(Mutex<Vec<Netns>>);
+
+impl Open {
+    pub(crate) fn hold(&self, netns: &Netns) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(netns.clone());
+    }
 }
 
 /// True for a KERNEL mechanism without VLAN: an interface whose addresses and routes are ours to set.

@@ -10,7 +10,9 @@ use std::net::IpAddr;
 use nsm_chain::{CloseCall, Connection, Element, Error, Key, Mechanism, Next, RequestCall, Side, unwind};
 
 use super::vxlan::PORT;
-use super::{KERNEL, LOCAL, NOOP, REMOTE, VXLAN, address, first_id, interface_name, netns_of, parameter, preference};
+use super::{
+    KERNEL, LOCAL, NOOP, Open, REMOTE, VXLAN, address, first_id, interface_name, netns_of, parameter, preference,
+};
 use crate::netlink::VxlanParameters;
 use crate::wire::{self, End, Wire};
 use crate::{Netns, NetnsId, aliases};
@@ -175,7 +177,12 @@ impl WireClient {
         let indexes = [Some(made.first), made.second];
         let mut known = Vec::new();
         for (end, index) in wire_ends(wire).into_iter().zip(indexes.into_iter().flatten()) {
-            known.push(self.known(end, index).await?);
+            let same =
+                |k: &&Known| (k.netns, k.index, &k.name, &k.alias) == (end.netns.id(), index, &end.name, &end.alias);
+            known.push(match before.iter().find(same) {
+                Some(before) => before.clone(),
+                None => self.known(end, index).await?,
+            });
         }
         if made.created || !moved.is_empty() {
             let end = |k: &Known| format!("{} in {}", k.name, k.netns);
@@ -223,9 +230,13 @@ impl Element for WireClient {
         };
         let before = before.unwrap_or_default();
         self.offer(&inward, name, &mut call.message.mechanism_preferences);
+        let open = call.ctx.extension::<Open>().unwrap_or_default();
         let mut connection = next.request(call).await?;
         let result = match self.wire(&inward, &connection) {
-            Ok(Some(wire)) => self.establish(&wire, &before).await,
+            Ok(Some(wire)) => {
+                wire_ends(&wire).iter().for_each(|end| open.hold(&end.netns));
+                self.establish(&wire, &before).await
+            }
             Ok(None) => self.remove(&before).await.map(|()| (Vec::new(), None)),
             Err(error) => Err(error),
         };

@@ -8,7 +8,7 @@ mod route;
 mod rule;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use futures_util::StreamExt;
 use rtnetlink::Handle;
@@ -16,6 +16,7 @@ use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::RouteNetlinkMessage;
+use tokio::runtime::Runtime;
 use tokio::sync::Mutex;
 
 use crate::Error;
@@ -46,12 +47,33 @@ pub struct Netlink {
     dumping: Arc<Mutex<()>>,
 }
 
+/// Threads that drive the sockets. The kernel does what a message asks for within the call that sends it, and waits there for a lock
+/// that the removal of an interface holds for tens of milliseconds: only other messages may wait behind it.
+const DRIVERS: usize = 2;
+
+fn driver() -> Result<&'static Runtime, Error> {
+    static DRIVER: std::sync::Mutex<Option<&'static Runtime>> = std::sync::Mutex::new(None);
+    let mut driver = DRIVER.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(driver) = *driver {
+        return Ok(driver);
+    }
+    let built = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(DRIVERS)
+        .thread_name("netlink")
+        .enable_all()
+        .build()
+        .map_err(|e| Error::io("start the threads of netlink", e))?;
+    Ok(*driver.insert(Box::leak(Box::new(built))))
+}
+
 impl Netlink {
-    /// Opens a socket in the namespace of the calling thread; its connection runs on the current runtime and ends with the last clone.
+    /// Opens a socket in the namespace of the calling thread; its connection ends with the last clone.
     pub fn open() -> Result<Self, Error> {
+        let driver = driver()?;
+        let _driving = driver.enter();
         let (connection, handle, _) =
             rtnetlink::new_connection_with_strict_check().map_err(|e| Error::io("open netlink socket", e))?;
-        tokio::spawn(connection);
+        driver.spawn(connection);
         Ok(Netlink { handle, dumping: Arc::default() })
     }
 

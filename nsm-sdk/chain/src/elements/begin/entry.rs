@@ -40,7 +40,7 @@ struct Record {
     generation: u64,
     /// The last successful request, with the connection it resulted in.
     request: NetworkServiceRequest,
-    /// What the caller of the last request by hand was given.
+    /// What the caller of the last request by hand was given; of interest on the client's side only.
     returned: Option<Connection>,
     /// Values for events: the context of the last successful request, without its deadline.
     values: Context,
@@ -187,7 +187,9 @@ impl Entry {
         match self.next.request(call).await {
             Ok(connection) => {
                 let connection = self.established(request, connection, Some(values));
-                self.record().returned = Some(connection.clone());
+                if self.side == Side::Client {
+                    self.record().returned = Some(connection.clone());
+                }
                 if fresh && asking.is_given_up(deadline) {
                     return Err(self.undo(connection).await);
                 }

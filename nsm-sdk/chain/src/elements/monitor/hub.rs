@@ -4,7 +4,7 @@ use super::selector::matches;
 use crate::{Connection, ConnectionEvent, ConnectionEventType, Key, MonitorScopeSelector, Side};
 use futures_util::Stream;
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     task::{Context, Poll, Waker},
@@ -20,10 +20,27 @@ const BACKLOG: usize = 256;
 #[derive(Clone, Debug, Default)]
 pub struct Hub(Arc<Mutex<Inner>>);
 
+/// Nearly every subscriber follows one connection: both sides are found by ids, however many others there are.
 #[derive(Debug, Default)]
 struct Inner {
     connections: BTreeMap<String, Connection>,
-    subscribers: Vec<Weak<Mutex<Queue>>>,
+    /// Ids of connections by the ids of the segments of their paths.
+    by_segment: HashMap<String, BTreeSet<String>>,
+    /// Subscribers whose selector names a segment's id, by that id.
+    followers: HashMap<String, Vec<Weak<Mutex<Queue>>>>,
+    /// The other subscribers.
+    others: Vec<Weak<Mutex<Queue>>>,
+}
+
+/// The ids of a path's segments, each once.
+fn segment_ids(connection: &Connection) -> BTreeSet<&str> {
+    let segments = connection.path.as_ref().map_or(&[][..], |path| &path.path_segments);
+    segments.iter().map(|segment| segment.id.as_str()).filter(|id| !id.is_empty()).collect()
+}
+
+/// A segment's id that every connection has which the selector covers; `None` if it names none.
+fn followed(selector: &MonitorScopeSelector) -> Option<&str> {
+    selector.path_segments.iter().map(|segment| segment.id.as_str()).find(|id| !id.is_empty())
 }
 
 #[derive(Debug, Default)]
@@ -47,8 +64,8 @@ impl Hub {
     /// Announces a new or changed connection.
     pub fn update(&self, connection: Connection) {
         let mut inner = lock(&self.0);
-        inner.connections.insert(connection.id.clone(), connection.clone());
         inner.announce(ConnectionEventType::Update, &connection);
+        inner.insert(connection);
     }
 
     /// Announces something about a connection without remembering it (REFRESH_REQUESTED and the like).
@@ -59,7 +76,7 @@ impl Hub {
     /// Announces the end of a connection.
     pub fn delete(&self, connection: &Connection) {
         let mut inner = lock(&self.0);
-        let connection = inner.connections.remove(&connection.id).unwrap_or_else(|| connection.clone());
+        let connection = inner.remove(&connection.id).unwrap_or_else(|| connection.clone());
         inner.announce(ConnectionEventType::Delete, &connection);
     }
 
@@ -75,25 +92,32 @@ impl Hub {
 
     /// Number of live subscriptions.
     pub fn subscribers(&self) -> usize {
-        lock(&self.0).subscribers.iter().filter(|queue| queue.strong_count() > 0).count()
+        let inner = lock(&self.0);
+        inner.others.len() + inner.followers.values().map(Vec::len).sum::<usize>()
     }
 
     /// All matching connections at once, empty or not, then each change of one.
     pub fn subscribe(&self, selector: MonitorScopeSelector) -> Subscription {
         let mut inner = lock(&self.0);
-        let connections = inner.connections.iter().filter(|(_, connection)| matches(&selector, connection));
-        let connections = connections.map(|(id, connection)| (id.clone(), connection.clone())).collect();
+        let connections = inner.covered(&selector);
         let first = ConnectionEvent { r#type: ConnectionEventType::InitialStateTransfer.into(), connections };
+        let id = followed(&selector).map(str::to_owned);
         let queue = Queue { selector, events: VecDeque::from([first]), ..Queue::default() };
         let queue = Arc::new(Mutex::new(queue));
-        inner.subscribers.retain(|queue| queue.strong_count() > 0);
-        inner.subscribers.push(Arc::downgrade(&queue));
-        Subscription(queue)
+        match &id {
+            Some(id) => inner.followers.entry(id.clone()).or_default().push(Arc::downgrade(&queue)),
+            None => inner.others.push(Arc::downgrade(&queue)),
+        }
+        Subscription { queue, id, hub: Arc::downgrade(&self.0) }
     }
 
     /// Ends every subscription, after what is waiting in it.
     pub fn end(&self) {
-        for queue in lock(&self.0).subscribers.drain(..).filter_map(|queue| queue.upgrade()) {
+        let mut inner = lock(&self.0);
+        let followers = std::mem::take(&mut inner.followers).into_values().flatten();
+        let all: Vec<_> = followers.chain(std::mem::take(&mut inner.others)).collect();
+        drop(inner);
+        for queue in all.iter().filter_map(Weak::upgrade) {
             let mut queue = lock(&queue);
             queue.ended = true;
             queue.wake();
@@ -102,17 +126,63 @@ impl Hub {
 }
 
 impl Inner {
-    fn announce(&mut self, kind: ConnectionEventType, connection: &Connection) {
-        self.subscribers.retain(|queue| match queue.upgrade() {
-            None => false,
-            Some(queue) => {
-                let mut queue = lock(&queue);
-                if matches(&queue.selector, connection) {
-                    queue.push(kind, connection);
+    fn insert(&mut self, connection: Connection) {
+        self.remove(&connection.id);
+        for id in segment_ids(&connection) {
+            self.by_segment.entry(id.to_owned()).or_default().insert(connection.id.clone());
+        }
+        self.connections.insert(connection.id.clone(), connection);
+    }
+
+    fn remove(&mut self, id: &str) -> Option<Connection> {
+        let connection = self.connections.remove(id)?;
+        for segment in segment_ids(&connection) {
+            if let Some(ids) = self.by_segment.get_mut(segment) {
+                ids.remove(id);
+                if ids.is_empty() {
+                    self.by_segment.remove(segment);
                 }
-                true
             }
-        });
+        }
+        Some(connection)
+    }
+
+    /// The connections that a selector covers, by id.
+    fn covered(&self, selector: &MonitorScopeSelector) -> BTreeMap<String, Connection> {
+        let matching = |connection: &&Connection| matches(selector, connection);
+        let copy = |connection: &Connection| (connection.id.clone(), connection.clone());
+        match followed(selector) {
+            Some(id) => {
+                let ids = self.by_segment.get(id).into_iter().flatten();
+                ids.filter_map(|id| self.connections.get(id)).filter(matching).map(copy).collect()
+            }
+            None => self.connections.values().filter(matching).map(copy).collect(),
+        }
+    }
+
+    fn announce(&self, kind: ConnectionEventType, connection: &Connection) {
+        let followers = segment_ids(connection).into_iter().filter_map(|id| self.followers.get(id)).flatten();
+        for queue in followers.chain(&self.others).filter_map(Weak::upgrade) {
+            let mut queue = lock(&queue);
+            if matches(&queue.selector, connection) {
+                queue.push(kind, connection);
+            }
+        }
+    }
+
+    /// A subscriber has left.
+    fn forget(&mut self, queue: &Weak<Mutex<Queue>>, id: Option<&str>) {
+        match id {
+            None => self.others.retain(|other| !other.ptr_eq(queue)),
+            Some(id) => {
+                if let Some(followers) = self.followers.get_mut(id) {
+                    followers.retain(|other| !other.ptr_eq(queue));
+                    if followers.is_empty() {
+                        self.followers.remove(id);
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -148,13 +218,26 @@ fn coalesce(events: VecDeque<ConnectionEvent>) -> VecDeque<ConnectionEvent> {
 
 /// The events of one subscriber; dropping it ends the subscription.
 #[derive(Debug)]
-pub struct Subscription(Arc<Mutex<Queue>>);
+pub struct Subscription {
+    queue: Arc<Mutex<Queue>>,
+    /// What it is listed under.
+    id: Option<String>,
+    hub: Weak<Mutex<Inner>>,
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        if let Some(hub) = self.hub.upgrade() {
+            lock(&hub).forget(&Arc::downgrade(&self.queue), self.id.as_deref());
+        }
+    }
+}
 
 impl Stream for Subscription {
     type Item = ConnectionEvent;
 
     fn poll_next(self: Pin<&mut Self>, ctx: &mut Context<'_>) -> Poll<Option<ConnectionEvent>> {
-        let mut queue = lock(&self.0);
+        let mut queue = lock(&self.queue);
         match queue.events.pop_front() {
             Some(event) => Poll::Ready(Some(event)),
             None if queue.ended => Poll::Ready(None),
@@ -239,6 +322,43 @@ mod tests {
         assert_eq!(hub.subscribers(), 1);
         hub.end();
         assert_eq!(late.next().now_or_never(), Some(None));
+    }
+
+    /// What is found by ids is what the rules find among all.
+    #[test]
+    fn followers_see_their_connection_whatever_its_path_becomes() {
+        let hub = Hub::new();
+        for n in 0..100 {
+            hub.update(conn(&format!("c{n}"), "svc"));
+        }
+        let mut mine = hub.subscribe(selector(vec![segment("nsc", "c7-0")], &[]));
+        let mut run = hub.subscribe(selector(vec![segment("nsc", ""), segment("mgr", "c7")], &["svc"]));
+        let mut wrong = hub.subscribe(selector(vec![segment("mgr", "c7-0")], &[]));
+        let c7 = || vec!["c7".to_owned()];
+        assert_eq!(next(&mut mine).unwrap().1, c7());
+        assert_eq!(next(&mut run).unwrap().1, c7());
+        assert!(next(&mut wrong).unwrap().1.is_empty());
+        // Another segment, and an id twice on the path: one event each.
+        let mut longer = conn("c7", "svc");
+        let path = longer.path.as_mut().unwrap();
+        path.path_segments.extend([segment("fwd", "f7"), segment("nse", "c7-0")]);
+        hub.update(longer);
+        let mut late = hub.subscribe(selector(vec![segment("", "f7")], &[]));
+        assert_eq!(next(&mut late).unwrap().1, c7());
+        hub.update(conn("c7", "svc"));
+        for stream in [&mut mine, &mut run] {
+            assert_eq!((next(stream).unwrap().1, next(stream).unwrap().1, next(stream)), (c7(), c7(), None));
+        }
+        assert_eq!(next(&mut late), None, "the segment is gone from the path");
+        hub.delete(&conn("c7", "svc"));
+        assert_eq!(next(&mut mine), Some((ConnectionEventType::Delete, c7())));
+        assert_eq!(hub.subscribers(), 4);
+        drop((mine, run, wrong, late));
+        for n in 0..100 {
+            hub.delete(&conn(&format!("c{n}"), "svc"));
+        }
+        let inner = lock(&hub.0);
+        assert!(inner.followers.is_empty() && inner.by_segment.is_empty() && inner.connections.is_empty());
     }
 
     #[test]
