@@ -67,10 +67,22 @@ fn start_other(world: &World, program: &Path, role: &str, listen_on: &str, regis
         .env("NSM_LISTEN_ON", listen_on)
         .env("NSM_REGISTRY_URL", registry)
         .env("NSM_MAX_TOKEN_LIFETIME", format!("{}s", LONG_LIFE.as_secs()))
-        .env("NSM_LOG_LEVEL", "error")
+        .env("NSM_LOG_LEVEL", std::env::var("NSM_LOG_LEVEL").unwrap_or("error".into()))
         .env("SPIFFE_ENDPOINT_SOCKET", world.workload(role)?)
         .stdout(std::process::Stdio::null());
     Ok(Process(command.spawn().with_context(|| program.display().to_string())?))
+}
+
+/// In order, each when the one before it listens: what is registered with NSM's manager while it has no registry is not reached later.
+async fn listening(socket: &Path) -> Result<()> {
+    let begin = Instant::now();
+    while tokio::net::UnixStream::connect(socket).await.is_err() {
+        if begin.elapsed() > mesh::PATIENCE {
+            bail!("nobody listens on {}", socket.display());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
 }
 
 /// Manager, forwarder, endpoint and client.
@@ -95,8 +107,11 @@ impl Path4 {
             Some(program) => {
                 let registry = world.url("registry");
                 let listen_on = format!("{manager},tcp://127.0.0.1:5001");
+                let keeper = start_other(&world, program, "registry", &registry, "")?;
+                listening(&world.path("registry")).await?;
                 processes.push(start_other(&world, program, "manager", &listen_on, &registry)?);
-                processes.push(start_other(&world, program, "registry", &registry, "")?);
+                listening(&world.path("manager")).await?;
+                processes.push(keeper);
                 processes.push(world.node("forwarder", Some(&manager))?);
             }
         }

@@ -115,24 +115,13 @@ impl Mesh {
             start.entry(name, &start.path(name))?;
         }
         let agent = start.agent().await?;
-        let (registry, manager, forwarder) = start.infra(infra)?;
+        let (registry, manager, forwarder) = start.infra(infra).await?;
         let programs = programs.to_owned();
-        let mesh =
-            Mesh { programs, infra: namespace, server, agent, registry, manager, forwarder, directory, _lock: lock };
-        mesh.listening("nsm.io.sock").await?;
-        Ok(mesh)
+        Ok(Mesh { programs, infra: namespace, server, agent, registry, manager, forwarder, directory, _lock: lock })
     }
 
     async fn listening(&self, socket: &str) -> Result<()> {
-        let socket = self.path(socket);
-        let began = Instant::now();
-        while tokio::net::UnixStream::connect(&socket).await.is_err() {
-            if began.elapsed() > PATIENCE {
-                bail!("nobody listens on {}; {}", socket.display(), self.logs());
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        Ok(())
+        listening(&self.path(socket)).await.with_context(|| self.logs())
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -282,7 +271,9 @@ impl Start<'_> {
     }
 
     /// Registry, manager and, with NSM's, the forwarder. NSM's settings have the same names as ours.
-    fn infra(&self, infra: Infra) -> Result<(Arc<Process>, Arc<Process>, Option<Arc<Process>>)> {
+    /// Each is started when the one before it listens: what is registered with NSM's manager while it has no registry is not reached
+    /// later.
+    async fn infra(&self, infra: Infra) -> Result<(Arc<Process>, Arc<Process>, Option<Arc<Process>>)> {
         let common = |name: &str| -> Result<Vec<(&str, String)>> {
             std::fs::create_dir(self.path(&format!("state-{name}"))).context("make a state directory")?;
             Ok(vec![
@@ -303,17 +294,21 @@ impl Start<'_> {
                 "nsm"
             }
             Infra::Go(_) => {
-                env.push(("NSM_LISTEN_ON", registry_url.clone()));
+                env.push(("NSM_LISTEN_ON", format!("{registry_url},{}", self.socket("registry-node.sock"))));
                 "registry"
             }
         };
         let registry = self.process(self.path("registry"), &[role], &env)?;
+        listening(&self.path("registry-node.sock")).await?;
         let mut env = common("nsmgr")?;
         env.push(("NSM_LISTEN_ON", format!("{},tcp://127.0.0.1:5001", self.socket("nsm.io.sock"))));
         env.push(("NSM_REGISTRY_URL", registry_url));
         env.push(("NODE_NAME", "node-a".to_owned()));
         let role = if infra == Infra::Ours { "nsm" } else { "manager" };
         let manager = self.process(self.path("nsmgr"), &[role], &env)?;
+        listening(&self.path("nsm.io.sock"))
+            .await
+            .with_context(|| format!("{}\n{}", tail(registry.log()), tail(manager.log())))?;
         if infra == Infra::Ours {
             return Ok((registry, manager, None));
         }
@@ -345,6 +340,17 @@ impl Start<'_> {
         let token = said.lines().find_map(|line| line.strip_prefix("Token: "));
         token.map(|token| token.trim().to_owned()).with_context(|| format!("spire-server token generate said {said:?}"))
     }
+}
+
+async fn listening(socket: &Path) -> Result<()> {
+    let began = Instant::now();
+    while tokio::net::UnixStream::connect(socket).await.is_err() {
+        if began.elapsed() > PATIENCE {
+            bail!("nobody listens on {}", socket.display());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
 }
 
 fn plan(program: PathBuf, args: &[&str], env: &[(&str, String)]) -> ProcessPlan {
