@@ -19,8 +19,8 @@ pub mod stock;
 pub mod token;
 
 pub use crate::core::{
-    Call, Candidates, Chain, ClientToken, CloseCall, Context, Element, ElementLayer, Error, FdChannel, FdTransceiver,
-    Key, Metadata, Next, Operation, Outcome, Peer, Postponed, RequestCall, Side, Task, clock, unwind,
+    Call, Candidates, Chain, ChainBuilder, ClientToken, CloseCall, Context, Element, ElementLayer, Error, FdChannel,
+    FdTransceiver, Key, Metadata, Next, Operation, Outcome, Peer, Postponed, RequestCall, Side, Task, clock, unwind,
 };
 pub use crate::elements::begin::{Event, EventFactory, EventOptions, Fired};
 pub use crate::remote::{Connector, EventStream, REMOTE, Remote, RemoteService};

@@ -11,7 +11,7 @@ mod metadata;
 mod task;
 
 pub use call::{Call, CloseCall, Operation, Outcome, RequestCall};
-pub use chain::Chain;
+pub use chain::{Chain, ChainBuilder};
 pub use context::{Candidates, ClientToken, Context, Extensions, Postponed};
 pub use element::{Element, ElementLayer, Next, unwind};
 pub use error::Error;
