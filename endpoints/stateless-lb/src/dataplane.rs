@@ -116,7 +116,7 @@ impl Dataplane {
     }
 
     /// One round; `false`: try again although nothing has changed.
-    async fn step(&mut self, inputs: &Inputs) -> bool {
+    pub(crate) async fn step(&mut self, inputs: &Inputs) -> bool {
         if !self.open().await {
             return false;
         }

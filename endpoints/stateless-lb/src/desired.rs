@@ -229,3 +229,40 @@ fn next_hops(
     }
     Ok(target)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_two_targets_with_one_identifier_all_load_balancers_take_the_same_one() {
+        let stream = nsp::Stream { name: "s".into(), max_targets: 10, ..Default::default() };
+        let target = |ip: &str, identifier: &str| nsp::Target {
+            ips: vec![ip.into()],
+            context: [("identifier".to_owned(), identifier.to_owned())].into(),
+            status: nsp::target::Status::Enabled as i32,
+            stream: Some(stream.clone()),
+            ..Default::default()
+        };
+        let (first, second, other) =
+            (target("172.31.0.2/24", "3"), target("172.31.0.3/24", "3"), target("172.31.0.4/24", "4"));
+        let subnet = Subnet { net: "172.31.0.1/24".parse().unwrap(), index: 7, mtu: 1500, direct: false };
+        let seen = |messages: [&nsp::Target; 3]| {
+            let inputs = Inputs {
+                vips: Some(vec![]),
+                conduits: Some(vec![]),
+                streams: Some(vec![stream.clone()]),
+                flows: Some(vec![]),
+                targets: Some(messages.map(Clone::clone).to_vec()),
+                subnets: Some(BTreeSet::from([subnet.clone()])),
+                ..Inputs::default()
+            };
+            desired(&inputs, &[]).unwrap()
+        };
+        let one = seen([&first, &second, &other]);
+        assert_eq!(one.targets["s"].keys().copied().collect::<Vec<_>>(), [3, 4]);
+        assert_eq!(one.targets["s"][&3].v4.unwrap().0.to_string(), "172.31.0.2");
+        assert_eq!(one.notes, ["target 172.31.0.3/24 of stream s: identifier 3 is taken by another target"]);
+        assert_eq!(seen([&other, &second, &first]), one, "in whatever order they were told");
+    }
+}

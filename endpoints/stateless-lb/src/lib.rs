@@ -20,6 +20,7 @@ mod inputs;
 pub mod inspect;
 mod links;
 mod metrics;
+mod removal;
 mod routing;
 mod settings;
 mod watches;
@@ -51,7 +52,7 @@ const LAST_WORD: Duration = Duration::from_millis(200);
 /// Faulty settings, or a socket that cannot be made. What the kernel refuses is told by readiness and tried again.
 pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<()> {
     if settings.remove {
-        return remove(&settings).await;
+        return removal::remove(&settings).await;
     }
     let health = Health::start("Meridio-load-balancer", &settings.health_socket, &stop)?;
     health.register(Probe::Startup, &[]);
@@ -84,16 +85,6 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     told.cancel();
     while tasks.join_next().await.is_some() {}
     result
-}
-
-/// The end of forwarding in this network namespace.
-async fn remove(settings: &Settings) -> anyhow::Result<()> {
-    let (directory, interface) = (settings.bpf_dir.clone(), settings.external_interface.clone());
-    tokio::task::spawn_blocking(move || meridio_maglev::Engine::remove(&directory, &[&interface])).await??;
-    let netns = Netns::current().context("network namespace")?;
-    routing::remove(&netns, dataplane::tables(settings)).await.context("rules and routes")?;
-    tracing::info!("removed");
-    Ok(())
 }
 
 /// Everything that needs an identity.

@@ -1,0 +1,156 @@
+//! The end of forwarding in this network namespace, on request.
+
+use anyhow::Context;
+use nsm_kernel::Netns;
+
+use crate::settings::Settings;
+use crate::{dataplane, routing};
+
+/// Takes away what load balancers have left: programs, maps, rules, routes.
+pub(crate) async fn remove(settings: &Settings) -> anyhow::Result<()> {
+    let (directory, interface) = (settings.bpf_dir.clone(), settings.external_interface.clone());
+    tokio::task::spawn_blocking(move || meridio_maglev::Engine::remove(&directory, &[&interface])).await??;
+    let netns = Netns::current().context("network namespace")?;
+    routing::remove(&netns, dataplane::tables(settings)).await.context("rules and routes")?;
+    tracing::info!("removed");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::process::Command;
+
+    use clap::Parser;
+    use meridio_common::Health;
+    use meridio_proto::nsp::v1 as nsp;
+
+    use super::*;
+    use crate::availability::Availability;
+    use crate::dataplane::Dataplane;
+    use crate::inputs::{Inputs, Subnet};
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        settings: Settings,
+    }
+
+    fn run(command: &str) -> String {
+        let (program, args) = command.split_once(' ').unwrap();
+        let out = Command::new(program).args(args.split(' ')).output().unwrap();
+        assert!(out.status.success(), "{command}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    }
+
+    /// Everything in the namespace of this thread that a load balancer could have made.
+    fn traces() -> String {
+        let commands = [
+            "ip -4 rule",
+            "ip -6 rule",
+            "ip -4 route show table all",
+            "ip -6 route show table all",
+            "ip -br link",
+            "tc qdisc show dev ext-vlan0",
+            "tc filter show dev ext-vlan0 ingress",
+            "tc filter show dev ext-vlan0 egress",
+        ];
+        commands.map(|command| format!("# {command}\n{}", run(command))).concat()
+    }
+
+    fn index(device: &str) -> u32 {
+        run(&format!("ip -o link show dev {device}")).split(':').next().unwrap().parse().unwrap()
+    }
+
+    /// Two interfaces without addresses of their own making: the outside, and the link of two targets.
+    fn links() {
+        for (device, v4, v6) in [("ext-vlan0", "10.0.0.1/24", "fd0a::1/64"), ("nsm-0", "172.31.0.1/24", "fd00::1/64")] {
+            let far = format!("far-{device}");
+            run(&format!("ip link add {device} type veth peer name {far}"));
+            for end in [device, &far] {
+                run(&format!("ip link set {end} addrgenmode none"));
+                run(&format!("ip link set {end} up"));
+            }
+            run(&format!("ip addr add {v4} dev {device}"));
+            run(&format!("ip addr add {v6} dev {device} nodad"));
+        }
+    }
+
+    fn inputs() -> Inputs {
+        let vips: Vec<nsp::Vip> = ["20.0.0.1/32", "2000::1/128"]
+            .map(|address| nsp::Vip { name: address.into(), address: address.into(), ..Default::default() })
+            .to_vec();
+        let stream = nsp::Stream { name: "s".into(), max_targets: 10, ..Default::default() };
+        let flow = nsp::Flow {
+            name: "web".into(),
+            stream: Some(stream.clone()),
+            vips: vips.clone(),
+            source_subnets: vec!["0.0.0.0/0".into(), "::/0".into()],
+            destination_port_ranges: vec!["80".into()],
+            source_port_ranges: vec!["any".into()],
+            protocols: vec!["tcp".into()],
+            ..Default::default()
+        };
+        let target = |id: u32| nsp::Target {
+            ips: vec![format!("172.31.0.{}/24", id + 1), format!("fd00::{}/64", id + 1)],
+            context: [("identifier".to_owned(), id.to_string())].into(),
+            status: nsp::target::Status::Enabled as i32,
+            stream: Some(stream.clone()),
+            ..Default::default()
+        };
+        let subnet = |net: &str| Subnet { net: net.parse().unwrap(), index: index("nsm-0"), mtu: 1500, direct: false };
+        Inputs {
+            vips: Some(vips),
+            conduits: Some(vec![]),
+            targets: Some(vec![target(1), target(2)]),
+            streams: Some(vec![stream]),
+            flows: Some(vec![flow]),
+            subnets: Some(BTreeSet::from([subnet("172.31.0.1/24"), subnet("fd00::1/64")])),
+            external: Some(index("ext-vlan0")),
+            ..Inputs::default()
+        }
+    }
+
+    async fn set_up_and_remove(directory: String) {
+        let settings = Cli::parse_from(["lb", "--bpf-dir", &directory]).settings;
+        let netns = Netns::current().unwrap();
+        let before = traces();
+        let errors = routing::errors_to_gateways(netns.netlink().await.unwrap(), settings.gateway_table);
+        errors.await.unwrap();
+        let mut dataplane = Dataplane::new(&settings, netns, Health::detached("test"), Availability::new("test"));
+        assert!(dataplane.step(&inputs()).await, "forwards");
+        // As after a kill: only what belongs to the process is gone.
+        drop(dataplane);
+        let after = traces();
+        for left in
+            ["fwmark 0x4d001389", "from all to 20.0.0.1", "table 5001", "blackhole", "clsact", "meridio_ingress"]
+        {
+            assert!(after.contains(left), "{left} is missing in {after}");
+        }
+        assert!(std::fs::read_dir(&directory).unwrap().count() > 0);
+        for _ in 0..2 {
+            // Once more does no harm.
+            remove(&settings).await.unwrap();
+            assert_eq!(traces(), before);
+            assert_eq!(std::fs::read_dir(&directory).map(|entries| entries.count()).unwrap_or(0), 0);
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn removal_leaves_no_rule_route_interface_program_or_map() {
+        let directory = tempfile::Builder::new().prefix("mdt-removal-").tempdir().unwrap();
+        let path = directory.path().to_str().unwrap().to_owned();
+        run(&format!("mount -t bpf bpf {path}"));
+        let below = format!("{path}/lb");
+        // A thread in a namespace of its own; the threads of the runtime in it inherit that.
+        let netns = Netns::anonymous().unwrap();
+        let tested = move || {
+            links();
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+            runtime.block_on(set_up_and_remove(below));
+        };
+        let result = netns.run(tested).await;
+        run(&format!("umount {path}"));
+        result.unwrap();
+    }
+}
