@@ -355,7 +355,6 @@ fn lb_pod(trench: &Trench, number: u8, options: &Options) -> PodPlan {
         ("NFE_BIRD_CONFIG_PATH", text("/run/bird-config")),
         ("NFE_BIRD_COMMUNICATION_SOCK", text("/run/bird/bird.ctl")),
         ("NFE_LB_SOCKET", text("unix:///var/lib/meridio/lb.sock")),
-        ("NFE_METRICS_ENABLED", text("true")),
     ];
     pod.processes = vec![
         component("stateless-lb", ("NSM_LOG_LEVEL", options), &lb),
