@@ -40,12 +40,22 @@ pub struct Options {
     pub chunks: u32,
     /// Version of the maps' layout; tests set another one to play an older process.
     pub layout: u32,
+    /// Object file of the programs; `None`: the one that this crate was built with.
+    pub object: Option<PathBuf>,
+    /// The program can be traced. Without the trace there is nothing to switch on; the bench measures what that saves.
+    pub trace: bool,
 }
 
 impl Options {
     /// Default sizes.
     pub fn new(directory: impl Into<PathBuf>) -> Self {
-        Options { directory: directory.into(), chunks: DEFAULT_CHUNKS as u32, layout: LAYOUT_VERSION }
+        Options {
+            directory: directory.into(),
+            chunks: DEFAULT_CHUNKS as u32,
+            layout: LAYOUT_VERSION,
+            object: None,
+            trace: true,
+        }
     }
 }
 
@@ -116,16 +126,21 @@ impl Kernel {
         let check_mtu = since(5, 12) as u32;
         // Before 6.2 the kernel also tells link addresses of neighbours that have failed.
         let direct = since(6, 2) as u32;
+        let trace = options.trace as u32;
         let mut loader = EbpfLoader::new();
-        let mut ebpf = loader
+        let loader = loader
             .default_map_pin_directory(&directory)
             .override_global("HAS_CHECK_MTU", &check_mtu, true)
             .override_global("HAS_DIRECT", &direct, true)
-            .map_max_entries("ROWS", options.chunks)
-            .load(OBJECT)
-            .map_err(|e| Error::Load(chain(&e)))?;
+            .override_global("HAS_TRACE", &trace, true)
+            .map_max_entries("ROWS", options.chunks);
+        let mut ebpf = match &options.object {
+            Some(path) => loader.load_file(path),
+            None => loader.load(OBJECT),
+        }
+        .map_err(|e| Error::Load(chain(&e)))?;
         for name in [INGRESS, EGRESS] {
-            program(&mut ebpf, name)?.load().map_err(|e| Error::Load(chain(&e)))?;
+            program(&mut ebpf, name)?.load().map_err(|e| Error::Load(format!("{name}: {}", chain(&e))))?;
         }
         let maps = Maps::open(|name| raw(&ebpf, name))?;
         let kernel = Kernel {

@@ -68,3 +68,28 @@ fn a_fragment_whose_first_one_never_comes_is_dropped_in_time() {
         scene.arrived(2, ours);
     }
 }
+
+/// The limit of what load balancers do without talking to each other: only the one that has seen the first fragment knows
+/// the ports. The others hold the rest for a moment, and drop it under a name that says what to do.
+#[test]
+fn fragments_of_one_datagram_at_two_load_balancers_are_told_as_such() {
+    let scenes = [Scene::new(), Scene::new()];
+    for v6 in [false, true] {
+        for first in 0..2 {
+            let (here, there) = (&scenes[first], &scenes[1 - first]);
+            let before = [here, there].map(|scene| scene.count(Reason::FragmentUnknown));
+            let (sport, owner) = here.owner(v6, 4000);
+            // Each scene counts its ports by itself; an identification must not be known from the round before.
+            let (list, ours) = fragments(v6, sport, sport as u32 + 10_000 * first as u32, 4000);
+            here.send(&list[0]);
+            there.send(&list[1]);
+            here.send(&list[2]);
+            let seen = here.arrived(2, ours);
+            assert!(seen.iter().all(|(n, _)| *n == owner), "what comes to the same one goes where the flow goes");
+            assert!(eventually(SOON, || there.count(Reason::FragmentUnknown) == before[1] + 1), "v6 {v6}");
+            there.arrived(0, ours);
+            assert_eq!(here.count(Reason::FragmentUnknown), before[0]);
+        }
+    }
+    assert!(Reason::FragmentUnknown.advice().contains("all fragments of a packet have to reach one load balancer"));
+}

@@ -92,8 +92,8 @@ fn too_big_is_told_by_the_vip_in_the_clients_words() {
     for n in 1..=2 {
         ip(&format!("-n {} link set nsm{n} mtu 1400", scene.net.name("l")));
     }
-    // The program believes what it knows of a link for two ticks of the kernel, which has at least 100 a second.
-    std::thread::sleep(Duration::from_millis(30));
+    // The program believes what it knows of a link for four ticks of the kernel, which has at least 100 a second.
+    std::thread::sleep(Duration::from_millis(50));
     for v6 in [false, true] {
         for port in [4000, 80] {
             let (src, dst, sport) = (client(v6), vip(v6), scene.fresh());

@@ -6,7 +6,9 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::build::{packet, udp};
-use common::{BpfFs, frame, target};
+use common::flood::Flood;
+use common::net::Net;
+use common::{BpfFs, dual_stack, frame, start, target};
 use ipnet::IpNet;
 use meridio_maglev::config::Bytes;
 use meridio_maglev::{
@@ -176,6 +178,53 @@ fn what_the_kernel_refuses_names_the_object() {
     let mut engine = Engine::open(fs.settings()).unwrap();
     let error = engine.attach("mdt-no-such").unwrap_err().to_string();
     assert!(error.starts_with("attaching to interface mdt-no-such: "), "{error}");
+}
+
+/// The programs with another first instruction: one that reads a register which nobody has written.
+fn unverifiable() -> tempfile::NamedTempFile {
+    let mut object = std::fs::read(concat!(env!("OUT_DIR"), "/meridio.bpf.o")).unwrap();
+    let number = |object: &[u8], at: usize, bytes: usize| {
+        object[at..at + bytes].iter().rev().fold(0usize, |n, byte| n << 8 | *byte as usize)
+    };
+    // Sections, by the header of an ELF file of 64 bits (System V ABI, chapter 4).
+    let (table, size, count) = (number(&object, 40, 8), number(&object, 58, 2), number(&object, 60, 2));
+    let names = number(&object, table + number(&object, 62, 2) * size + 24, 8);
+    let code = (0..count).map(|n| table + n * size).find(|header| {
+        let name = names + number(&object, *header, 4);
+        object[name..].starts_with(b"classifier\0")
+    });
+    let first = number(&object, code.unwrap() + 24, 8);
+    // r0 = r9
+    object[first..first + 8].copy_from_slice(&[0xbf, 0x90, 0, 0, 0, 0, 0, 0]);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), object).unwrap();
+    file
+}
+
+#[test]
+fn a_program_that_the_verifier_refuses_is_named_and_what_is_attached_forwards_on() {
+    let (fs, net) = (BpfFs::new(), Net::new(2));
+    let config = dual_stack(vec![common::flow("f", &[Protocol::Udp], &[4000])]);
+    let engine = start(&net, fs.settings(), config, net.targets(&[1, 2]));
+    let flood = Flood::start(&net, 2, 4000, 1_000);
+    flood.flows(100);
+    drop(engine);
+    let object = unverifiable();
+    let mut settings = fs.settings();
+    settings.kernel.object = Some(object.path().to_owned());
+    for _ in 0..3 {
+        let settings = settings.clone();
+        let error = net.run("l", move || Engine::open(settings).map(drop)).unwrap_err().to_string();
+        assert!(error.starts_with("loading the eBPF program: meridio_"), "{error}");
+        assert!(error.contains("R9 !read_ok"), "the verifier's own words: {error}");
+        flood.flows(50);
+    }
+    // And the right one adopts everything.
+    let right = fs.settings();
+    let engine = net.run("l", move || Engine::open(right)).unwrap();
+    assert!(engine.adopted() && engine.targets("s").unwrap().len() == 2);
+    let tally = flood.finish();
+    assert_eq!(tally.lost(), 0, "{tally:?}");
 }
 
 /// Maps of another size than this process would make are adopted as they are.

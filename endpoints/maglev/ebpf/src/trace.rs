@@ -9,9 +9,17 @@ use meridio_decision::{
 
 use crate::maps::{REASONS, Size, TARGETS, TRACE, TRACE_EVENTS, count};
 
+/// Whether packets can be traced; set by the loader.
+#[unsafe(no_mangle)]
+static HAS_TRACE: u32 = 1;
+
 /// Tells what became of a packet for a VIP, if somebody wants to know.
 #[inline(always)]
 pub fn packet(ctx: &TcContext, scratch: &Scratch, action: i32, reason: u32, size: Size) {
+    // SAFETY: a constant that the loader sets before the program is loaded.
+    if unsafe { (&raw const HAS_TRACE).read_volatile() } == 0 {
+        return;
+    }
     let Some(trace) = TRACE.get_ptr_mut(0) else { return };
     // SAFETY: the pointer is into a map value; volatile because user space switches the trace at any time.
     let until = unsafe { (&raw const (*trace).until).read_volatile() };
