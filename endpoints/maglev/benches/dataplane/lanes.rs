@@ -70,9 +70,18 @@ pub(crate) struct Balancer {
 }
 
 impl Balancer {
+    /// Attached to its way.
     pub(crate) fn new(topology: &Topology) -> Self {
+        let mut balancer = Self::open(topology, true);
+        let engine = &mut balancer.engine;
+        topology.within("middle", || engine.attach(&Way::Balancer.interface()).unwrap_or_else(|e| panic!("{e}")));
+        balancer
+    }
+
+    /// Attached nowhere; with or without the trace in its program.
+    pub(crate) fn open(topology: &Topology, trace: bool) -> Self {
         let fs = BpfFs::new();
-        let kernel = Options::new(fs.0.path().join("lb"));
+        let kernel = Options { trace, ..Options::new(fs.0.path().join("lb")) };
         let (fan, target) = (topology.index("middle", "mbf0"), topology.index("middle", "mbt0"));
         let hop = |v4: Ipv4Addr, v6: Option<Ipv6Addr>, index| {
             let v6 = v6.map(|address| (address, index));
@@ -95,9 +104,7 @@ impl Balancer {
             })
             .collect();
         let engine = topology.within("middle", || {
-            let mut engine = Engine::open(Settings { kernel, offset_start: 5_000 }).unwrap_or_else(|e| panic!("{e}"));
-            engine.attach(&Way::Balancer.interface()).unwrap_or_else(|e| panic!("{e}"));
-            engine
+            Engine::open(Settings { kernel, offset_start: 5_000 }).unwrap_or_else(|e| panic!("{e}"))
         });
         Balancer { engine, targets, now: None, _fs: fs }
     }

@@ -1,6 +1,7 @@
 //! Figures of the data plane, all of one run, as ratios to plain kernel forwarding on the same topology.
 //!
-//! `sudo tools/bench dataplane [--quick] [PART...]`; parts: packets, program, latency, connections, throughput, change.
+//! `sudo tools/bench dataplane [--quick] [PART...]`; parts: tables, packets, program, latency,
+//! connections, throughput, change.
 //! Prints tables, writes `target/bench/dataplane.json`. See [`peer`] for another balancer in the same tables.
 #![allow(clippy::unwrap_used)] // a bench that cannot go on ends with what was in its way
 
@@ -11,6 +12,7 @@ mod program;
 mod programs;
 mod report;
 mod sockets;
+mod tables;
 mod topology;
 mod traffic;
 
@@ -23,7 +25,7 @@ use report::Report;
 use topology::Topology;
 
 /// What can be asked for by name.
-const PARTS: [&str; 6] = ["packets", "program", "latency", "connections", "throughput", "change"];
+const PARTS: [&str; 7] = ["tables", "packets", "program", "latency", "connections", "throughput", "change"];
 
 /// How much is measured.
 pub(crate) struct Effort {
@@ -61,6 +63,9 @@ fn main() {
     let mut balancer = Balancer::new(&topology);
     let mut peer = Peer::from_environment();
 
+    if wanted("tables") {
+        report.add("tables", tables::measure(&effort));
+    }
     if wanted("program") {
         report.add("program", program::measure(&effort, &topology, &mut balancer, &programs));
     }

@@ -10,6 +10,8 @@ use crate::topology::{Topology, Way};
 
 /// Runs on one packet: its TTL of 64 must not run out, else another path is measured.
 const REPEAT: u32 = 50;
+/// Where it is measured what the trace costs while it is off.
+const LARGE: Load = Load { flows: 1_000, targets: 1_000, everything: false };
 /// TC_ACT_REDIRECT.
 const REDIRECT: u32 = 7;
 
@@ -42,6 +44,7 @@ pub(crate) fn measure(effort: &Effort, topology: &Topology, balancer: &mut Balan
     let packets = if effort.quick { 50 } else { 300 };
     let mut parse = Samples::default();
     let mut hits: Vec<Samples> = loads.iter().map(|_| Samples::default()).collect();
+    let (mut untraced, mut without) = (Balancer::open(topology, false), Samples::default());
     for _ in 0..effort.rounds {
         for (load, samples) in loads.iter().zip(&mut hits) {
             balancer.configure(*load, true);
@@ -51,6 +54,9 @@ pub(crate) fn measure(effort: &Effort, topology: &Topology, balancer: &mut Balan
             samples.add(topology.within("middle", || ours(balancer, *load, packets)));
             samples.relate(least);
         }
+        untraced.configure(LARGE, true);
+        without.add(topology.within("middle", || ours(&mut untraced, LARGE, packets)));
+        without.relate(parse_only(programs, packets));
     }
     let (size, verified) = balancer.engine.program_size().unwrap_or((0, 0));
     let mut section =
@@ -66,6 +72,7 @@ pub(crate) fn measure(effort: &Effort, topology: &Topology, balancer: &mut Balan
     for (load, samples) in loads.iter().zip(&hits) {
         row(&load.name(), samples);
     }
+    row(&format!("{}, without the trace in the program", LARGE.name()), &without);
     section.note(format!("{size} instructions, {verified} walked by the verifier"));
     section
 }
