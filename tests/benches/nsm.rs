@@ -67,9 +67,11 @@ fn start_other(world: &World, program: &Path, role: &str, listen_on: &str, regis
         .env("NSM_LISTEN_ON", listen_on)
         .env("NSM_REGISTRY_URL", registry)
         .env("NSM_MAX_TOKEN_LIFETIME", format!("{}s", LONG_LIFE.as_secs()))
-        .env("NSM_LOG_LEVEL", std::env::var("NSM_LOG_LEVEL").unwrap_or("error".into()))
+        .env("NSM_LOG_LEVEL", "")
         .env("SPIFFE_ENDPOINT_SOCKET", world.workload(role)?)
-        .stdout(std::process::Stdio::null());
+        // Its SDK logs, at levels that cannot all be turned off, what it does about searches that ended.
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null());
     Ok(Process(command.spawn().with_context(|| program.display().to_string())?))
 }
 
