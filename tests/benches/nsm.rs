@@ -21,6 +21,8 @@ use std::{
 
 /// Requests under way at the same time.
 const WORKERS: usize = 8;
+/// How often one request is repeated.
+const ATTEMPTS: usize = 10;
 /// Life of tokens while refreshing is measured: the shortest that NSM's users set.
 const SHORT_LIFE: Duration = Duration::from_secs(60);
 const LONG_LIFE: Duration = Duration::from_secs(600);
@@ -128,6 +130,29 @@ impl Path4 {
         let begin = Instant::now();
         let connection = client.request(self.world.request(id, carrier), TIMEOUT).await?;
         Ok((connection, begin.elapsed()))
+    }
+
+    /// Establishes `count` connections, several at a time; a request that fails is repeated, as NSM's clients do. Returns how many did.
+    async fn establish(&self, client: &Client, count: usize) -> Result<(Vec<Connection>, usize)> {
+        let workers = (0..WORKERS).map(|worker| async move {
+            let (mut connections, mut failed) = (Vec::new(), 0);
+            for number in (worker..count).step_by(WORKERS) {
+                let id = format!("live-{number}");
+                let mut result = self.one(client, &id, Carrier::Veth).await;
+                for _ in 0..ATTEMPTS {
+                    if result.is_err() {
+                        failed += 1;
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        result = self.one(client, &id, Carrier::Veth).await;
+                    }
+                }
+                connections.push(result?.0);
+            }
+            anyhow::Ok((connections, failed))
+        });
+        let made = futures_util::future::try_join_all(workers).await?;
+        let failed = made.iter().map(|(_, failed)| failed).sum();
+        Ok((made.into_iter().flat_map(|(connections, _)| connections).collect(), failed))
     }
 
     /// Request and close, one at a time.
@@ -241,22 +266,13 @@ async fn live(other: Option<&Path>, size: &Size) -> Result<Value> {
     let before = mesh::usage(path.pid)?;
     let client = path.world.client("nsc-live", &path.manager, SHORT_LIFE).await?;
     let begin = Instant::now();
-    let (path_, client_) = (&path, &client);
-    let workers = (0..WORKERS).map(|worker| async move {
-        let mut connections = Vec::new();
-        for number in (worker..size.live).step_by(WORKERS) {
-            connections.push(path_.one(client_, &format!("live-{number}"), Carrier::Veth).await?.0);
-        }
-        anyhow::Ok(connections)
-    });
-    let connections: Vec<Connection> =
-        futures_util::future::try_join_all(workers).await?.into_iter().flatten().collect();
+    let (connections, failed) = path.establish(&client, size.live).await?;
     let establish = begin.elapsed();
     let standing = mesh::usage(path.pid)?;
     let each = |bytes: u64| bytes as f64 / 1024.0 / size.live as f64;
     let kib = each(standing.resident.saturating_sub(before.resident));
     println!(
-        "  {} connections in {:.1} s; manager {:.1} MiB resident before, {:.1} MiB then: {kib:.1} KiB and {:.1} descriptors each",
+        "  {} connections in {:.1} s, after {failed} requests that failed; manager {:.1} MiB resident before, {:.1} MiB then: {kib:.1} KiB and {:.1} descriptors each",
         connections.len(),
         establish.as_secs_f64(),
         mib(before.resident),
@@ -305,6 +321,7 @@ async fn live(other: Option<&Path>, size: &Size) -> Result<Value> {
     );
     Ok(json!({
         "connections": size.live,
+        "failed_requests": failed,
         "establish_s": establish.as_secs_f64(),
         "close_s": closing.as_secs_f64(),
         "resident_mib": { "before": mib(before.resident), "live": mib(standing.resident), "after": mib(after.resident) },

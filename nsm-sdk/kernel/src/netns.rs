@@ -186,10 +186,55 @@ impl Netns {
     }
 }
 
+/// Runs `f` on a thread of its own in the namespace of the process (of its first thread), wherever the caller is.
+pub(crate) fn in_own<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T, Error> {
+    let work = || {
+        let own = Netns::from_path("/proc/self/ns/net")?;
+        if own.id() != Netns::current()?.id() {
+            own.enter()?;
+        }
+        Ok(f())
+    };
+    let failed = || Error::Invalid("work in the namespace of the process panicked".into());
+    std::thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|_| Err(failed()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::fd::AsRawFd;
+
+    #[test]
+    fn work_in_the_own_namespace_is_there_from_wherever_it_is_asked_for() {
+        let (own, other) = (Netns::from_path("/proc/self/ns/net").unwrap(), Netns::anonymous().unwrap());
+        let here = || Netns::current().unwrap().id();
+        let (inside, back) = other.run_blocking(|| (here(), in_own(here).unwrap())).unwrap();
+        assert_eq!((inside, back), (other.id(), own.id()));
+    }
+
+    /// The first socket of a process may well be opened in a pod.
+    #[test]
+    fn threads_of_netlink_do_not_stay_in_a_namespace() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let other = Netns::anonymous().unwrap();
+        runtime.block_on(async { assert!(other.netlink().await.unwrap().links().await.unwrap().len() == 1) });
+        let ino = other.id().ino;
+        drop(other);
+        let inside = |task: &std::path::Path| {
+            use std::os::unix::fs::MetadataExt;
+            std::fs::metadata(task.join("ns/net")).is_ok_and(|found| found.ino() == ino)
+        };
+        let count = || {
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten().map(|task| task.path());
+            tasks.filter(|task| inside(task)).count()
+        };
+        // The thread that has opened the socket may not have ended yet.
+        let begin = std::time::Instant::now();
+        while count() > 0 {
+            assert!(begin.elapsed() < std::time::Duration::from_secs(5), "{} threads are still there", count());
+            std::thread::yield_now();
+        }
+    }
 
     #[test]
     fn handles_of_one_namespace_share_state() {

@@ -57,12 +57,17 @@ fn driver() -> Result<&'static Runtime, Error> {
     if let Some(driver) = *driver {
         return Ok(driver);
     }
-    let built = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(DRIVERS)
-        .thread_name("netlink")
-        .enable_all()
-        .build()
-        .map_err(|e| Error::io("start the threads of netlink", e))?;
+    let build = || {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(DRIVERS)
+            .thread_name("netlink")
+            .enable_all()
+            .build()
+            .map_err(|e| Error::io("start the threads of netlink", e))
+    };
+    // Threads inherit the namespace of the one that starts them, which is a pod's if the first socket is opened there: these stay for
+    // ever, and would hold the namespace and all its interfaces.
+    let built = crate::netns::in_own(build)??;
     Ok(*driver.insert(Box::leak(Box::new(built))))
 }
 
