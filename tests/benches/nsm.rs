@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use meridio_tests::{
     leaks,
     mesh::{self, Carrier, Nse, Process, TIMEOUT, World},
-    peers::GoSdk,
+    peers::{GoSdk, listening},
 };
 use nsm_chain::{Client, Connection};
 use serde_json::{Value, json};
@@ -77,18 +77,6 @@ fn start_other(world: &World, program: &Path, role: &str, listen_on: &str, regis
     Ok(Process(command.spawn().with_context(|| program.display().to_string())?))
 }
 
-/// In order, each when the one before it listens: what is registered with NSM's manager while it has no registry is not reached later.
-async fn listening(socket: &Path) -> Result<()> {
-    let begin = Instant::now();
-    while tokio::net::UnixStream::connect(socket).await.is_err() {
-        if begin.elapsed() > mesh::PATIENCE {
-            bail!("nobody listens on {}", socket.display());
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    Ok(())
-}
-
 /// Manager, forwarder, endpoint and client.
 struct Path4 {
     world: World,
@@ -111,6 +99,7 @@ impl Path4 {
             Some(program) => {
                 let registry = world.url("registry");
                 let listen_on = format!("{manager},tcp://127.0.0.1:5001");
+                // In order: what is registered with NSM's manager while it has no registry is not reached later.
                 let keeper = start_other(&world, program, "registry", &registry, "")?;
                 listening(&world.path("registry")).await?;
                 processes.push(start_other(&world, program, "manager", &listen_on, &registry)?);

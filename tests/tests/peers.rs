@@ -39,7 +39,7 @@ struct Go {
 
 impl Go {
     fn start(mesh: &Mesh, role: &str, interface: &str, namespace: &Namespace) -> Self {
-        let process = mesh.go(role, role, SERVICE, interface, namespace).unwrap();
+        let process = mesh.go(role, SERVICE, interface, namespace).unwrap();
         let log = Log::new(process.log());
         Self { process, log }
     }
@@ -261,7 +261,7 @@ async fn scenario(programs: &Path, cast: Cast) {
     let endpoint = match cast.endpoint {
         Side::Rust => Endpoint::Rust(OurEndpoint::start(&mesh, &identity, SERVICE, &endpoint_ns).await.unwrap()),
         Side::Go => {
-            let mut go = Go::start(&mesh, "endpoint", "svc", &endpoint_pod);
+            let mut go = Go::start(&mesh, "endpoint", "", &endpoint_pod);
             go.wait("registered").await;
             Endpoint::Go(go)
         }

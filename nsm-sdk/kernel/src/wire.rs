@@ -181,8 +181,12 @@ async fn ensure_veth(a: &End, b: &End) -> Result<Made, Error> {
 /// Name of the endpoint's end of a veth that exists already, found from the client's end `name` in `netns`: only if both carry the aliases of the
 /// connection `first_segment_id`.
 pub async fn endpoint_name(netns: &Netns, name: &str, first_segment_id: &str) -> Result<Option<String>, Error> {
+    let alias = client_alias(first_segment_id);
+    if aliases::absent(netns.id(), &alias) {
+        return Ok(None);
+    }
     let netlink = netns.netlink().await?;
-    let own = netlink.link_by_name(name).await?.filter(|link| link.alias == client_alias(first_segment_id));
+    let own = netlink.link_by_name(name).await?.filter(|link| link.alias == alias);
     let Some((peer, nsid)) = own.and_then(|own| own.peer.zip(own.peer_nsid)) else { return Ok(None) };
     let other = netlink.link_in(nsid, peer).await?.filter(|link| link.alias == endpoint_alias(first_segment_id));
     Ok(other.map(|link| link.name))

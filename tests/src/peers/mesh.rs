@@ -162,29 +162,22 @@ impl Mesh {
         Namespace::create(&format!("{}{name}", cleanup::prefix(ID)), None)
     }
 
-    /// Starts the Go peer `name` (one of the workloads), as `client` or `endpoint`, in `namespace`.
+    /// Starts the Go peer `client` or `endpoint` in `namespace`; a client's interface is `interface`.
     ///
     /// # Errors
     /// If it cannot be executed.
-    pub fn go(
-        &self,
-        name: &str,
-        role: &str,
-        service: &str,
-        interface: &str,
-        namespace: &Namespace,
-    ) -> Result<Arc<Process>> {
+    pub fn go(&self, role: &str, service: &str, interface: &str, namespace: &Namespace) -> Result<Arc<Process>> {
         let env = [
             ("SPIFFE_ENDPOINT_SOCKET", self.socket("agent.sock")),
-            ("NSM_NAME", name.to_owned()),
+            ("NSM_NAME", role.to_owned()),
             ("NSM_CONNECT_TO", self.manager()),
             ("NSM_SERVICE_NAME", service.to_owned()),
             ("NSM_MAX_TOKEN_LIFETIME", format!("{}s", TOKEN_LIFETIME.as_secs())),
-            ("NSM_LISTEN_ON", self.socket(&format!("{name}.sock"))),
+            ("NSM_LISTEN_ON", self.socket(&format!("{role}.sock"))),
             ("NSM_INTERFACE", interface.to_owned()),
             ("NSM_LOG_LEVEL", std::env::var("NSM_LOG_LEVEL").unwrap_or_default()),
         ];
-        let process = Process::new(ID, name, plan(self.path(name), &[role], &env), self.path(&format!("{name}.log")));
+        let process = Process::new(ID, role, plan(self.path(role), &[role], &env), self.path(&format!("{role}.log")));
         process.start(namespace)?;
         Ok(process)
     }
@@ -342,13 +335,17 @@ impl Start<'_> {
     }
 }
 
-async fn listening(socket: &Path) -> Result<()> {
+/// Waits until somebody accepts connections on a unix socket.
+///
+/// # Errors
+/// If nobody does in time.
+pub async fn listening(socket: &Path) -> Result<()> {
     let began = Instant::now();
     while tokio::net::UnixStream::connect(socket).await.is_err() {
         if began.elapsed() > PATIENCE {
             bail!("nobody listens on {}", socket.display());
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ mod mesh;
 mod ours;
 
 pub use log::Log;
-pub use mesh::{Component, GoSdk, Infra, Mesh, TOKEN_LIFETIME};
+pub use mesh::{Component, GoSdk, Infra, Mesh, TOKEN_LIFETIME, listening};
 pub use ours::{OurClient, OurEndpoint, Pings};
 
 use std::path::PathBuf;
