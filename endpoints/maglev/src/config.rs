@@ -1,6 +1,7 @@
 //! What a user wants from the load balancer: VIPs, streams, flows and port translations, as parsed values.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -119,9 +120,6 @@ impl Bytes {
         if !matches!(size, 1 | 2 | 4) {
             return Err(format!("byte match {text:?}: size must be 1, 2 or 4"));
         }
-        if offset + size as u16 > protocol.header() {
-            return Err(format!("byte match {text:?} reaches beyond the {}-byte header", protocol.header()));
-        }
         let full = u32::MAX >> (32 - 8 * size as u32);
         let number = |t: &str| -> Result<u32, String> {
             let t = t.trim();
@@ -135,7 +133,18 @@ impl Bytes {
                 .ok_or_else(|| format!("byte match {text:?}: {t:?} is not a {size}-byte number"))
         };
         let mask = mask.map(number).transpose()?.unwrap_or(full);
-        Ok(Bytes { protocol, offset, size, mask, value: number(value)? })
+        let bytes = Bytes { protocol, offset, size, mask, value: number(value)? };
+        bytes.fault().map_or(Ok(bytes), Err)
+    }
+
+    /// Why the program cannot ask this of packets. Only the fixed header is sure to be there, and to be a header.
+    pub(crate) fn fault(&self) -> Option<String> {
+        if !matches!(self.size, 1 | 2 | 4) {
+            return Some(format!("byte match \"{self}\": size must be 1, 2 or 4"));
+        }
+        let header = self.protocol.header();
+        (self.offset as u32 + self.size as u32 > header as u32)
+            .then(|| format!("byte match \"{self}\" reaches beyond the {header}-byte header of {:?}", self.protocol))
     }
 
     pub(crate) fn entry(&self) -> ByteMatch {
@@ -146,6 +155,17 @@ impl Bytes {
             mask: self.mask,
             value: self.value,
         }
+    }
+}
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = match self.protocol {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+            Protocol::Sctp => "sctp",
+        };
+        write!(f, "{protocol}[{}:{}] & {:#x} = {:#x}", self.offset, self.size, self.mask, self.value)
     }
 }
 
@@ -279,6 +299,7 @@ impl Config {
             if flow.byte_matches.len() > MAX_BYTE_MATCHES {
                 fault(format!("has more than {MAX_BYTE_MATCHES} byte matches"));
             }
+            flow.byte_matches.iter().filter_map(Bytes::fault).for_each(fault);
         }
         if self.flows.len() > MAX_FLOWS {
             faults.push(Error::config("flows", format!("{} are more than {MAX_FLOWS}", self.flows.len())));
@@ -286,7 +307,10 @@ impl Config {
         let lists: BTreeSet<&Vec<Bytes>> =
             self.flows.iter().map(|f| &f.byte_matches).filter(|m| !m.is_empty()).collect();
         if lists.len() > MAX_BYTE_LISTS {
-            let reason = format!("{} different lists of byte matches are more than {MAX_BYTE_LISTS}", lists.len());
+            let reason = format!(
+                "{} different lists of byte matches are more than {MAX_BYTE_LISTS}, all flows of this load balancer together",
+                lists.len()
+            );
             faults.push(Error::config("flows", reason));
         }
     }
@@ -306,5 +330,25 @@ impl Config {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn byte_matches_stay_within_the_fixed_header() {
+        assert_eq!(Bytes::parse("tcp[16:4] = 1").unwrap().to_string(), "tcp[16:4] & 0xffffffff = 0x1");
+        for (text, header) in [
+            ("tcp[20:4] = 0x47455420", "20-byte header of Tcp"),
+            ("tcp[65535:4] = 1", "20-byte header of Tcp"),
+            ("udp[7:2] = 1", "8-byte header of Udp"),
+            ("sctp[12:1] = 1", "12-byte header of Sctp"),
+        ] {
+            let error = Bytes::parse(text).unwrap_err();
+            assert!(error.ends_with(&format!("reaches beyond the {header}")), "{error}");
+        }
+        assert!(Bytes::parse("tcp[0:3] = 1").is_err() && Bytes::parse("tcp[0:0] = 1").is_err());
     }
 }

@@ -78,6 +78,13 @@ fn faults() -> Vec<(&'static str, Change)> {
             }),
         ),
         (
+            "flow \"x\": byte match \"tcp[20:4] & 0xffffffff = 0x47455420\" reaches beyond the 20-byte header of Tcp",
+            with(|c| {
+                let bytes = Bytes { protocol: Protocol::Tcp, offset: 20, size: 4, mask: u32::MAX, value: 0x4745_5420 };
+                c.flows.push(Flow { byte_matches: vec![bytes], ..flow("x", 1) });
+            }),
+        ),
+        (
             "33 different lists of byte matches are more than 32",
             with(|c| {
                 for n in 0..33 {

@@ -29,6 +29,15 @@ impl Protocol {
         }
     }
 
+    /// Bytes of the fixed header.
+    pub fn header(self) -> u64 {
+        match self {
+            Self::Tcp => 20,
+            Self::Udp => 8,
+            Self::Sctp => 12,
+        }
+    }
+
     /// IANA protocol number.
     pub fn number(self) -> u8 {
         match self {
@@ -193,6 +202,11 @@ impl FromStr for ByteMatch {
             "4" => 4,
             _ => return Err(shape()),
         };
+        // Behind the fixed header there may be options or data, and they mean something else in each packet. The data plane of
+        // the original refuses this too.
+        let header = protocol.header();
+        let offset = offset.checked_add(u64::from(size)).filter(|end| *end <= header).and(u16::try_from(offset).ok());
+        let offset = offset.ok_or_else(|| wrong(&format!("reaches beyond the {header}-byte header of {protocol}")))?;
         let (mask, value) = rest.split_once('=').ok_or_else(shape)?;
         let mask = match mask.trim_matches(' ') {
             "" => u64::from(all_bits(size)),
@@ -206,7 +220,7 @@ impl FromStr for ByteMatch {
         let fits = |n: u64| u32::try_from(n).ok().filter(|n| *n <= all_bits(size));
         Ok(Self {
             protocol,
-            offset: u16::try_from(offset).map_err(|_| wrong("has an offset beyond any packet"))?,
+            offset,
             size,
             mask: fits(mask).ok_or_else(|| wrong("has a mask larger than its size"))?,
             value: fits(value).ok_or_else(|| wrong("has a value larger than its size"))?,
@@ -268,6 +282,22 @@ mod tests {
             "tcp[0:1]=-1",
         ] {
             assert!(bad.parse::<ByteMatch>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn byte_matches_stay_within_the_fixed_header() {
+        for (last, beyond, header) in [
+            ("tcp[19:1] = 1", "tcp[20:4] = 0x47455420", "20-byte header of tcp"),
+            ("tcp[16:4] = 1", "tcp[17:4] = 1", "20-byte header of tcp"),
+            ("udp[4:4] = 1", "udp[7:2] = 1", "8-byte header of udp"),
+            ("sctp[11:1] = 1", "sctp[12:1] = 1", "12-byte header of sctp"),
+            ("sctp[10:2] = 1", "sctp[65535:4] = 1", "12-byte header of sctp"),
+            ("tcp[0:1] = 1", "tcp[18446744073709551615:4] = 1", "20-byte header of tcp"),
+        ] {
+            assert!(last.parse::<ByteMatch>().is_ok(), "{last}");
+            let error = beyond.parse::<ByteMatch>().unwrap_err();
+            assert_eq!(error, format!("byte match {beyond:?} reaches beyond the {header}"));
         }
     }
 
