@@ -6,13 +6,19 @@
 //!   over. Then it goes back through the interface into the program, which now knows its target, or counts it as dropped.
 //! * ICMP errors that this machine makes about replies of a VIP, such as one that is too big for the external link. They are
 //!   routed here, and go straight back into the program, which finds the target that has sent the reply.
-#![allow(unsafe_code)] // SAFETY: ioctls of a TAP interface and poll; each call states why its pointers are valid.
+//!
+//! If somebody deletes the interface the thread ends, and no fragment is sent that way any more until [`Engine::tend`] has made
+//! another one.
+//!
+//! [`Engine::tend`]: crate::Engine::tend
+#![allow(unsafe_code)] // SAFETY: poll, whose call states why its pointers are valid.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,8 +27,11 @@ use meridio_decision::layout::{FragmentKey, FragmentValue};
 use meridio_decision::packet::{Kind, network, transport};
 use meridio_decision::{Scratch, decide::fragment_key};
 
+use crate::cell::Cell;
+use crate::error::Error;
 use crate::image::Bytes;
 use crate::sys::{RawMap, monotonic};
+use crate::tap;
 
 /// How long a fragment waits for the first one of its packet.
 const HOLD: Duration = Duration::from_millis(200);
@@ -114,29 +123,75 @@ fn errand(frame: &[u8]) -> Errand {
 /// The TAP interface and the thread behind it. The interface goes with this value, or with the process.
 #[derive(Debug)]
 pub(crate) struct Detour {
-    /// Name of the interface.
-    pub(crate) name: String,
-    /// Its index.
+    /// Index of the interface.
     pub(crate) index: u32,
     stop: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
+    /// Why the thread has ended by itself.
+    ended: Arc<Mutex<Option<String>>>,
 }
 
 impl Detour {
-    /// Makes the interface in the network namespace of this thread. `map` knows where first fragments went.
-    pub(crate) fn start(map: RawMap) -> io::Result<Self> {
-        let (tap, name) = open_tap()?;
-        // No link-local address, and nothing said about one.
-        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/addr_gen_mode"), "1");
-        let socket = UnixDatagram::unbound()?;
-        let (index, mac) = bring_up(socket.as_raw_fd(), &name)?;
-        let (stop, stopped) = UnixStream::pair()?;
+    /// Makes the interface in the network namespace of this thread, has the program attached to it, and lets fragments be sent there.
+    /// `map` knows where first fragments went.
+    ///
+    /// # Errors
+    /// Why there is none. Then no fragments are sent to one.
+    pub(crate) fn start(
+        map: RawMap,
+        config: Arc<Cell>,
+        attach: impl FnOnce(&str) -> Result<(), Error>,
+    ) -> Result<Self, String> {
+        let (tap, interface) = tap::open().map_err(|e| e.to_string())?;
+        let (index, mac) = tap::bring_up(&interface).map_err(|e| format!("{interface}: {e}"))?;
+        attach(&interface).map_err(|e| e.to_string())?;
+        let (stop, stopped) = UnixStream::pair().map_err(|e| e.to_string())?;
+        config.change(|config| config.hold = index).map_err(|e| e.to_string())?;
+        let ended = Arc::new(Mutex::new(None));
+        let (end, shared) = (ended.clone(), config.clone());
         let thread = std::thread::Builder::new().name("detour".into()).spawn(move || {
-            if let Err(error) = hold(tap, mac, &map, &stopped) {
-                tracing::error!(%error, "fragments out of order and local ICMP errors are dropped from now on");
+            let Err(error) = hold(tap, mac, &map, &stopped) else { return };
+            tracing::error!(interface, %error, "fragments out of order and local ICMP errors are dropped for now");
+            // First the packets, then who may ask.
+            if let Err(error) = shared.change(|config| config.hold = 0) {
+                tracing::error!(%error, "fragments go on being sent to an interface that is gone");
             }
-        })?;
-        Ok(Detour { name, index, stop: Some(stop), thread: Some(thread) })
+            *end.lock().unwrap_or_else(PoisonError::into_inner) = Some(format!("interface {interface}: {error}"));
+        });
+        match thread {
+            Ok(thread) => Ok(Detour { index, stop: Some(stop), thread: Some(thread), ended }),
+            Err(error) => {
+                config.change(|config| config.hold = 0).map_err(|e| e.to_string())?;
+                Err(error.to_string())
+            }
+        }
+    }
+
+    /// Why nobody is at the other end any more.
+    pub(crate) fn fault(&self) -> Option<String> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// When to try again what has failed: after a second, then twice as long each time, a minute at most.
+#[derive(Debug, Default)]
+pub(crate) struct Retry {
+    failures: u32,
+    next: Option<Instant>,
+}
+
+impl Retry {
+    /// Whether it is time.
+    pub(crate) fn due(&self, now: Instant) -> bool {
+        self.next.is_none_or(|next| now >= next)
+    }
+
+    /// Takes note of an attempt.
+    pub(crate) fn done(&mut self, well: bool, now: Instant) {
+        let seconds = (1u64 << self.failures.min(6)).min(60);
+        // Also after a success: what breaks at once is not made anew in a tight loop.
+        self.next = Some(now + Duration::from_secs(seconds));
+        self.failures = if well { 0 } else { self.failures.saturating_add(1) };
     }
 }
 
@@ -204,77 +259,6 @@ fn wait(tap: RawFd, stop: RawFd, timeout: i32) -> io::Result<bool> {
     Ok(fds[1].revents != 0)
 }
 
-fn request(name: &[u8]) -> libc::ifreq {
-    // SAFETY: plain numbers, for which zero is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name).take(libc::IFNAMSIZ - 1) {
-        *to = *from as libc::c_char;
-    }
-    request
-}
-
-fn ioctl(fd: RawFd, what: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
-    // SAFETY: all of the ioctls used here take an ifreq.
-    let result = unsafe { libc::ioctl(fd, what as _, request as *mut libc::ifreq) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-fn open_tap() -> io::Result<(File, String)> {
-    use std::os::unix::fs::OpenOptionsExt;
-    const DEVICE: &str = "/dev/net/tun";
-    let open = || File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(DEVICE);
-    let file = match open() {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            make_device(DEVICE)?;
-            open()
-        }
-        other => other,
-    };
-    let file = file.map_err(|e| io::Error::new(e.kind(), format!("{DEVICE}: {e}")))?;
-    let mut request = request(b"mddetour%d");
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
-    ioctl(file.as_raw_fd(), libc::TUNSETIFF as libc::c_ulong, &mut request)?;
-    let name = request.ifr_name.iter().take_while(|c| **c != 0).map(|c| *c as u8 as char).collect();
-    Ok((file, name))
-}
-
-/// Containers often have no such device file, but the right to make one.
-fn make_device(path: &str) -> io::Result<()> {
-    std::fs::create_dir_all("/dev/net")?;
-    let c_path = std::ffi::CString::new(path)?;
-    // SAFETY: a NUL-terminated path.
-    let result = unsafe { libc::mknod(c_path.as_ptr(), libc::S_IFCHR | 0o600, libc::makedev(10, 200)) };
-    if result < 0 {
-        let error = io::Error::last_os_error();
-        return Err(io::Error::new(error.kind(), format!("{path} is missing and cannot be made: {error}")));
-    }
-    Ok(())
-}
-
-/// Sets the interface up and tells its index and address.
-fn bring_up(socket: RawFd, name: &str) -> io::Result<(u32, [u8; 6])> {
-    let mut r = request(name.as_bytes());
-    r.ifr_ifru.ifru_mtu = 65_521;
-    ioctl(socket, libc::SIOCSIFMTU as libc::c_ulong, &mut r)?;
-    ioctl(socket, libc::SIOCGIFHWADDR as libc::c_ulong, &mut r)?;
-    // SAFETY: the call has filled in this member.
-    let data = unsafe { r.ifr_ifru.ifru_hwaddr.sa_data };
-    let mut mac = [0u8; 6];
-    for (to, from) in mac.iter_mut().zip(data) {
-        *to = from as u8;
-    }
-    ioctl(socket, libc::SIOCGIFINDEX as libc::c_ulong, &mut r)?;
-    // SAFETY: the call has filled in this member.
-    let index = unsafe { r.ifr_ifru.ifru_ifindex } as u32;
-    ioctl(socket, libc::SIOCGIFFLAGS as libc::c_ulong, &mut r)?;
-    // SAFETY: the call has filled in this member.
-    let flags = unsafe { r.ifr_ifru.ifru_flags };
-    // Whatever is routed here needs no neighbour.
-    r.ifr_ifru.ifru_flags = flags | (libc::IFF_UP | libc::IFF_NOARP) as libc::c_short;
-    ioctl(socket, libc::SIOCSIFFLAGS as libc::c_ulong, &mut r)?;
-    Ok((index, mac))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -294,6 +278,22 @@ mod tests {
         assert_eq!((held.frames, held.bytes), (1, 100));
         assert_eq!(held.due(now + HOLD, |_| false), [vec![2; 100]]);
         assert!(held.is_empty() && held.bytes == 0);
+    }
+
+    #[test]
+    fn tried_again_later_and_later() {
+        let (mut retry, start) = (Retry::default(), Instant::now());
+        assert!(retry.due(start));
+        let mut now = start;
+        for seconds in [1, 2, 4, 8, 16, 32, 60, 60] {
+            retry.done(false, now);
+            assert!(!retry.due(now + Duration::from_millis(seconds * 1000 - 1)), "{seconds} s");
+            now += Duration::from_secs(seconds);
+            assert!(retry.due(now), "{seconds} s");
+        }
+        retry.done(true, now);
+        retry.done(false, now);
+        assert!(!retry.due(now) && retry.due(now + Duration::from_secs(1)));
     }
 
     #[test]

@@ -3,13 +3,17 @@
 //! switches.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Instant;
 
-use meridio_decision::layout::{Config as MapConfig, *};
+use meridio_decision::layout::*;
 use meridio_decision::target_index;
 
+use crate::cell::Cell;
 use crate::classifier::{Classifier, compile};
 use crate::config::{Config, Stream, Target, Targets};
-use crate::detour::Detour;
+use crate::counters::Plan;
+use crate::detour::{Detour, Retry};
 use crate::error::Error;
 use crate::grace::Retired;
 use crate::kernel::{Kernel, Options, remove_pins};
@@ -49,15 +53,16 @@ pub(crate) struct Slot {
 pub struct Engine {
     pub(crate) kernel: Kernel,
     pub(crate) settings: Settings,
-    pub(crate) config: MapConfig,
+    pub(crate) config: Arc<Cell>,
     pub(crate) slots: BTreeMap<u32, Slot>,
     pub(crate) counters: HashMap<String, u32>,
-    generations: [Option<Classifier>; 2],
+    pub(crate) generations: [Option<Classifier>; 2],
     retired: Retired,
     /// Slot that the next new stream gets if it is free.
     pub(crate) next_slot: u32,
     adopted: bool,
     detour: Result<Detour, String>,
+    retry: Retry,
 }
 
 /// The map entry of a target; `number` is offset from the start of marks.
@@ -85,10 +90,9 @@ impl Engine {
     /// No BPF file system, no rights, or a refusal of the kernel.
     pub fn open(settings: Settings) -> Result<Self, Error> {
         let kernel = Kernel::load(&settings.kernel)?;
-        let config: MapConfig =
-            kernel.maps.config.get(&0u32, Default::default()).map_err(failed(&kernel.maps.config))?.unwrap_or_default();
+        let config = Arc::new(Cell::open(&kernel.maps.config)?);
         let mut engine = Engine {
-            adopted: config.version == LAYOUT_VERSION,
+            adopted: config.get().version == LAYOUT_VERSION,
             kernel,
             settings,
             config,
@@ -99,45 +103,46 @@ impl Engine {
             retired: Retired::Busy,
             next_slot: 0,
             detour: Err("not attached yet".into()),
+            retry: Retry::default(),
         };
         // Whoever held fragments before holds them no longer.
-        engine.set_hold(0)?;
+        engine.config.change(|config| config.hold = 0)?;
         if engine.adopted {
             engine.adopt()?;
         }
         Ok(engine)
     }
 
-    fn set_hold(&mut self, interface: u32) -> Result<(), Error> {
-        self.config.hold = interface;
-        let map = &self.kernel.maps.config;
-        map.set(&0u32, &self.config).map_err(failed(map))
-    }
-
     /// Index of the interface through which this process takes back what the program cannot place at once: fragments
     /// that arrive before their first one, and (if routed there) ICMP errors that this machine makes about replies of VIPs.
     ///
     /// # Errors
-    /// Why there is none: these packets are dropped then.
-    pub fn detour(&self) -> Result<u32, &str> {
-        self.detour.as_ref().map(|detour| detour.index).map_err(String::as_str)
+    /// Why there is none (any more): these packets are dropped then. [`Engine::tend`] makes another one.
+    pub fn detour(&self) -> Result<u32, String> {
+        let detour = self.detour.as_ref().map_err(String::clone)?;
+        detour.fault().map_or(Ok(detour.index), Err)
     }
 
-    fn start_detour(&mut self) -> Result<(), Error> {
-        if self.detour.is_ok() {
-            return Ok(());
+    /// Looks after what others may have broken, the interface of [`Engine::detour`]: makes another one in the network namespace of this
+    /// thread if it is gone, and tries again later and later if that fails. To be called every few seconds once attached.
+    pub fn tend(&mut self) {
+        let now = Instant::now();
+        if self.detour().is_ok() || !self.retry.due(now) {
+            return;
         }
-        let started = self.kernel.maps.fragments.try_clone().and_then(Detour::start).map_err(|e| e.to_string());
-        self.detour = match started {
-            Ok(detour) => self.kernel.attach_ingress(&detour.name).map(|()| detour).map_err(|e| e.to_string()),
-            Err(error) => Err(error),
-        };
-        match &self.detour {
-            Ok(detour) => self.set_hold(detour.index),
-            Err(error) => {
-                tracing::warn!(error, "fragments out of order are dropped");
-                Ok(())
-            }
+        self.start_detour();
+        self.retry.done(self.detour.is_ok(), now);
+    }
+
+    fn start_detour(&mut self) {
+        if self.detour().is_ok() {
+            return;
+        }
+        let (kernel, config) = (&mut self.kernel, self.config.clone());
+        let map = kernel.maps.fragments.try_clone().map_err(|e| e.to_string());
+        self.detour = map.and_then(|map| Detour::start(map, config, |name| kernel.attach_ingress(name)));
+        if let Err(error) = &self.detour {
+            tracing::warn!(error, "fragments out of order are dropped");
         }
     }
 
@@ -148,7 +153,7 @@ impl Engine {
 
     /// Whether the maps hold a complete configuration now.
     pub fn configured(&self) -> bool {
-        self.config.version == LAYOUT_VERSION
+        self.config.get().version == LAYOUT_VERSION
     }
 
     /// Attaches the programs to an interface, or replaces what was attached before, without a gap.
@@ -159,7 +164,8 @@ impl Engine {
         self.kernel.attach(interface)?;
         // Programs of another layout are gone from here now, so are their maps.
         remove_pins(&self.settings.kernel.directory, Some(&self.settings.kernel))?;
-        self.start_detour()
+        self.start_detour();
+        Ok(())
     }
 
     /// Removes programs and maps: the end of forwarding, on request only.
@@ -225,7 +231,9 @@ impl Engine {
             };
             places.insert(stream.name.clone(), number);
         }
-        let (classifier, counters) = self.compile(config, &places).map_err(one)?;
+        let counters = self.plan_counters(config).map_err(one)?;
+        let slot = |name: &str| places.get(name).copied().unwrap_or(0);
+        let classifier = compile(config, &slot, &mut |name| counters.of(name)).map_err(one)?;
         for (number, entry, stream) in fresh {
             self.create(number, entry, stream).map_err(one)?;
         }
@@ -343,67 +351,22 @@ impl Engine {
         Ok(())
     }
 
-    /// Compiles the flows, and finds a counter for each that has none yet.
-    fn compile(
-        &self,
-        config: &Config,
-        places: &HashMap<String, u32>,
-    ) -> Result<(Classifier, Vec<(u32, String)>), Error> {
-        let used: std::collections::HashSet<u32> = self.counters.values().copied().collect();
-        let mut free = (0..2 * MAX_FLOWS as u32).filter(|n| !used.contains(n));
-        let mut fresh = Vec::new();
-        let mut counter = |name: &str| match self.counters.get(name) {
-            Some(index) => *index,
-            None => {
-                // Two generations of flows fit, and no flow is in more.
-                let index = free.next().unwrap_or(0);
-                fresh.push((index, name.to_owned()));
-                index
-            }
-        };
-        let classifier = compile(config, &|name| places.get(name).copied().unwrap_or(0), &mut counter)?;
-        Ok((classifier, fresh))
-    }
-
     /// Writes flows to the generation that is not in use and switches to it.
-    fn switch_classifier(&mut self, classifier: Classifier, fresh: &[(u32, String)]) -> Result<(), Error> {
-        let new = 1 - (self.config.active & 1);
+    fn switch_classifier(&mut self, classifier: Classifier, counters: &Plan) -> Result<(), Error> {
+        let new = 1 - (self.config.get().active & 1);
         self.retired.wait(&self.kernel.grace)?;
-        for (index, name) in fresh {
-            let names = &self.kernel.maps.flow_names;
-            for map in [&self.kernel.maps.flow_hits, &self.kernel.maps.flow_drops] {
-                map.zero(*index, self.kernel.cpus).map_err(failed(map))?;
-            }
-            names.set(index, &text(name)).map_err(failed(names))?;
-            self.counters.insert(name.clone(), *index);
-        }
+        self.take_counters(counters)?;
         let before = self.generations[new as usize].take();
         write_generation(&self.kernel.maps, new, &classifier, before.as_ref())?;
-        self.config.flags[new as usize] = classifier.flags;
-        let map = &self.kernel.maps.config;
-        map.set(&0u32, &self.config).map_err(failed(map))?;
-        let mut switched = self.config;
-        switched.version = LAYOUT_VERSION;
-        switched.active = new;
-        switched.switches = switched.switches.wrapping_add(1);
-        map.set(&0u32, &switched).map_err(failed(map))?;
-        self.config = switched;
+        self.config.change(|config| config.flags[new as usize] = classifier.flags)?;
+        self.config.change(|config| {
+            config.version = LAYOUT_VERSION;
+            config.active = new;
+            config.switches = config.switches.wrapping_add(1);
+        })?;
         self.retired = Retired::now(&self.kernel.grace);
         self.generations[new as usize] = Some(classifier);
         self.forget_counters()
-    }
-
-    /// Frees the counters of flows that are in neither generation.
-    fn forget_counters(&mut self) -> Result<(), Error> {
-        let used = |name: &String| self.generations.iter().flatten().any(|g| g.names.contains(name));
-        let gone: Vec<String> = self.counters.keys().filter(|n| !used(n)).cloned().collect();
-        for name in gone {
-            if let Some(index) = self.counters.remove(&name) {
-                let map = &self.kernel.maps.flow_names;
-                map.set(&index, &[0u8; 128]).map_err(failed(map))?;
-            }
-        }
-        Ok(())
     }
 }
 
@@ -411,7 +374,7 @@ impl Drop for Engine {
     /// Only the way through this process ends; all else forwards on.
     fn drop(&mut self) {
         if self.detour.is_ok()
-            && let Err(error) = self.set_hold(0)
+            && let Err(error) = self.config.change(|config| config.hold = 0)
         {
             tracing::warn!(%error, "fragments out of order");
         }

@@ -55,9 +55,7 @@ impl Engine {
     /// # Errors
     /// The map cannot be written.
     pub fn record(&mut self, on: bool) -> Result<(), Error> {
-        self.config.record = on as u32;
-        let map = &self.kernel.maps.config;
-        map.set(&0u32, &self.config).map_err(failed(map))
+        self.config.change(|config| config.record = on as u32)
     }
 
     /// The last recorded decision of each CPU, as words in the order of [`Decision`]'s fields.

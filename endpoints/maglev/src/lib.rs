@@ -7,8 +7,10 @@
 //! * [`reference`]: a slow, obvious model that tests compare both with.
 
 mod adopt;
+mod cell;
 pub mod classifier;
 pub mod config;
+mod counters;
 mod detour;
 mod engine;
 mod error;
@@ -25,6 +27,7 @@ pub mod reference;
 mod snapshot;
 mod sys;
 pub mod table;
+mod tap;
 mod trace;
 mod write;
 

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use common::build::{fragment, udp};
-use common::net::eventually;
+use common::net::{eventually, ip};
 use common::scene::{SOON, Scene, client, vip};
 use meridio_maglev::Reason;
 
@@ -66,6 +66,40 @@ fn a_fragment_whose_first_one_never_comes_is_dropped_in_time() {
         scene.send(&list[0]);
         scene.send(&list[2]);
         scene.arrived(2, ours);
+    }
+}
+
+/// Somebody deletes the interface behind which fragments wait for their first one. That is said, fragments are no longer sent
+/// there, and there is another one soon.
+#[test]
+fn a_detour_that_was_deleted_is_made_anew() {
+    let mut scene = Scene::new();
+    let l = scene.net.name("l");
+    for round in 0..2 {
+        let old = scene.engine.detour().unwrap();
+        ip(&format!("-n {l} link del {}", scene.net.device("l", old)));
+        assert!(eventually(SOON, || scene.engine.detour().is_err()), "round {round}: nobody has noticed");
+        let fault = scene.engine.detour().unwrap_err();
+        assert!(fault.starts_with("interface mddetour"), "{fault}");
+        let before = (scene.count(Reason::FragmentUnknown), scene.count(Reason::FragmentHeld));
+        let sport = scene.fresh();
+        scene.send(&fragments(false, sport, sport as u32, 4000).0[1]);
+        assert!(eventually(SOON, || scene.count(Reason::FragmentUnknown) == before.0 + 1), "dropped and counted");
+        assert_eq!(scene.count(Reason::FragmentHeld), before.1, "sent to an interface that is gone");
+        let made = eventually(SOON, || {
+            scene.tend();
+            scene.engine.detour().is_ok()
+        });
+        assert!(made && scene.engine.detour().unwrap() != old, "{:?}", scene.engine.detour());
+        for v6 in [false, true] {
+            let (sport, owner) = scene.owner(v6, 4000);
+            let (list, ours) = fragments(v6, sport, sport as u32, 4000);
+            scene.send(&list[1]);
+            assert!(eventually(SOON, || scene.count(Reason::FragmentHeld) > before.1), "held again");
+            scene.send(&list[0]);
+            scene.send(&list[2]);
+            assert!(scene.arrived(3, ours).iter().all(|(n, _)| *n == owner));
+        }
     }
 }
 

@@ -126,10 +126,7 @@ fn errors_about_replies_reach_the_target_that_sent_them() {
     let l = scene.net.name("l");
     ip(&format!("-n {l} link set ext mtu 1400"));
     let detour = scene.engine.detour().unwrap();
-    let out = std::process::Command::new("ip").args(["-n", &l, "-o", "link"]).output().unwrap();
-    let links = String::from_utf8(out.stdout).unwrap();
-    let line = links.lines().find(|line| line.starts_with(&format!("{detour}:"))).unwrap();
-    let name = line.split(": ").nth(1).unwrap();
+    let name = scene.net.device("l", detour);
     for (family, vip) in [("-4", "20.0.0.1/32"), ("-6", "2000::1/128")] {
         ip(&format!("-n {l} {family} rule add pref 201 to {vip} lookup 4098"));
         ip(&format!("-n {l} {family} route add default dev {name} table 4098"));

@@ -110,6 +110,14 @@ impl Net {
         String::from_utf8(out.stdout).unwrap()
     }
 
+    /// Name of the interface of a pod with an index.
+    pub(crate) fn device(&self, pod: &str, index: u32) -> String {
+        let out = Command::new("ip").args(["-n", &self.name(pod), "-o", "link"]).output().unwrap();
+        let links = String::from_utf8(out.stdout).unwrap();
+        let line = links.lines().find(|line| line.starts_with(&format!("{index}:"))).unwrap();
+        line.split([':', '@']).nth(1).unwrap().trim().to_owned()
+    }
+
     /// Index of an interface of the load balancer.
     pub(crate) fn index(&self, device: &str) -> u32 {
         self.link("l", device).split(':').next().unwrap().trim().parse().unwrap()

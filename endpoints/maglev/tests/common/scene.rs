@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use meridio_maglev::config::Bytes;
@@ -86,6 +87,18 @@ impl Scene {
     pub(crate) fn fresh(&self) -> u16 {
         self.next.set(self.next.get() + 1);
         self.next.get()
+    }
+
+    /// [`Engine::tend`] in the namespace of the load balancer.
+    pub(crate) fn tend(&mut self) {
+        let path = format!("/run/netns/{}", self.net.name("l"));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let file = std::fs::File::open(path).unwrap();
+                nix::sched::setns(file.as_fd(), nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+                self.engine.tend();
+            });
+        });
     }
 
     pub(crate) fn send(&self, packet: &[u8]) {
