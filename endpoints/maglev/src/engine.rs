@@ -195,6 +195,11 @@ impl Engine {
         self.slots.values().map(|s| s.stream.name.clone()).collect()
     }
 
+    /// The streams in the maps, each with the largest identifier that its targets can have.
+    pub fn limits(&self) -> BTreeMap<String, u32> {
+        self.slots.values().map(|s| (s.stream.name.clone(), s.stream.max_targets)).collect()
+    }
+
     /// Identifier offset of a stream: firewall mark and table number of a target are this plus its identifier.
     pub fn offset(&self, stream: &str) -> Option<u32> {
         let slot = self.slots.values().find(|s| s.stream.name == stream)?;

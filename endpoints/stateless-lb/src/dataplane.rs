@@ -5,22 +5,29 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use meridio_common::{Backoff, Health};
-use meridio_maglev::{Engine, Error, Options};
+use meridio_maglev::{Engine, Options};
 use nsm_kernel::{Netns, error::ignore_missing};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::availability::Availability;
-use crate::desired::{Desired, desired};
+use crate::desired::{Desired, Ready, desired, ready};
+use crate::follow::{self, Outcome};
 use crate::inputs::{Inputs, Shared};
-use crate::routing::{self, Wanted};
+use crate::routing::{self, Guarded, Wanted};
 use crate::settings::Settings;
 
 /// Numbers that marks and tables of targets can have, from the offset's start on.
 const TABLES: u32 = 32_768;
 /// How long targets out of reach may hold back a load balancer that has just started.
 const COMPLETE_WITHIN: Duration = Duration::from_secs(10);
+
+/// What the engine was told, and what it made of it.
+struct Round {
+    desired: Desired,
+    outcome: Outcome,
+}
 
 /// The engine and what surrounds it.
 pub(crate) struct Dataplane {
@@ -33,8 +40,8 @@ pub(crate) struct Dataplane {
     availability: Availability,
     /// Interface that the programs are attached to.
     attached: Option<u32>,
-    /// The last desired state that was applied, and faults of the last one that was not.
-    applied: Option<Desired>,
+    /// The last round with the engine.
+    last: Option<Round>,
     gate: Gate,
 }
 
@@ -49,7 +56,7 @@ impl Dataplane {
             health,
             availability,
             attached: None,
-            applied: None,
+            last: None,
             gate: Gate { open: false, since: None },
         }
     }
@@ -129,15 +136,18 @@ impl Dataplane {
             self.waiting(inputs);
             return done;
         };
-        let configured = self.configure(&desired).await;
+        done &= self.configure(&desired, inputs).await;
         // Maps without a configuration would let packets for VIPs pass to the stack: attach afterwards.
-        if configured || adopted {
+        if self.engine.as_ref().is_some_and(Engine::configured) {
             done &= self.attach(inputs.external).await;
         }
-        done &= self.route(&desired).await;
-        done &= self.announce(&desired);
-        self.report(&desired);
-        done && configured
+        if let Some(Round { outcome, .. }) = &self.last {
+            let outcome = outcome.clone();
+            done &= self.route(&desired, &outcome).await;
+            done &= self.announce(outcome.ready.missing);
+            self.report(&desired, outcome.ready.notes);
+        }
+        done
     }
 
     fn waiting(&self, inputs: &Inputs) {
@@ -153,68 +163,64 @@ impl Dataplane {
         self.health.waiting("Configuration", &missing.join(", "), "is the NSP running?");
     }
 
-    /// Takes the desired state into the engine; `false`: it could not, and what was before forwards on.
-    async fn configure(&mut self, desired: &Desired) -> bool {
-        if self.applied.as_ref() == Some(desired) {
+    /// Takes the desired state into the engine; `false`: not all of it yet, to be tried again.
+    async fn configure(&mut self, desired: &Desired, inputs: &Inputs) -> bool {
+        let Some(mut engine) = self.engine.take() else { return false };
+        let in_use = ready(&engine.limits(), inputs).unwrap_or_default();
+        let same = |last: &Round| last.desired == *desired && last.outcome.ready == in_use;
+        if self.last.as_ref().is_some_and(|last| same(last) && last.outcome.failed.is_empty()) {
+            self.engine = Some(engine);
             return true;
         }
-        self.forget_neighbours(desired).await;
-        let Some(mut engine) = self.engine.take() else { return false };
-        let wanted = desired.clone();
+        self.forget_neighbours(if desired.faults.is_empty() { &desired.ready } else { &in_use }).await;
+        let (wanted, inputs) = (desired.clone(), inputs.clone());
         let work = tokio::task::spawn_blocking(move || {
             let started = std::time::Instant::now();
-            let result = apply(&mut engine, &wanted);
-            (engine, result, started.elapsed())
+            let outcome = follow::apply(&mut engine, &wanted, &inputs);
+            (engine, outcome, started.elapsed())
         });
-        let (engine, result, took) = match work.await {
+        let (engine, outcome, took) = match work.await {
             Ok(done) => done,
             Err(error) => {
                 tracing::error!(%error, "engine lost");
+                self.last = None;
                 self.health.waiting("Configuration", "the engine, which has failed", "restart the load balancer");
                 return false;
             }
         };
+        let forwards = engine.configured();
         self.engine = Some(engine);
-        match result {
-            Ok(()) => {
-                let ready: usize = desired.targets.values().map(|t| t.len()).sum();
-                tracing::info!(
-                    flows = desired.config.flows.len(),
-                    ready,
-                    took_us = took.as_micros() as u64,
-                    "tables in use"
-                );
-                self.applied = Some(desired.clone());
-                self.health.serving("Configuration");
-                true
-            }
-            Err(faults) => {
-                let configured = self.engine.as_ref().is_some_and(Engine::configured);
-                let kept = if configured { "the last good one forwards on" } else { "nothing is forwarded" };
-                for fault in &faults {
-                    tracing::error!(fault, kept, "configuration refused");
-                }
-                self.health.waiting(
-                    "Configuration",
-                    &format!("a configuration without faults; {kept}"),
-                    &faults.join("; "),
-                );
-                // Trying the same again helps only against the kernel's faults, not against the configuration's.
-                if desired.faults.is_empty() {
-                    return false;
-                }
-                self.applied = Some(desired.clone());
-                true
+        self.say(desired, &outcome, took, forwards);
+        let done = outcome.failed.is_empty();
+        self.last = Some(Round { desired: desired.clone(), outcome });
+        done
+    }
+
+    fn say(&self, desired: &Desired, outcome: &Outcome, took: Duration, forwards: bool) {
+        let faults: Vec<&str> = outcome.refused.iter().chain(&outcome.failed).map(String::as_str).collect();
+        if faults.is_empty() {
+            let ready: usize = outcome.ready.targets.values().map(|t| t.len()).sum();
+            let (flows, took_us) = (desired.config.flows.len(), took.as_micros() as u64);
+            tracing::info!(flows, ready, took_us, "tables in use");
+            return self.health.serving("Configuration");
+        }
+        let kept = if forwards { "the last good one forwards on" } else { "nothing is forwarded" };
+        let known = self.last.as_ref().map(|last| &last.outcome);
+        if known.is_none_or(|known| (&known.refused, &known.failed) != (&outcome.refused, &outcome.failed)) {
+            for fault in &faults {
+                tracing::error!(fault, kept, "configuration refused");
             }
         }
+        let waits = if outcome.refused.is_empty() { "the kernel to take it" } else { "a configuration without faults" };
+        self.health.waiting("Configuration", &format!("{waits}; {kept}"), &faults.join("; "));
     }
 
     /// Targets that are new get no neighbour entry of a predecessor with their address.
-    async fn forget_neighbours(&self, desired: &Desired) {
-        let known = self.applied.as_ref().map(hops).unwrap_or_default();
-        let Some(applied) = &self.applied else { return };
-        let new: Vec<(u32, IpAddr)> = hops(desired).difference(&known).copied().collect();
-        if new.is_empty() || applied.config.streams.is_empty() {
+    async fn forget_neighbours(&self, ready: &Ready) {
+        let Some(last) = &self.last else { return };
+        let known = hops(&last.outcome.ready);
+        let new: Vec<(u32, IpAddr)> = hops(ready).difference(&known).copied().collect();
+        if new.is_empty() || last.desired.config.streams.is_empty() {
             return;
         }
         let Ok(netlink) = self.netns.netlink().await else { return };
@@ -226,10 +232,10 @@ impl Dataplane {
     }
 
     /// Tells the frontend whether this load balancer can forward; `false`: look again soon.
-    fn announce(&mut self, desired: &Desired) -> bool {
+    fn announce(&mut self, missing: usize) -> bool {
         let Some(engine) = &self.engine else { return false };
         let forwarding = forwarding(engine);
-        let open = self.gate.look(forwarding, desired.missing, Instant::now());
+        let open = self.gate.look(forwarding, missing, Instant::now());
         self.availability.set(forwarding && open);
         open || !forwarding
     }
@@ -276,10 +282,10 @@ impl Dataplane {
     }
 
     /// Rules and routes of the slow path.
-    async fn route(&mut self, desired: &Desired) -> bool {
+    async fn route(&mut self, desired: &Desired, outcome: &Outcome) -> bool {
         let Some(engine) = &self.engine else { return false };
         let mut wanted = Wanted::new();
-        for (stream, targets) in &desired.targets {
+        for (stream, targets) in &outcome.ready.targets {
             let Some(offset) = engine.offset(stream) else { continue };
             for (identifier, target) in targets {
                 if let Some((ip, index)) = target.v4 {
@@ -291,7 +297,10 @@ impl Dataplane {
             }
         }
         let own = routing::Own { tables: tables(&self.settings), detour: engine.detour().ok() };
-        match routing::apply(&self.netns, &wanted, &desired.config.vips, &own).await {
+        // VIPs that only a refused configuration has dropped are in use.
+        let keep = !(outcome.refused.is_empty() && outcome.failed.is_empty());
+        let guarded = Guarded { vips: &desired.config.vips, keep };
+        match routing::apply(&self.netns, &wanted, guarded, &own).await {
             Ok(()) => true,
             Err(error) => {
                 tracing::warn!(%error, "slow path incomplete");
@@ -300,13 +309,13 @@ impl Dataplane {
         }
     }
 
-    fn report(&self, desired: &Desired) {
+    fn report(&self, desired: &Desired, notes: Vec<String>) {
         let waits = |name: &str, there: bool, what: &str| {
             if there { self.health.serving(name) } else { self.health.waiting(name, what, "is one configured?") }
         };
         waits("Stream", !desired.config.streams.is_empty(), "a stream");
         waits("Flow", !desired.config.flows.is_empty(), "a flow");
-        self.health.note("Targets", desired.notes.clone());
+        self.health.note("Targets", desired.notes.iter().cloned().chain(notes).collect());
     }
 }
 
@@ -334,8 +343,8 @@ pub(crate) fn tables(settings: &Settings) -> std::ops::Range<u32> {
 }
 
 /// Interface and address of each next hop.
-fn hops(desired: &Desired) -> BTreeSet<(u32, IpAddr)> {
-    let targets = desired.targets.values().flat_map(|t| t.values());
+fn hops(ready: &Ready) -> BTreeSet<(u32, IpAddr)> {
+    let targets = ready.targets.values().flat_map(|t| t.values());
     targets
         .flat_map(|t| [t.v4.map(|(ip, index)| (index, ip.into())), t.v6.map(|(ip, index)| (index, ip.into()))])
         .flatten()
@@ -346,20 +355,6 @@ fn forwarding(engine: &Engine) -> bool {
     engine.streams().iter().any(|s| engine.targets(s).is_some_and(|t| !t.is_empty()))
 }
 
-/// With a faultless configuration everything, else the targets of the streams that are in use.
-fn apply(engine: &mut Engine, desired: &Desired) -> Result<(), Vec<String>> {
-    let lines = |errors: Vec<Error>| errors.iter().map(ToString::to_string).collect::<Vec<_>>();
-    if desired.faults.is_empty() || !engine.configured() && desired.config.faults().is_empty() {
-        engine.apply(&desired.config, &desired.targets).map_err(lines)?;
-    } else {
-        for stream in engine.streams() {
-            let ready = desired.targets.get(&stream).cloned().unwrap_or_default();
-            engine.set_targets(&stream, &ready).map_err(|e| lines(vec![e]))?;
-        }
-    }
-    if desired.faults.is_empty() { Ok(()) } else { Err(desired.faults.clone()) }
-}
-
 async fn changed_or_later(inputs: &mut watch::Receiver<Inputs>, backoff: &mut Backoff) {
     tokio::select! {
         _ = inputs.changed() => {}
@@ -368,114 +363,5 @@ async fn changed_or_later(inputs: &mut watch::Receiver<Inputs>, backoff: &mut Ba
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_fresh_load_balancer_waits_for_all_targets_but_not_for_ever() {
-        let now = Instant::now();
-        let mut gate = Gate { open: false, since: None };
-        assert!(!gate.look(false, 0, now), "nothing to forward to");
-        assert!(!gate.look(true, 2, now) && gate.look(true, 0, now), "all there");
-        assert!(gate.look(true, 1, now), "a target that is lost later closes nothing");
-        let mut gate = Gate { open: false, since: None };
-        assert!(!gate.look(true, 1, now) && gate.look(true, 1, now + COMPLETE_WITHIN));
-    }
-
-    /// A directory, with a BPF file system on request, gone at the end.
-    struct Directory(std::path::PathBuf);
-
-    impl Directory {
-        fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("mdt-{name}-{}", std::process::id()));
-            std::fs::create_dir_all(&path).unwrap();
-            Directory(path)
-        }
-
-        fn mount(&self) {
-            let status = std::process::Command::new("mount").args(["-t", "bpf", "bpf"]).arg(&self.0).status().unwrap();
-            assert!(status.success(), "mounting bpffs needs root");
-        }
-    }
-
-    impl Drop for Directory {
-        fn drop(&mut self) {
-            let _ = std::process::Command::new("umount").arg("-q").arg(&self.0).status();
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
-
-    #[derive(clap::Parser)]
-    struct Cli {
-        #[command(flatten)]
-        settings: Settings,
-    }
-
-    fn dataplane(directory: &Directory) -> Dataplane {
-        use clap::Parser;
-        let directory = directory.0.join("lb");
-        let settings = Cli::parse_from(["lb", "--bpf-dir", directory.to_str().unwrap()]).settings;
-        let netns = Netns::anonymous().unwrap();
-        Dataplane::new(&settings, netns, Health::detached("test"), Availability::new("test"))
-    }
-
-    fn waits_for(dataplane: &Dataplane, subservice: &str) -> Option<String> {
-        let report = dataplane.health.report();
-        let subservice = report.subservices.get(subservice)?;
-        (!subservice.serving).then(|| subservice.waits_for.clone())
-    }
-
-    #[tokio::test(flavor = "multi_thread")]
-    async fn readiness_says_what_the_kernel_refuses_until_it_does_not() {
-        let directory = Directory::new("refused");
-        let mut dataplane = dataplane(&directory);
-        assert!(!dataplane.step(&Inputs::default()).await, "to be tried again");
-        let reason = waits_for(&dataplane, "DataPlane").unwrap();
-        assert!(reason.contains("not on a BPF file system"), "{reason}");
-        directory.mount();
-        dataplane.step(&Inputs::default()).await;
-        assert!(dataplane.engine.is_some());
-        assert_eq!(waits_for(&dataplane, "DataPlane").unwrap(), "a configuration to attach with");
-    }
-
-    #[tokio::test(flavor = "multi_thread")]
-    async fn readiness_says_what_is_wrong_with_a_configuration_and_the_last_good_one_stays() {
-        use meridio_proto::nsp::v1 as nsp;
-        let directory = Directory::new("faults");
-        directory.mount();
-        let mut dataplane = dataplane(&directory);
-        let vip = nsp::Vip { name: "vip".into(), address: "20.0.0.1/32".into(), ..Default::default() };
-        let stream = nsp::Stream { name: "s".into(), max_targets: 10, ..Default::default() };
-        let flow = nsp::Flow {
-            name: "web".into(),
-            stream: Some(stream.clone()),
-            vips: vec![vip.clone()],
-            source_subnets: vec!["0.0.0.0/0".into()],
-            destination_port_ranges: vec!["80".into()],
-            source_port_ranges: vec!["any".into()],
-            protocols: vec!["tcp".into()],
-            ..Default::default()
-        };
-        let good = Inputs {
-            vips: Some(vec![vip]),
-            conduits: Some(vec![]),
-            streams: Some(vec![stream]),
-            flows: Some(vec![flow.clone()]),
-            targets: Some(vec![]),
-            subnets: Some(BTreeSet::new()),
-            ..Inputs::default()
-        };
-        dataplane.step(&good).await;
-        assert_eq!(waits_for(&dataplane, "Configuration"), None);
-        let bad = nsp::Flow { name: "bad".into(), protocols: vec!["icmp".into()], ..flow };
-        let faulty = Inputs { flows: Some(vec![bad]), ..good.clone() };
-        dataplane.step(&faulty).await;
-        let reason = waits_for(&dataplane, "Configuration").unwrap();
-        assert!(reason.contains("the last good one forwards on"), "{reason}");
-        let report = dataplane.health.report();
-        assert!(report.subservices["Configuration"].to_do.contains("icmp"), "{report:?}");
-        assert_eq!(dataplane.engine.as_ref().unwrap().streams(), ["s"]);
-        dataplane.step(&good).await;
-        assert_eq!(waits_for(&dataplane, "Configuration"), None);
-    }
-}
+#[path = "dataplane_tests.rs"]
+mod tests;

@@ -19,14 +19,21 @@ pub(crate) struct Desired {
     pub(crate) config: Config,
     /// Faults of the configuration, one line each; with one the previous configuration stays.
     pub(crate) faults: Vec<String>,
+    /// What keeps flows out, one line each.
+    pub(crate) notes: Vec<String>,
+    /// The targets of this configuration's streams.
+    pub(crate) ready: Ready,
+}
+
+/// Which targets packets can be sent to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ready {
     /// Ready targets by stream.
     pub(crate) targets: BTreeMap<String, Targets>,
     /// What keeps registered targets out, one line each.
     pub(crate) notes: Vec<String>,
     /// How many enabled targets are kept out.
     pub(crate) missing: usize,
-    /// Addresses of all registered targets, ready or not.
-    pub(crate) addresses: BTreeSet<IpAddr>,
 }
 
 /// The desired state, once everything has been told at least once.
@@ -35,8 +42,15 @@ pub(crate) struct Desired {
 pub(crate) fn desired(inputs: &Inputs, sctp_ports_only: &[String]) -> Option<Desired> {
     let (conduits, streams) = (inputs.conduits.as_ref()?, inputs.streams.as_ref()?);
     let mut desired = configuration(inputs.vips.as_ref()?, conduits, streams, inputs.flows.as_ref()?, sctp_ports_only);
-    targets(&mut desired, inputs.targets.as_ref()?, inputs.subnets.as_ref()?, &inputs.unreachable);
+    let limits = desired.config.streams.iter().map(|s| (s.name.clone(), s.max_targets)).collect();
+    desired.ready = ready(&limits, inputs)?;
     Some(desired)
+}
+
+/// The ready targets of streams with these max-targets, which need not be those that are configured.
+pub(crate) fn ready(limits: &BTreeMap<String, u32>, inputs: &Inputs) -> Option<Ready> {
+    let (messages, subnets) = (inputs.targets.as_ref()?, inputs.subnets.as_ref()?);
+    Some(targets(limits, messages, subnets, &inputs.unreachable))
 }
 
 /// Everything but the targets.
@@ -156,16 +170,15 @@ fn subnet(subnets: &BTreeSet<Subnet>, address: IpAddr) -> Option<&Subnet> {
 }
 
 fn targets(
-    desired: &mut Desired,
+    limits: &BTreeMap<String, u32>,
     messages: &[nsp::Target],
     subnets: &BTreeSet<Subnet>,
     unreachable: &BTreeSet<IpAddr>,
-) {
+) -> Ready {
+    let mut ready = Ready::default();
     let mut sorted: Vec<&nsp::Target> = messages.iter().collect();
     // All load balancers must choose the same one of two that claim one identifier.
     sorted.sort_by(|a, b| a.ips.cmp(&b.ips));
-    let limits: BTreeMap<String, u32> =
-        desired.config.streams.iter().map(|s| (s.name.clone(), s.max_targets)).collect();
     for message in sorted {
         if message.status != nsp::target::Status::Enabled as i32 {
             continue;
@@ -175,53 +188,48 @@ fn targets(
         let Some(limit) = limits.get(stream) else { continue };
         let identifier = message.context.get("identifier").and_then(|id| id.parse::<u32>().ok());
         let Some(identifier) = identifier.filter(|id| (1..=*limit).contains(id)) else {
-            desired.notes.push(format!("{name}: identifier is not in 1..{limit}"));
+            ready.notes.push(format!("{name}: identifier is not in 1..{limit}"));
             continue;
         };
-        match next_hops(message, subnets, unreachable, &mut desired.addresses) {
-            Ok(target) => {
-                let ready = desired.targets.entry(stream.to_owned()).or_default();
-                match ready.entry(identifier) {
-                    Entry::Occupied(_) => {
-                        desired.notes.push(format!("{name}: identifier {identifier} is taken by another target"));
-                    }
-                    Entry::Vacant(place) => _ = place.insert(target),
+        match next_hops(message, subnets, unreachable) {
+            Ok(target) => match ready.targets.entry(stream.to_owned()).or_default().entry(identifier) {
+                Entry::Occupied(_) => {
+                    ready.notes.push(format!("{name}: identifier {identifier} is taken by another target"));
                 }
-            }
+                Entry::Vacant(place) => _ = place.insert(target),
+            },
             Err(reason) => {
-                desired.missing += 1;
-                desired.notes.push(format!("{name}: {reason}"));
+                ready.missing += 1;
+                ready.notes.push(format!("{name}: {reason}"));
             }
         }
     }
+    ready
 }
 
-/// The next hops of a target: all of its addresses must be reachable.
+/// The next hops of a target: all of its addresses must be reachable. Its MTU is the smallest on the way to any of them.
 fn next_hops(
     message: &nsp::Target,
     subnets: &BTreeSet<Subnet>,
     unreachable: &BTreeSet<IpAddr>,
-    all: &mut BTreeSet<IpAddr>,
 ) -> Result<Target, String> {
     let mut target = Target { direct: true, ..Target::default() };
     let mut result = Ok(());
     for text in &message.ips {
         let Some(ip) = address(text) else { return Err(format!("{text:?} is no address")) };
-        all.insert(ip);
         if unreachable.contains(&ip) {
             result = Err(format!("{ip} does not answer on its link"));
         }
-        match (subnet(subnets, ip), ip) {
-            (None, _) => result = Err(format!("{ip} is in no subnet of an NSM interface")),
-            (Some(s), IpAddr::V4(v4)) => {
-                target.v4 = target.v4.or(Some((v4, s.index)));
-                (target.mtu, target.direct) = (s.mtu, target.direct && s.direct);
-            }
-            (Some(s), IpAddr::V6(v6)) => {
-                target.v6 = target.v6.or(Some((v6, s.index)));
-                (target.mtu, target.direct) = (s.mtu, target.direct && s.direct);
-            }
+        let Some(subnet) = subnet(subnets, ip) else {
+            result = Err(format!("{ip} is in no subnet of an NSM interface"));
+            continue;
+        };
+        match ip {
+            IpAddr::V4(v4) => target.v4 = target.v4.or(Some((v4, subnet.index))),
+            IpAddr::V6(v6) => target.v6 = target.v6.or(Some((v6, subnet.index))),
         }
+        target.mtu = if target.mtu == 0 { subnet.mtu } else { target.mtu.min(subnet.mtu) };
+        target.direct &= subnet.direct;
     }
     result?;
     if target.v4.is_none() && target.v6.is_none() {
@@ -260,9 +268,28 @@ mod tests {
             desired(&inputs, &[]).unwrap()
         };
         let one = seen([&first, &second, &other]);
-        assert_eq!(one.targets["s"].keys().copied().collect::<Vec<_>>(), [3, 4]);
-        assert_eq!(one.targets["s"][&3].v4.unwrap().0.to_string(), "172.31.0.2");
-        assert_eq!(one.notes, ["target 172.31.0.3/24 of stream s: identifier 3 is taken by another target"]);
+        assert_eq!(one.ready.targets["s"].keys().copied().collect::<Vec<_>>(), [3, 4]);
+        assert_eq!(one.ready.targets["s"][&3].v4.unwrap().0.to_string(), "172.31.0.2");
+        assert_eq!(one.ready.notes, ["target 172.31.0.3/24 of stream s: identifier 3 is taken by another target"]);
         assert_eq!(seen([&other, &second, &first]), one, "in whatever order they were told");
+    }
+    #[test]
+    fn the_mtu_of_a_target_is_the_smallest_of_its_links() {
+        let stream = nsp::Stream { name: "s".into(), max_targets: 10, ..Default::default() };
+        let target = nsp::Target {
+            ips: vec!["172.31.0.2/24".into(), "fd00::2/64".into()],
+            context: [("identifier".to_owned(), "1".to_owned())].into(),
+            status: nsp::target::Status::Enabled as i32,
+            stream: Some(stream),
+            ..Default::default()
+        };
+        let subnet = |net: &str, index, mtu| Subnet { net: net.parse().unwrap(), index, mtu, direct: index == 7 };
+        for (mtu4, mtu6) in [(1400, 1500), (1500, 1400)] {
+            let subnets = BTreeSet::from([subnet("172.31.0.1/24", 7, mtu4), subnet("fd00::1/64", 8, mtu6)]);
+            let inputs = Inputs { targets: Some(vec![target.clone()]), subnets: Some(subnets), ..Inputs::default() };
+            let ready = ready(&BTreeMap::from([("s".to_owned(), 10)]), &inputs).unwrap();
+            let known = ready.targets["s"][&1];
+            assert_eq!((known.mtu, known.direct), (1400, false), "{mtu4} for IPv4, {mtu6} for IPv6");
+        }
     }
 }

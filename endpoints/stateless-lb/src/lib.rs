@@ -16,6 +16,7 @@ mod availability;
 mod dataplane;
 mod desired;
 mod endpoint;
+mod follow;
 mod inputs;
 pub mod inspect;
 mod links;

@@ -57,8 +57,16 @@ fn guard(vip: &IpNet) -> Rule {
     Rule { from: None, to: Some(*vip), ..Rule::from_source(*vip, GUARD_TABLE) }.with_priority(GUARD)
 }
 
-/// The guards of `vips`: a table that drops, before the rules that lead into it.
-fn plan_guards(plan: &mut Plan, vips: &[IpNet], detour: Option<u32>, routes: &[Route], rules: &[Rule]) {
+/// VIPs whose packets must not leave by any other way.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Guarded<'a> {
+    pub(crate) vips: &'a [IpNet],
+    /// What is guarded besides stays so: it may be in use.
+    pub(crate) keep: bool,
+}
+
+/// The guards of VIPs: a table that drops, before the rules that lead into it.
+fn plan_guards(plan: &mut Plan, guarded: Guarded<'_>, detour: Option<u32>, routes: &[Route], rules: &[Rule]) {
     for v6 in [false, true] {
         let all = Route::default_of(v6, GUARD_TABLE);
         let drop = Route::blackhole(all.destination, GUARD_TABLE, DROP);
@@ -69,14 +77,17 @@ fn plan_guards(plan: &mut Plan, vips: &[IpNet], detour: Option<u32>, routes: &[R
             }
         }
     }
-    let wanted: Vec<Rule> = vips.iter().map(guard).collect();
+    let wanted: Vec<Rule> = guarded.vips.iter().map(guard).collect();
     plan.add_rules.extend(wanted.iter().filter(|rule| !rules.iter().any(|have| rule.matches(have))).cloned());
+    if guarded.keep {
+        return;
+    }
     let stale = |have: &&Rule| have.table == GUARD_TABLE && !wanted.iter().any(|rule| rule.matches(have));
     plan.delete_rules.extend(rules.iter().filter(stale).cloned());
 }
 
 /// The difference between what is wanted and what is there.
-pub(crate) fn plan(wanted: &Wanted, vips: &[IpNet], own: &Own, routes: &[Route], rules: &[Rule]) -> Plan {
+pub(crate) fn plan(wanted: &Wanted, guarded: Guarded<'_>, own: &Own, routes: &[Route], rules: &[Rule]) -> Plan {
     let mut plan = Plan::default();
     for ((v6, table), (ip, index)) in wanted {
         let route = Route::default_of(*v6, *table).via(Some(*ip), *index, false);
@@ -92,14 +103,14 @@ pub(crate) fn plan(wanted: &Wanted, vips: &[IpNet], own: &Own, routes: &[Route],
     let ours = |r: &&Rule| r.mark.is_some_and(|m| m & !MARK_MASK == MARK_FLAG);
     plan.delete_rules = rules.iter().filter(ours).filter(|r| stale(r.v6, r.table)).cloned().collect();
     plan.delete_routes = routes.iter().filter(|r| stale(r.is_v6(), r.table)).cloned().collect();
-    plan_guards(&mut plan, vips, own.detour, routes, rules);
+    plan_guards(&mut plan, guarded, own.detour, routes, rules);
     plan
 }
 
 /// Brings the kernel to what is wanted.
-pub(crate) async fn apply(netns: &Netns, wanted: &Wanted, vips: &[IpNet], own: &Own) -> Result<(), Error> {
+pub(crate) async fn apply(netns: &Netns, wanted: &Wanted, guarded: Guarded<'_>, own: &Own) -> Result<(), Error> {
     let netlink = netns.netlink().await?;
-    let plan = plan(wanted, vips, own, &netlink.routes(None).await?, &netlink.rules().await?);
+    let plan = plan(wanted, guarded, own, &netlink.routes(None).await?, &netlink.rules().await?);
     if plan == Plan::default() {
         return Ok(());
     }
@@ -120,11 +131,14 @@ pub(crate) async fn apply(netns: &Netns, wanted: &Wanted, vips: &[IpNet], own: &
     result
 }
 
+/// No VIP at all.
+const NONE: Guarded<'static> = Guarded { vips: &[], keep: false };
+
 /// Takes all rules and routes of load balancers away.
 pub(crate) async fn remove(netns: &Netns, tables: std::ops::Range<u32>) -> Result<(), Error> {
     let netlink = netns.netlink().await?;
     let (routes, rules) = (netlink.routes(None).await?, netlink.rules().await?);
-    let plan = plan(&Wanted::new(), &[], &Own { tables, detour: None }, &routes, &rules);
+    let plan = plan(&Wanted::new(), NONE, &Own { tables, detour: None }, &routes, &rules);
     // Without the mark, because a request with one means a full mask.
     let errors = rules.iter().filter(|rule| rule.priority == Some(ERRORS) && rule.mark == Some(MARK_FLAG));
     let errors = errors.map(|rule| Rule { mark: None, ..rule.clone() });
@@ -168,15 +182,19 @@ mod tests {
 
     const OWN: Own = Own { tables: 5000..6000, detour: Some(9) };
 
+    fn only(vips: &[IpNet]) -> Guarded<'_> {
+        Guarded { vips, keep: false }
+    }
+
     #[test]
     fn a_plan_is_the_difference_and_leaves_others_alone() {
         let ip: IpAddr = "172.16.0.6".parse().unwrap();
         let vips: [IpNet; 1] = ["20.0.0.1/32".parse().unwrap()];
         let wanted = Wanted::from([((false, 5001), (ip, 7))]);
-        let first = plan(&wanted, &vips, &OWN, &[], &[]);
+        let first = plan(&wanted, only(&vips), &OWN, &[], &[]);
         assert_eq!((first.set_routes.len(), first.add_rules.len()), (5, 2));
         assert_eq!(first.add_rules[0].mark, Some(0x4d00_1389));
-        let again = plan(&wanted, &vips, &OWN, &first.set_routes, &first.add_rules);
+        let again = plan(&wanted, only(&vips), &OWN, &first.set_routes, &first.add_rules);
         assert_eq!(again, Plan::default());
         let foreign = Rule { mark: Some(5001), ..rule(false, 5001) };
         let gateway = Route::default_of(false, 4096).via(Some(ip), 2, false);
@@ -184,7 +202,7 @@ mod tests {
         routes.push(gateway);
         let mut rules = first.add_rules.clone();
         rules.push(foreign);
-        let gone = plan(&Wanted::new(), &vips, &OWN, &routes, &rules);
+        let gone = plan(&Wanted::new(), only(&vips), &OWN, &routes, &rules);
         assert_eq!(
             (gone.delete_rules, gone.delete_routes),
             (first.add_rules[..1].to_vec(), first.set_routes[..1].to_vec())
@@ -194,9 +212,11 @@ mod tests {
     #[test]
     fn a_packet_to_a_vip_that_no_target_takes_is_dropped_and_so_is_its_rule_with_the_vip() {
         let vips: [IpNet; 2] = ["20.0.0.1/32".parse().unwrap(), "2000::1/128".parse().unwrap()];
-        let first = plan(&Wanted::new(), &vips, &OWN, &[], &[]);
+        let first = plan(&Wanted::new(), only(&vips), &OWN, &[], &[]);
         assert!(first.add_rules.iter().all(|rule| rule.to.is_some() && rule.priority > Some(TARGETS)));
-        let gone = plan(&Wanted::new(), &vips[..1], &OWN, &first.set_routes, &first.add_rules);
+        let gone = plan(&Wanted::new(), only(&vips[..1]), &OWN, &first.set_routes, &first.add_rules);
         assert_eq!((gone.delete_rules, gone.delete_routes.len()), (first.add_rules[1..].to_vec(), 0));
+        let kept = Guarded { vips: &vips[..1], keep: true };
+        assert_eq!(plan(&Wanted::new(), kept, &OWN, &first.set_routes, &first.add_rules), Plan::default());
     }
 }

@@ -1,0 +1,204 @@
+use meridio_proto::nsp::v1 as nsp;
+
+use super::*;
+use crate::inputs::Subnet;
+
+#[tokio::test(start_paused = true)]
+async fn a_fresh_load_balancer_waits_for_all_targets_but_not_for_ever() {
+    let now = Instant::now();
+    let mut gate = Gate { open: false, since: None };
+    assert!(!gate.look(false, 0, now), "nothing to forward to");
+    assert!(!gate.look(true, 2, now) && gate.look(true, 0, now), "all there");
+    assert!(gate.look(true, 1, now), "a target that is lost later closes nothing");
+    let mut gate = Gate { open: false, since: None };
+    assert!(!gate.look(true, 1, now) && gate.look(true, 1, now + COMPLETE_WITHIN));
+}
+
+/// A directory, with a BPF file system on request, gone at the end.
+struct Directory(std::path::PathBuf);
+
+impl Directory {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("mdt-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Directory(path)
+    }
+
+    fn mount(&self) {
+        let status = std::process::Command::new("mount").args(["-t", "bpf", "bpf"]).arg(&self.0).status().unwrap();
+        assert!(status.success(), "mounting bpffs needs root");
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-q").arg(&self.0).status();
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[derive(clap::Parser)]
+struct Cli {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+fn dataplane(directory: &Directory) -> Dataplane {
+    use clap::Parser;
+    let directory = directory.0.join("lb");
+    let settings = Cli::parse_from(["lb", "--bpf-dir", directory.to_str().unwrap()]).settings;
+    let netns = Netns::anonymous().unwrap();
+    Dataplane::new(&settings, netns, Health::detached("test"), Availability::new("test"))
+}
+
+fn waits_for(dataplane: &Dataplane, subservice: &str) -> Option<String> {
+    let report = dataplane.health.report();
+    let subservice = report.subservices.get(subservice)?;
+    (!subservice.serving).then(|| subservice.waits_for.clone())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readiness_says_what_the_kernel_refuses_until_it_does_not() {
+    let directory = Directory::new("refused");
+    let mut dataplane = dataplane(&directory);
+    assert!(!dataplane.step(&Inputs::default()).await, "to be tried again");
+    let reason = waits_for(&dataplane, "DataPlane").unwrap();
+    assert!(reason.contains("not on a BPF file system"), "{reason}");
+    directory.mount();
+    dataplane.step(&Inputs::default()).await;
+    assert!(dataplane.engine.is_some());
+    assert_eq!(waits_for(&dataplane, "DataPlane").unwrap(), "a configuration to attach with");
+}
+
+fn vip(address: &str) -> nsp::Vip {
+    nsp::Vip { name: address.into(), address: address.into(), ..Default::default() }
+}
+
+fn stream(name: &str, max_targets: u32) -> nsp::Stream {
+    nsp::Stream { name: name.into(), max_targets, ..Default::default() }
+}
+
+fn flow(name: &str, stream: &nsp::Stream, vips: &[nsp::Vip], protocol: &str) -> nsp::Flow {
+    nsp::Flow {
+        name: name.into(),
+        stream: Some(stream.clone()),
+        vips: vips.to_vec(),
+        source_subnets: vec!["0.0.0.0/0".into()],
+        destination_port_ranges: vec!["80".into()],
+        source_port_ranges: vec!["any".into()],
+        protocols: vec![protocol.into()],
+        ..Default::default()
+    }
+}
+
+fn target(stream: &str, identifier: u32) -> nsp::Target {
+    nsp::Target {
+        ips: vec![format!("172.31.0.{}/24", identifier + 1)],
+        context: [("identifier".to_owned(), identifier.to_string())].into(),
+        status: nsp::target::Status::Enabled as i32,
+        stream: Some(self::stream(stream, 0)),
+        ..Default::default()
+    }
+}
+
+/// Two VIPs; streams `s` and `z` of up to ten targets, of which each has two; a flow of `s`.
+fn good() -> Inputs {
+    let vips = ["20.0.0.1/32", "20.0.0.2/32"].map(vip).to_vec();
+    let streams = ["s", "z"].map(|name| stream(name, 10)).to_vec();
+    let subnet = Subnet { net: "172.31.0.1/24".parse().unwrap(), index: 1, mtu: 1500, direct: false };
+    Inputs {
+        conduits: Some(vec![]),
+        flows: Some(vec![flow("web", &streams[0], &vips, "tcp")]),
+        targets: Some(vec![target("s", 1), target("s", 2), target("z", 3), target("z", 4)]),
+        subnets: Some(BTreeSet::from([subnet])),
+        vips: Some(vips),
+        streams: Some(streams),
+        ..Inputs::default()
+    }
+}
+
+fn identifiers(dataplane: &Dataplane, stream: &str) -> Vec<u32> {
+    let targets = dataplane.engine.as_ref().unwrap().targets(stream).unwrap();
+    targets.into_iter().map(|(identifier, _)| identifier).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readiness_says_what_is_wrong_with_a_configuration_and_the_last_good_one_stays() {
+    let directory = Directory::new("faults");
+    directory.mount();
+    let mut dataplane = dataplane(&directory);
+    dataplane.step(&good()).await;
+    assert_eq!(waits_for(&dataplane, "Configuration"), None);
+    let bad = flow("bad", &stream("s", 10), &[vip("20.0.0.1/32")], "icmp");
+    dataplane.step(&Inputs { flows: Some(vec![bad]), ..good() }).await;
+    let reason = waits_for(&dataplane, "Configuration").unwrap();
+    assert!(reason.contains("the last good one forwards on"), "{reason}");
+    let report = dataplane.health.report();
+    assert!(report.subservices["Configuration"].to_do.contains("icmp"), "{report:?}");
+    assert_eq!(dataplane.engine.as_ref().unwrap().streams(), ["s", "z"]);
+    dataplane.step(&good()).await;
+    assert_eq!(waits_for(&dataplane, "Configuration"), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn targets_are_followed_while_a_configuration_that_does_not_fit_stands() {
+    let directory = Directory::new("too-much");
+    directory.mount();
+    let mut dataplane = dataplane(&directory);
+    dataplane.step(&good()).await;
+    assert_eq!((identifiers(&dataplane, "s"), identifiers(&dataplane, "z")), (vec![1, 2], vec![3, 4]));
+    // Each of them can be read; together they are more than the maps hold.
+    let many = (0..3_000).map(|n| vip(&format!("20.1.{}.{}/32", n / 250, n % 250))).collect();
+    let too_much = Inputs { vips: Some(many), ..good() };
+    dataplane.step(&too_much).await;
+    let reason = waits_for(&dataplane, "Configuration").unwrap();
+    assert!(reason.contains("the last good one forwards on"), "{reason}");
+    assert_eq!((identifiers(&dataplane, "s"), identifiers(&dataplane, "z")), (vec![1, 2], vec![3, 4]));
+    // One leaves, another one no longer answers, a third one comes.
+    let changed = Inputs {
+        targets: Some(vec![target("s", 2), target("s", 5), target("z", 3), target("z", 4)]),
+        unreachable: BTreeSet::from(["172.31.0.4".parse().unwrap()]),
+        ..too_much.clone()
+    };
+    dataplane.step(&changed).await;
+    assert_eq!((identifiers(&dataplane, "s"), identifiers(&dataplane, "z")), (vec![2, 5], vec![4]));
+    assert!(waits_for(&dataplane, "Configuration").is_some());
+    dataplane.step(&good()).await;
+    assert_eq!(waits_for(&dataplane, "Configuration"), None);
+    assert_eq!((identifiers(&dataplane, "s"), identifiers(&dataplane, "z")), (vec![1, 2], vec![3, 4]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_refused_does_not_disturb_what_runs() {
+    let directory = Directory::new("refused-targets");
+    directory.mount();
+    let mut dataplane = dataplane(&directory);
+    dataplane.step(&good()).await;
+    let guards = async |dataplane: &Dataplane| {
+        let rules = dataplane.netns.netlink().await.unwrap().rules().await.unwrap();
+        rules.iter().filter(|rule| rule.to.is_some()).count()
+    };
+    assert_eq!(guards(&dataplane).await, 2);
+    // The faulty configuration has no stream s, no second VIP, and room for more targets of z, one of which is there.
+    let vips = vec![vip("20.0.0.1/32")];
+    let z = stream("z", 20);
+    let mut faulty = Inputs {
+        flows: Some(vec![flow("bad", &z, &vips, "icmp")]),
+        vips: Some(vips),
+        streams: Some(vec![z]),
+        targets: Some(vec![target("s", 1), target("s", 2), target("z", 15), target("z", 4)]),
+        ..good()
+    };
+    dataplane.step(&faulty).await;
+    assert!(waits_for(&dataplane, "Configuration").is_some());
+    assert_eq!((identifiers(&dataplane, "s"), identifiers(&dataplane, "z")), (vec![1, 2], vec![4]));
+    assert_eq!(guards(&dataplane).await, 2, "both VIPs are in use");
+    // Targets of the stream that is in use come and go.
+    faulty.targets = Some(vec![target("s", 2), target("s", 6), target("z", 15), target("z", 4)]);
+    dataplane.step(&faulty).await;
+    assert_eq!((identifiers(&dataplane, "s"), identifiers(&dataplane, "z")), (vec![2, 6], vec![4]));
+    let repaired = Inputs { flows: Some(vec![]), ..faulty };
+    dataplane.step(&repaired).await;
+    assert_eq!(waits_for(&dataplane, "Configuration"), None);
+    assert_eq!((identifiers(&dataplane, "z"), guards(&dataplane).await), (vec![4, 15], 1));
+}
