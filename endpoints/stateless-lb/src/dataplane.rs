@@ -43,6 +43,8 @@ pub(crate) struct Dataplane {
     /// The last round with the engine.
     last: Option<Round>,
     gate: Gate,
+    /// Whether an earlier process has left targets in the tables; `None`: not known yet.
+    kept: Option<bool>,
 }
 
 impl Dataplane {
@@ -58,6 +60,7 @@ impl Dataplane {
             attached: None,
             last: None,
             gate: Gate { open: false, since: None },
+            kept: None,
         }
     }
 
@@ -77,6 +80,7 @@ impl Dataplane {
                 if engine.adopted() {
                     self.availability.set(forwarding(&engine));
                 }
+                self.kept = Some(engine.adopted() && forwarding(&engine));
                 self.gate.open = engine.adopted();
                 self.refused = None;
                 self.health.waiting("DataPlane", "a configuration to attach with", "is the NSP running?");
@@ -106,6 +110,7 @@ impl Dataplane {
         loop {
             let now = inputs.borrow_and_update().clone();
             let done = self.step(&now).await;
+            shared.change(|inputs| inputs.kept = self.kept);
             let wait = async {
                 if done {
                     backoff.reset();

@@ -44,9 +44,14 @@ struct Cli {
 }
 
 fn dataplane(directory: &Directory) -> Dataplane {
+    told(directory, &[])
+}
+
+fn told(directory: &Directory, more: &[&str]) -> Dataplane {
     use clap::Parser;
     let directory = directory.0.join("lb");
-    let settings = Cli::parse_from(["lb", "--bpf-dir", directory.to_str().unwrap()]).settings;
+    let args = ["lb", "--bpf-dir", directory.to_str().unwrap()];
+    let settings = Cli::parse_from(args.iter().chain(more)).settings;
     let netns = Netns::anonymous().unwrap();
     Dataplane::new(&settings, netns, Health::detached("test"), Availability::new("test"))
 }
@@ -201,4 +206,29 @@ async fn what_was_refused_does_not_disturb_what_runs() {
     dataplane.step(&repaired).await;
     assert_eq!(waits_for(&dataplane, "Configuration"), None);
     assert_eq!((identifiers(&dataplane, "z"), guards(&dataplane).await), (vec![4, 15], 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sctp_is_spread_by_ports_alone_where_that_is_set() {
+    let directory = Directory::new("sctp");
+    directory.mount();
+    let mut dataplane = told(&directory, &["--sctp-ports-only", "s"]);
+    let vips = good().vips.unwrap();
+    let z = nsp::Flow { destination_port_ranges: vec!["81".into()], ..flow("z", &stream("z", 10), &vips, "sctp") };
+    let flows = vec![flow("s", &stream("s", 10), &vips, "sctp"), z];
+    dataplane.step(&Inputs { flows: Some(flows), ..good() }).await;
+    assert_eq!(waits_for(&dataplane, "Configuration"), None);
+    let live = meridio_maglev::Live::open(&directory.0.join("lb")).unwrap();
+    let image = meridio_maglev::Image::of(&live).unwrap();
+    let chosen = |port: u16| -> BTreeSet<u32> {
+        let target = |n: u8| {
+            let mut packet = vec![0x45, 0, 0, 32, 0, 0, 0, 0, 64, 132, 0, 0, 10, 0, 0, n, 20, 0, 0, 1];
+            packet.extend([4, 210].iter().chain(&port.to_be_bytes()).chain(&[0; 8]));
+            image.explain(&packet, meridio_maglev::ETH_IPV4).decision.identifier
+        };
+        (1..=40).map(target).collect()
+    };
+    assert_eq!(chosen(81), BTreeSet::from([3, 4]), "by addresses too");
+    let one = chosen(80);
+    assert!(one.len() == 1 && one.is_subset(&BTreeSet::from([1, 2])), "{one:?}");
 }

@@ -35,6 +35,8 @@ pub(crate) struct Inputs {
     pub(crate) subnets: Option<BTreeSet<Subnet>>,
     /// Index of the external interface.
     pub(crate) external: Option<u32>,
+    /// Whether an earlier process has left tables with targets in them, which forward until something else is told.
+    pub(crate) kept: Option<bool>,
     /// Addresses of targets whose link-layer address cannot be resolved.
     pub(crate) unreachable: BTreeSet<IpAddr>,
 }

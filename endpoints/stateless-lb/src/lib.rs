@@ -21,15 +21,17 @@ mod inputs;
 pub mod inspect;
 mod links;
 mod metrics;
+mod prepare;
 mod removal;
 mod routing;
 mod settings;
+mod told;
 mod watches;
 
 use std::time::Duration;
 
 use anyhow::Context;
-use meridio_common::{Health, Probe, sysctl};
+use meridio_common::{Health, Probe};
 use nsm_kernel::Netns;
 use nsm_registry::RegistryClient;
 use nsm_transport::Transport;
@@ -64,12 +66,17 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     health.register(Probe::Liveness, &["NSMEndpoint"]);
     let hostname = std::fs::read_to_string("/proc/sys/kernel/hostname").context("hostname")?.trim().to_owned();
     let netns = Netns::current().context("network namespace")?;
-    prepare(&settings, &netns, &health).await;
+    let faults = prepare::prepare(&settings, &netns).await;
     let availability = Availability::new(&hostname);
     let dataplane = Dataplane::new(&settings, netns.clone(), health.clone(), availability.clone());
 
     let shared = Shared::new();
     let mut tasks = JoinSet::new();
+    let (own, namespace) = (settings.clone(), netns.clone());
+    tasks.spawn(prepare::until_prepared(health.clone(), stop.clone(), faults, move || {
+        let (own, namespace) = (own.clone(), namespace.clone());
+        async move { prepare::prepare(&own, &namespace).await }
+    }));
     let (prefix, external) = (settings.interface_prefix(), settings.external_interface.clone());
     if settings.metrics_enabled {
         tasks.spawn(metrics::run(settings.clone(), netns.clone(), health.clone(), stop.clone()));
@@ -121,45 +128,4 @@ async fn control(
         .build()?;
     let chain = endpoint::chain(settings, source);
     endpoint::run(settings, &chain, transport, registry, shared.clone(), health.clone(), stop.clone()).await
-}
-
-/// Kernel settings that forwarding needs. What cannot be written (a read-only `/proc/sys`) has to be right already.
-async fn prepare(settings: &Settings, netns: &Netns, health: &Health) {
-    let wanted = [
-        ("net/ipv4/conf/all/rp_filter", "0"),
-        ("net/ipv4/conf/default/rp_filter", "0"),
-        ("net/ipv4/ip_forward", "1"),
-        ("net/ipv6/conf/all/forwarding", "1"),
-        ("net/ipv4/fwmark_reflect", "1"),
-        ("net/ipv6/fwmark_reflect", "1"),
-    ];
-    let mut faults = Vec::new();
-    for (key, value) in wanted {
-        if sysctl::set(key, value).is_err()
-            && let Err(fault) = sysctl::check(key, value)
-        {
-            faults.push(fault.to_string());
-        }
-    }
-    // An interface's own value counts as well; one that does not exist yet inherits the default.
-    let own = format!("net/ipv4/conf/{}/rp_filter", settings.external_interface);
-    if sysctl::read(&own).is_ok()
-        && sysctl::set(&own, "0").is_err()
-        && let Err(fault) = sysctl::check(&own, "0")
-    {
-        faults.push(fault.to_string());
-    }
-    let rules = async {
-        let netlink = netns.netlink().await.map_err(|e| e.to_string())?;
-        routing::errors_to_gateways(netlink, settings.gateway_table).await
-    };
-    if let Err(fault) = rules.await {
-        faults.push(fault);
-    }
-    if faults.is_empty() {
-        health.serving("Sysctl");
-    } else {
-        tracing::error!(faults = faults.join("; "), "kernel settings");
-        health.waiting("Sysctl", &faults.join("; "), "set it in an init container");
-    }
 }

@@ -79,10 +79,8 @@ impl Links {
                     }
                     Event::Neighbour(n) if n.state == NeighbourState::Reachable => {
                         doubted.remove(&n.ip);
-                        if suspects.answer(n.ip, Instant::now()) {
-                            tracing::info!(ip = %n.ip, "target answers on its link again");
-                            self.publish(&suspects);
-                        }
+                        suspects.answer(n.ip);
+                        self.back(&mut suspects);
                     }
                     Event::NeighbourGone(n) => _ = doubted.remove(&n.ip),
                     Event::Neighbour(_) => {}
@@ -102,15 +100,15 @@ impl Links {
                     }
                     self.publish(&suspects);
                 }
+                () = at(suspects.next()) => self.back(&mut suspects),
                 _ = rescan.tick() => self.scan().await,
                 _ = probe.tick(), if suspects.any() => {
                     suspects.retain(|ip| self.is_target(ip));
                     for ip in self.probe(suspects.out()).await {
-                        if suspects.answer(ip, Instant::now()) {
-                            tracing::info!(%ip, "target answers again");
-                        }
+                        suspects.answer(ip);
                     }
                     self.publish(&suspects);
+                    self.back(&mut suspects);
                 }
             }
         }
@@ -121,6 +119,17 @@ impl Links {
         let text = ip.to_string();
         let ours = |t: &str| t == text || t.split('/').next() == Some(text.as_str());
         inputs.targets.iter().flatten().any(|t| t.ips.iter().any(|i| ours(i)))
+    }
+
+    /// Lets those in whose time is over.
+    fn back(&self, suspects: &mut Suspects) {
+        let back = suspects.back(Instant::now());
+        for ip in &back {
+            tracing::info!(%ip, "target answers on its link again");
+        }
+        if !back.is_empty() {
+            self.publish(suspects);
+        }
     }
 
     fn publish(&self, suspects: &Suspects) {
@@ -186,12 +195,16 @@ struct Suspect {
     out: bool,
     since: Instant,
     hold: Duration,
+    /// It has answered since it failed the last time.
+    answers: bool,
 }
 
 impl Suspects {
     /// The address failed; `true`: it goes out of the tables.
     fn fail(&mut self, ip: IpAddr, now: Instant) -> bool {
-        let suspect = self.0.entry(ip).or_insert(Suspect { out: false, since: now, hold: Duration::ZERO });
+        let suspect =
+            self.0.entry(ip).or_insert(Suspect { out: false, since: now, hold: Duration::ZERO, answers: false });
+        suspect.answers = false;
         if suspect.out {
             return false;
         }
@@ -201,15 +214,27 @@ impl Suspects {
         true
     }
 
-    /// The address answers; `true`: it comes back, which takes its time after each failure.
-    fn answer(&mut self, ip: IpAddr, now: Instant) -> bool {
-        match self.0.get_mut(&ip) {
-            Some(suspect) if suspect.out && now.duration_since(suspect.since) >= suspect.hold => {
-                (suspect.out, suspect.since) = (false, now);
-                true
-            }
-            _ => false,
+    /// The address answers: it comes back, which takes its time after each failure.
+    fn answer(&mut self, ip: IpAddr) {
+        if let Some(suspect) = self.0.get_mut(&ip) {
+            suspect.answers = true;
         }
+    }
+
+    /// When the next one comes back unless it fails again.
+    fn next(&self) -> Option<Instant> {
+        self.0.values().filter(|s| s.out && s.answers).map(|s| s.since + s.hold).min()
+    }
+
+    /// Those that answer and have been out for long enough: they are no longer.
+    fn back(&mut self, now: Instant) -> Vec<IpAddr> {
+        let due = |s: &Suspect| s.out && s.answers && now.duration_since(s.since) >= s.hold;
+        let mut back = Vec::new();
+        for (ip, suspect) in self.0.iter_mut().filter(|(_, suspect)| due(suspect)) {
+            (suspect.out, suspect.since) = (false, now);
+            back.push(*ip);
+        }
+        back
     }
 
     fn retain(&mut self, keep: impl Fn(IpAddr) -> bool) {
@@ -235,13 +260,34 @@ mod tests {
         let mut suspects = Suspects::default();
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
+        let answers = |suspects: &mut Suspects, ms| {
+            suspects.answer(ip);
+            suspects.back(at(ms)) == [ip]
+        };
         assert!(suspects.fail(ip, at(0)) && !suspects.fail(ip, at(1)), "fails once");
-        assert!(!suspects.answer(ip, at(999)) && suspects.answer(ip, at(1000)), "out for a second");
+        assert!(!answers(&mut suspects, 999) && answers(&mut suspects, 1000), "out for a second");
         assert!(suspects.fail(ip, at(2000)));
-        assert!(!suspects.answer(ip, at(3900)) && suspects.answer(ip, at(4000)), "out for two");
+        assert!(!answers(&mut suspects, 3900) && answers(&mut suspects, 4000), "out for two");
         assert!(suspects.fail(ip, at(70_000)));
-        assert!(suspects.answer(ip, at(71_000)), "a minute of good conduct is rewarded");
-        assert!(!suspects.answer("172.16.0.10".parse().unwrap(), at(71_000)), "who never failed cannot come back");
+        assert!(answers(&mut suspects, 71_000), "a minute of good conduct is rewarded");
+        suspects.answer("172.16.0.10".parse().unwrap());
+        assert!(suspects.back(at(71_000)).is_empty(), "who never failed cannot come back");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_answer_while_it_is_held_suffices_unless_it_fails_again() {
+        let ip: IpAddr = "172.16.0.9".parse().unwrap();
+        let mut suspects = Suspects::default();
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        suspects.fail(ip, at(0));
+        assert_eq!(suspects.next(), None, "silent");
+        suspects.answer(ip);
+        assert_eq!((suspects.back(at(100)), suspects.next()), (vec![], Some(at(1000))));
+        suspects.fail(ip, at(500));
+        assert_eq!((suspects.back(at(1000)), suspects.next()), (vec![], None), "silent again");
+        suspects.answer(ip);
+        assert_eq!((suspects.back(at(1200)), suspects.next(), suspects.any()), (vec![ip], None, false));
     }
 
     fn ip(args: &str) {
@@ -298,7 +344,9 @@ mod tests {
         let following = tokio::spawn(following);
         until(&shared, "its subnet", |inputs| inputs.subnets.as_ref().is_some_and(|s| s.len() == 1)).await;
 
-        // It no longer answers; what is sent to it makes the kernel ask.
+        // It answers no ping, ever. Now it no longer answers at all; what is sent to it makes the kernel ask.
+        let silent = || std::fs::write("/proc/sys/net/ipv4/icmp_echo_ignore_all", "1").unwrap();
+        Netns::named(&p).unwrap().run(silent).await.unwrap();
         ip(&format!("-n {p} link set eth0 arp off"));
         ip(&format!("-n {l} neigh flush dev nsm-0"));
         let send = move || {
@@ -311,7 +359,7 @@ mod tests {
         ip(&format!("-n {p} link set eth0 arp on"));
         until(&shared, "back", |inputs| inputs.unreachable.is_empty()).await;
         let took = out.elapsed();
-        assert!(took >= HOLD.0 - PROBE, "after {took:?}");
+        assert!(took >= HOLD.0 - PROBE && took < HOLD.0 + 8 * PROBE, "after {took:?}");
 
         // An entry that is only deleted says nothing about the target.
         let before = shared.subscribe();

@@ -69,7 +69,8 @@ pub struct Settings {
     /// Table that holds the routes to the gateways (the frontend's `NFE_TABLE_ID`).
     #[arg(long, env = "NSM_GATEWAY_TABLE", default_value_t = 4096)]
     pub gateway_table: u32,
-    /// How long what the NSP told before it was lost outweighs an empty list told after.
+    /// How long what the NSP told before it was lost, or what an earlier process has left in the tables, outweighs an empty list
+    /// told after.
     #[arg(long, env = "NSM_EMPTY_HOLD", default_value = "60s")]
     pub empty_hold: GoDuration,
     /// Socket of the gRPC health service.

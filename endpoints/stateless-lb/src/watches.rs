@@ -1,7 +1,5 @@
 //! What the NSP tells: VIPs, conduit, streams, flows, targets, frontends.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use meridio_common::{Health, WatchEvent, watch_events};
@@ -14,6 +12,7 @@ use tonic::transport::Channel;
 
 use crate::inputs::{Inputs, Shared};
 use crate::settings::Settings;
+use crate::told::Told;
 
 /// The watches of one load balancer.
 #[derive(Clone)]
@@ -112,8 +111,7 @@ impl Watches {
         tasks.spawn(self.frontend(registry));
     }
 
-    /// Follows one list. An empty one right after a loss is not believed for a while: a server that has lost its storage, or
-    /// has not read it yet, says the same.
+    /// Follows one list.
     async fn list<M, T, Open, Opened>(
         self,
         name: &'static str,
@@ -125,34 +123,17 @@ impl Watches {
         Open: FnMut() -> Opened,
         Opened: Future<Output = Result<tonic::Response<tonic::Streaming<M>>, tonic::Status>>,
     {
-        let version = Arc::new(AtomicU64::new(0));
-        let mut fresh = true;
-        let this = self.clone();
+        let mut told = Told::new(name, self.shared.clone(), self.hold);
         watch_events(name, &self.stop, open, |event| {
             match event {
                 WatchEvent::Message(message) => {
-                    this.health.serving("NSPCli");
-                    let items = items(message);
-                    let mine = version.fetch_add(1, Ordering::Relaxed) + 1;
-                    let known = field(&mut this.shared.get()).as_ref().is_some_and(|known| !known.is_empty());
-                    if fresh && items.is_empty() && known {
-                        tracing::warn!(watch = name, hold = ?this.hold, "an empty list after a loss is held back");
-                        let (this, version) = (this.clone(), version.clone());
-                        tokio::spawn(async move {
-                            tokio::time::sleep(this.hold).await;
-                            if version.load(Ordering::Relaxed) == mine {
-                                this.shared.change(|inputs| *field(inputs) = Some(Vec::new()));
-                            }
-                        });
-                    } else {
-                        this.shared.change(|inputs| *field(inputs) = Some(items));
-                    }
-                    fresh = false;
+                    self.health.serving("NSPCli");
+                    told.list(items(message), field);
                 }
                 WatchEvent::Lost(status) => {
-                    fresh = true;
+                    told.lost();
                     let waits = format!("the NSP ({})", status.message());
-                    this.health.waiting("NSPCli", &waits, "is it running?");
+                    self.health.waiting("NSPCli", &waits, "is it running?");
                 }
             }
             std::future::ready(())
@@ -171,30 +152,15 @@ impl Watches {
             let (mut client, pattern) = (registry.clone(), pattern.clone());
             async move { client.watch(pattern).await }
         };
-        let version = Arc::new(AtomicU64::new(0));
-        let mut fresh = true;
-        let this = self.clone();
+        let mut told = Told::new("frontends", self.shared.clone(), self.hold);
         watch_events("frontends", &self.stop, open, |event| {
             match event {
                 WatchEvent::Message(nsp::TargetResponse { targets }) => {
-                    let mine = version.fetch_add(1, Ordering::Relaxed) + 1;
-                    let present =
-                        targets.iter().any(|t| t.context.get("identifier").is_some_and(|id| *id == this.hostname));
-                    // As above: nobody at all after a loss says more about the NSP than about the frontend.
-                    if fresh && targets.is_empty() && this.shared.get().frontend == Some(true) {
-                        let (this, version) = (this.clone(), version.clone());
-                        tokio::spawn(async move {
-                            tokio::time::sleep(this.hold).await;
-                            if version.load(Ordering::Relaxed) == mine {
-                                this.shared.change(|inputs| inputs.frontend = Some(false));
-                            }
-                        });
-                    } else {
-                        this.shared.change(|inputs| inputs.frontend = Some(present));
-                    }
-                    fresh = false;
+                    let ours = |t: &nsp::Target| t.context.get("identifier").is_some_and(|id| *id == self.hostname);
+                    // Nobody at all after a loss says more about the NSP than about the frontend.
+                    told.frontend(targets.iter().any(ours), targets.is_empty());
                 }
-                WatchEvent::Lost(_) => fresh = true,
+                WatchEvent::Lost(_) => told.lost(),
             }
             std::future::ready(())
         })

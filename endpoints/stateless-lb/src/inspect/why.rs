@@ -36,6 +36,9 @@ pub struct Settings {
     /// Identifiers that are ready in a stream of the configuration, e.g. stream-a:1,4,7-9; else all are. Can be repeated
     #[arg(long = "targets", value_name = "STREAM:IDENTIFIERS")]
     targets: Vec<String>,
+    /// Streams of the configuration whose SCTP packets are spread by their ports alone, as the load balancer was told
+    #[arg(long, env = "NSM_SCTP_PORTS_ONLY", value_delimiter = ',', value_name = "STREAMS")]
+    sctp_ports_only: Vec<String>,
     /// Show flows for other destinations too
     #[arg(long)]
     all: bool,
@@ -108,7 +111,7 @@ fn from_file(path: &Path, settings: &Settings) -> anyhow::Result<Image> {
     let text = std::fs::read_to_string(path).with_context(|| name.to_string())?;
     let configuration = Configuration::parse(&text).map_err(|faults| anyhow::anyhow!("{name}: {faults}"))?;
     let conduit = conduit(&configuration, settings.conduit.as_deref()).with_context(|| name.to_string())?;
-    let desired = of_conduit(&configuration, &conduit);
+    let desired = of_conduit(&configuration, &conduit, &settings.sctp_ports_only);
     if !desired.faults.is_empty() {
         bail!("{name}: {}", desired.faults.join("; "));
     }
@@ -131,13 +134,13 @@ fn conduit(configuration: &Configuration, wanted: Option<&str>) -> anyhow::Resul
 }
 
 /// What the load balancers of a conduit are told.
-fn of_conduit(all: &Configuration, conduit: &str) -> Desired {
+fn of_conduit(all: &Configuration, conduit: &str, sctp_ports_only: &[String]) -> Desired {
     let mut lists = all.to_nsp();
     let ours = |name: Option<&String>| name.is_some_and(|name| name == conduit);
     lists.conduits.retain(|c| c.name == conduit);
     lists.streams.retain(|s| ours(s.conduit.as_ref().map(|c| &c.name)));
     lists.flows.retain(|f| ours(f.stream.as_ref().and_then(|s| s.conduit.as_ref()).map(|c| &c.name)));
-    configuration(&lists.vips, &lists.conduits, &lists.streams, &lists.flows, &[])
+    configuration(&lists.vips, &lists.conduits, &lists.streams, &lists.flows, sctp_ports_only)
 }
 
 /// Ready targets as told, else all.
@@ -178,4 +181,40 @@ fn identifiers(text: &str) -> Result<(String, Vec<u32>), String> {
         }
     }
     Ok((stream.to_owned(), ids))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        settings: Settings,
+    }
+
+    #[test]
+    fn sctp_streams_are_spread_as_the_load_balancer_was_told() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let sample = include_str!("../../../../deploy/samples/configuration.yaml");
+        std::fs::write(file.path(), sample.replace("- tcp", "- sctp")).unwrap();
+        let path = file.path().to_str().unwrap();
+        let chosen = |told: &[&str]| -> BTreeSet<u32> {
+            let args = ["why", "--config", path].into_iter().chain(told.iter().copied());
+            let image = from_file(file.path(), &Cli::parse_from(args).settings).unwrap();
+            let paths = (1..=20).map(|n| format!("sctp 10.0.0.{n}:1234 -> 20.0.0.1:4000"));
+            let target = |question: String| {
+                let packet = Question::parse(&question).unwrap().packet().unwrap();
+                image.explain(&packet.bytes, packet.ethertype).decision.identifier
+            };
+            paths.map(target).collect()
+        };
+        assert!(chosen(&[]).len() > 5);
+        assert!(chosen(&["--sctp-ports-only", "another"]).len() > 5);
+        assert_eq!(chosen(&["--sctp-ports-only", "another,stream-a-i"]).len(), 1, "all paths of an association");
+    }
 }

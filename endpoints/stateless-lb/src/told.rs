@@ -1,0 +1,141 @@
+//! What the NSP tells, taken into the inputs: at once, or after a while when it says less than is known.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::inputs::{Inputs, Shared};
+
+/// One watch: what it tells, in the order in which it tells it.
+///
+/// An empty list right after a loss, or right after the start, is not believed for a while: a server that has lost its storage, or
+/// has not read it yet, says the same. Right after the start that counts if an earlier process has left something to lose.
+#[derive(Clone, Debug)]
+pub(crate) struct Told {
+    name: &'static str,
+    shared: Shared,
+    hold: Duration,
+    version: Arc<AtomicU64>,
+    fresh: bool,
+}
+
+impl Told {
+    pub(crate) fn new(name: &'static str, shared: Shared, hold: Duration) -> Self {
+        Told { name, shared, hold, version: Arc::default(), fresh: true }
+    }
+
+    /// The server is lost; what it says next is to be doubted.
+    pub(crate) fn lost(&mut self) {
+        self.fresh = true;
+    }
+
+    /// Takes a list.
+    pub(crate) fn list<T: Send + 'static>(&mut self, items: Vec<T>, field: fn(&mut Inputs) -> &mut Option<Vec<T>>) {
+        let known = field(&mut self.shared.get()).as_ref().map(|known| !known.is_empty());
+        self.take(items.is_empty(), known, move |inputs| *field(inputs) = Some(items));
+    }
+
+    /// Takes whether the frontend of this pod is among those that are registered; `nobody`: none is.
+    pub(crate) fn frontend(&mut self, present: bool, nobody: bool) {
+        let known = self.shared.get().frontend;
+        self.take(nobody, known, move |inputs| inputs.frontend = Some(present));
+    }
+
+    /// `known`: whether there is something known that would be lost; `None`: nothing has been told yet.
+    fn take(&mut self, empty: bool, known: Option<bool>, change: impl FnOnce(&mut Inputs) + Send + 'static) {
+        let mine = self.version.fetch_add(1, Ordering::Relaxed) + 1;
+        let fresh = std::mem::replace(&mut self.fresh, false);
+        let first = known.is_none();
+        let to_lose = known.unwrap_or_else(|| self.shared.get().kept != Some(false));
+        if !(fresh && empty && to_lose) {
+            return self.shared.change(change);
+        }
+        tracing::warn!(watch = self.name, hold = ?self.hold, "an empty list after a loss is held back");
+        let this = self.clone();
+        tokio::spawn(async move {
+            let mut inputs = this.shared.subscribe();
+            let nothing_to_lose = async {
+                if !first || inputs.wait_for(|inputs| inputs.kept == Some(false)).await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            };
+            tokio::select! {
+                () = tokio::time::sleep(this.hold) => {}
+                () = nothing_to_lose => {}
+            }
+            if this.version.load(Ordering::Relaxed) == mine {
+                this.shared.change(change);
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use meridio_proto::nsp::v1 as nsp;
+
+    use super::*;
+
+    const HOLD: Duration = Duration::from_secs(60);
+
+    fn told() -> (Told, Shared) {
+        let shared = Shared::new();
+        (Told::new("streams", shared.clone(), HOLD), shared)
+    }
+
+    fn some() -> Vec<nsp::Stream> {
+        vec![nsp::Stream::default()]
+    }
+
+    /// How many streams are known after a while.
+    async fn after(shared: &Shared, time: Duration) -> Option<usize> {
+        tokio::time::sleep(time).await;
+        shared.get().streams.map(|streams| streams.len())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_empty_list_after_a_loss_is_believed_after_a_while_or_when_it_is_repeated() {
+        let (mut told, shared) = told();
+        told.list(some(), |inputs| &mut inputs.streams);
+        told.lost();
+        told.list(vec![], |inputs| &mut inputs.streams);
+        assert_eq!(after(&shared, HOLD / 2).await, Some(1));
+        assert_eq!(after(&shared, HOLD).await, Some(0));
+        told.list(some(), |inputs| &mut inputs.streams);
+        told.lost();
+        told.list(vec![], |inputs| &mut inputs.streams);
+        told.list(some(), |inputs| &mut inputs.streams);
+        assert_eq!(after(&shared, 2 * HOLD).await, Some(1), "overtaken");
+        told.list(vec![], |inputs| &mut inputs.streams);
+        assert_eq!(after(&shared, Duration::ZERO).await, Some(0), "a change, not a loss");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_restart_an_empty_list_is_held_if_there_is_something_to_lose() {
+        for (kept, soon) in [(Some(true), None), (None, None), (Some(false), Some(0))] {
+            let (mut told, shared) = told();
+            shared.change(|inputs| inputs.kept = kept);
+            told.list(vec![], |inputs| &mut inputs.streams);
+            assert_eq!(after(&shared, HOLD / 2).await, soon, "{kept:?}");
+            assert_eq!(after(&shared, HOLD).await, Some(0), "{kept:?}");
+        }
+        // Known a moment later.
+        let (mut told, shared) = told();
+        told.list(vec![], |inputs| &mut inputs.streams);
+        shared.change(|inputs| inputs.kept = Some(false));
+        assert_eq!(after(&shared, Duration::from_millis(1)).await, Some(0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_frontend_is_not_lost_with_the_storage_of_the_nsp() {
+        let (mut told, shared) = told();
+        told.frontend(true, false);
+        told.lost();
+        told.frontend(false, true);
+        tokio::time::sleep(HOLD / 2).await;
+        assert_eq!(shared.get().frontend, Some(true));
+        told.lost();
+        told.frontend(false, false);
+        assert_eq!(shared.get().frontend, Some(false), "others are registered, this one is not");
+    }
+}
