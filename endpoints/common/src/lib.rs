@@ -24,3 +24,5 @@ pub use grpc::{connect, serve};
 pub use health::{Health, Probe};
 pub use metrics::MetricsServer;
 pub use watch::{WatchEvent, watch_events, watch_loop};
+
+pub use nsm_transport::raise_open_files;

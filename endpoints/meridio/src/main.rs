@@ -47,6 +47,9 @@ fn run(cli: cli::Cli) -> anyhow::Result<()> {
         if let Some(log) = cli.command.log() {
             meridio_common::logging::init(log.service_id, &log.level);
         }
+        if let Err(error) = meridio_common::raise_open_files() {
+            eprintln!("meridio: the limit of open files stays as it is: {error}");
+        }
         let stop = meridio_common::shutdown::token().context("cannot listen to signals")?;
         watched(cli.command.run(stop.clone()), stop).await
     });

@@ -8,7 +8,7 @@ mod stream;
 mod transceiver;
 
 pub use stream::FdStream;
-pub use transceiver::{FdTransceiver, inode_of};
+pub use transceiver::{FdTransceiver, inode_of, raise_open_files};
 
 #[cfg(test)]
 mod tests;

@@ -24,7 +24,7 @@ pub use credentials::{
 };
 pub use deadline::{grpc_timeout, with_deadline_code};
 pub use error::Error;
-pub use fd::{FdStream, FdTransceiver, inode_of};
+pub use fd::{FdStream, FdTransceiver, inode_of, raise_open_files};
 pub use listener::Listener;
 pub use stream::{ConnInfo, Stream, UnixCredentials};
 pub use transport::{KeepAlive, Link, OptionalToken, Transport};

@@ -48,6 +48,12 @@ pub(crate) enum Socket {
 }
 
 impl Socket {
+    fn authenticated(&self) {
+        if let Self::Unix(unix) = self {
+            unix.transceiver().authenticated();
+        }
+    }
+
     pub(crate) fn info(&self) -> ConnInfo {
         match self {
             Self::Tcp(tcp) => ConnInfo { remote: tcp.peer_addr().ok(), ..ConnInfo::default() },
@@ -84,6 +90,8 @@ impl std::fmt::Debug for Stream {
 
 impl Stream {
     pub(crate) fn plain(socket: Socket) -> Self {
+        // Where it is decides who may connect.
+        socket.authenticated();
         Self { info: socket.info(), layer: Layer::Plain(socket), cut: None }
     }
 
@@ -97,6 +105,7 @@ impl Stream {
             .and_then(|chain| chain.first())
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the peer showed no certificate"))?;
         let peer = Peer::from_leaf(leaf).map_err(io::Error::other)?;
+        socket.authenticated();
         let info = ConnInfo { peer: Some(peer), ..socket.info() };
         Ok(Self { layer: Layer::Tls(Box::new(stream)), info, cut: None })
     }

@@ -2,8 +2,8 @@
 
 use super::FdTransceiver;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
 };
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -55,6 +55,11 @@ impl FdStream {
             if let RecvAncillaryMessage::ScmRights(fds) = ancillary {
                 fds.for_each(|fd| self.fds.arrived(fd));
             }
+        }
+        if message.flags.contains(ReturnFlags::CTRUNC) {
+            // Whoever waits for one of them would wait for nothing; on another connection it can be sent again.
+            let text = "descriptors were lost: too many in one message, or too many files are open";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
         Ok(message.bytes)
     }

@@ -8,7 +8,9 @@ use tokio::{
 
 fn pair() -> (FdStream, FdStream) {
     let (left, right) = UnixStream::pair().unwrap();
-    (FdStream::new(left), FdStream::new(right))
+    let pair = (FdStream::new(left), FdStream::new(right));
+    pair.1.transceiver().authenticated();
+    pair
 }
 
 fn files(count: usize) -> (tempfile::TempDir, Vec<OwnedFd>) {
@@ -116,4 +118,27 @@ async fn a_full_socket_loses_neither_bytes_nor_descriptors() {
     for (dev, ino) in inodes {
         right.transceiver().take(dev, ino, soon()).await.unwrap();
     }
+}
+
+/// More descriptors in one message than a reader has room for: the kernel drops what is too much.
+#[tokio::test]
+async fn a_message_that_has_lost_descriptors_ends_the_connection() {
+    let (left, mut right) = pair();
+    let (_dir, files) = files(100);
+    let fds: Vec<_> = files.iter().map(std::os::fd::AsFd::as_fd).collect();
+    let missing = inode_of(&files[99]).unwrap();
+    let waiting = {
+        let fds = right.transceiver();
+        tokio::spawn(async move { fds.take(missing.0, missing.1, soon()).await })
+    };
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(100))];
+    let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&fds)));
+    let bytes = [std::io::IoSlice::new(b"x")];
+    rustix::net::sendmsg(left.socket(), &bytes, &mut control, rustix::net::SendFlags::NOSIGNAL).unwrap();
+    let error = right.read(&mut [0; 1]).await.unwrap_err();
+    assert!(error.to_string().contains("descriptors were lost"), "{error}");
+    // Who waits for one of them hears at once that it will not come.
+    let ended = timeout(Duration::from_secs(2), waiting).await.unwrap().unwrap();
+    assert_eq!(ended.unwrap_err().kind(), ErrorKind::ConnectionAborted);
 }

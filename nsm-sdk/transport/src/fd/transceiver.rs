@@ -1,15 +1,23 @@
 //! What was received and what is to be sent.
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{
     collections::{HashMap, VecDeque},
     fmt, io,
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 use tokio::{sync::Notify, time::Instant};
 
 /// Descriptors kept per connection. A peer that sends more loses the oldest: nobody may use up the process's table of open files.
 const MAX_KEPT: usize = 1024;
+/// The same as long as nobody knows who the peer is. What is more is not kept.
+const MAX_KEPT_OF_UNKNOWN: usize = 4;
+/// All connections together keep no more than this part of the files that the process may have open.
+const SHARE: u64 = 2;
 /// Descriptors waiting to be sent per connection.
 const MAX_QUEUED: usize = 1024;
 
@@ -29,9 +37,51 @@ struct Shared {
 #[derive(Default)]
 struct State {
     queued: VecDeque<OwnedFd>,
-    arrived: HashMap<Inode, OwnedFd>,
+    arrived: HashMap<Inode, Kept>,
     order: VecDeque<Inode>,
+    authenticated: bool,
     closed: bool,
+}
+
+/// A descriptor that counts for the process's budget.
+struct Kept(OwnedFd, &'static Budget);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.1.kept.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// How many descriptors are kept, by all connections together.
+#[derive(Debug, Default)]
+struct Budget {
+    kept: AtomicUsize,
+}
+
+static BUDGET: Budget = Budget { kept: AtomicUsize::new(0) };
+
+impl Budget {
+    /// Keeps the descriptor, unless there are `most` already.
+    fn keep(&'static self, fd: OwnedFd, most: usize) -> Option<Kept> {
+        let kept = Kept(fd, self);
+        (self.kept.fetch_add(1, Ordering::Relaxed) < most).then_some(kept)
+    }
+}
+
+/// Sets the number of files that this process may have open to the highest that it may set: every connection and every network
+/// namespace that is passed is one. Returns that number. Children inherit it.
+///
+/// # Errors
+/// The operating system refuses.
+pub fn raise_open_files() -> io::Result<u64> {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?;
+    Ok(limit.maximum.unwrap_or(u64::MAX))
+}
+
+fn most_kept() -> usize {
+    let open = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(open / SHARE).unwrap_or(usize::MAX)
 }
 
 impl fmt::Debug for FdTransceiver {
@@ -75,7 +125,7 @@ impl FdTransceiver {
             news.as_mut().enable();
             {
                 let state = self.state();
-                if let Some(fd) = state.arrived.get(&(dev, ino)) {
+                if let Some(Kept(fd, _)) = state.arrived.get(&(dev, ino)) {
                     return fd.try_clone();
                 }
                 if state.closed {
@@ -104,10 +154,26 @@ impl FdTransceiver {
         self.state().closed
     }
 
+    /// The peer has shown who it is: from now on as much is kept for it as for anybody.
+    pub(crate) fn authenticated(&self) {
+        self.state().authenticated = true;
+    }
+
     pub(super) fn arrived(&self, fd: OwnedFd) {
+        self.keep(fd, &BUDGET, most_kept());
+    }
+
+    fn keep(&self, fd: OwnedFd, budget: &'static Budget, most: usize) {
         let Ok(inode) = inode_of(&fd) else { return };
         let mut state = self.state();
         if state.arrived.contains_key(&inode) {
+            return;
+        }
+        if !state.authenticated && state.order.len() >= MAX_KEPT_OF_UNKNOWN {
+            tracing::warn!(
+                kept = MAX_KEPT_OF_UNKNOWN,
+                "somebody unknown sends more descriptors than are kept, dropped"
+            );
             return;
         }
         if state.order.len() >= MAX_KEPT
@@ -116,7 +182,11 @@ impl FdTransceiver {
             state.arrived.remove(&oldest);
             tracing::warn!(kept = MAX_KEPT, "a peer sends more descriptors than are kept, oldest dropped");
         }
-        state.arrived.insert(inode, fd);
+        let Some(kept) = budget.keep(fd, most) else {
+            tracing::warn!(kept = most, "peers send more descriptors than this process keeps, dropped");
+            return;
+        };
+        state.arrived.insert(inode, kept);
         state.order.push_back(inode);
         drop(state);
         self.0.news.notify_waiters();
@@ -160,4 +230,44 @@ pub fn inode_of(fd: impl AsFd) -> io::Result<Inode> {
     let stat = rustix::fs::fstat(fd)?;
     #[allow(clippy::useless_conversion)] // The width of both differs between architectures.
     Ok((stat.st_dev.into(), stat.st_ino.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn descriptors(count: usize) -> Vec<OwnedFd> {
+        // Each pipe has an inode of its own.
+        (0..count).map(|_| rustix::pipe::pipe().unwrap().0).collect()
+    }
+
+    #[test]
+    fn all_connections_together_keep_no_more_than_their_share() {
+        static OWN: Budget = Budget { kept: AtomicUsize::new(0) };
+        let kept = |fds: &FdTransceiver| fds.state().arrived.len();
+        let streams = [FdTransceiver::default(), FdTransceiver::default()];
+        streams.iter().for_each(FdTransceiver::authenticated);
+        for (fds, count) in streams.iter().zip([5, 3]) {
+            descriptors(5).into_iter().for_each(|fd| fds.keep(fd, &OWN, 8));
+            assert_eq!(kept(fds), count);
+        }
+        // What one gives back, another one may have.
+        let first = streams[0].state().order[0];
+        assert!(streams[0].release(first.0, first.1));
+        descriptors(2).into_iter().for_each(|fd| streams[1].keep(fd, &OWN, 8));
+        assert_eq!((kept(&streams[1]), OWN.kept.load(Ordering::Relaxed)), (4, 8));
+        streams[0].clear();
+        drop(streams);
+        assert_eq!(OWN.kept.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn little_is_kept_for_a_peer_that_nobody_knows_yet() {
+        let fds = FdTransceiver::default();
+        descriptors(20).into_iter().for_each(|fd| fds.arrived(fd));
+        assert_eq!(fds.state().arrived.len(), MAX_KEPT_OF_UNKNOWN);
+        fds.authenticated();
+        descriptors(20).into_iter().for_each(|fd| fds.arrived(fd));
+        assert_eq!(fds.state().arrived.len(), MAX_KEPT_OF_UNKNOWN + 20);
+    }
 }
