@@ -11,7 +11,7 @@ use nsm_chain::{
         sendfd::SendFdClient,
     },
 };
-use nsm_kernel::{Netns, ping::Pinger};
+use nsm_kernel::{Netns, elements::context::GUARD_POLICIES, ping::Pinger};
 use std::{
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
@@ -162,7 +162,15 @@ pub(crate) fn fresh(settings: &Settings, key: &ConduitKey) -> NetworkServiceRequ
         context: Some(ConnectionContext::default()),
         ..Connection::default()
     };
+    let connection = guarded(connection);
     NetworkServiceRequest { connection: Some(connection), mechanism_preferences: Vec::new() }
+}
+
+/// Traffic of VIPs is never to appear on the pod's primary network: not while the connection is away, nor after it.
+fn guarded(mut connection: Connection) -> Connection {
+    let context = connection.context.get_or_insert_default();
+    context.extra_context.insert(GUARD_POLICIES.to_owned(), "true".to_owned());
+    connection
 }
 
 /// Whether the interface was made for an earlier pod of the same name: what is ours is named by a file, not by a foreign inode.
@@ -180,7 +188,7 @@ pub(crate) fn recover(
     alive: bool,
 ) -> NetworkServiceRequest {
     let Some(known) = known else { return fresh(settings, key) };
-    let mut connection = known.clone();
+    let mut connection = guarded(known.clone());
     let down = connection.state() == State::Down || in_another_netns(&connection);
     let alive = alive && !in_another_netns(&connection);
     connection.set_state(State::Up);

@@ -69,6 +69,9 @@ pub struct InterfaceConfig {
     pub routes: Vec<InterfaceRoute>,
     /// Policies; `None`: rules are left alone.
     pub policies: Option<Vec<Policy>>,
+    /// Whether what comes from the source of a policy is dropped where the policy's table does not take it, and from then on: also
+    /// when the policy and the interface are gone, until the namespace ends or the rule `from <source> lookup 252` is deleted.
+    pub guarded: bool,
     /// Neighbours to set.
     pub neighbours: Vec<InterfaceNeighbour>,
 }
@@ -151,8 +154,9 @@ fn free_table(used: &BTreeSet<u32>) -> u32 {
 
 /// The guard of a policy that takes all traffic of its source: what the policy's own table does not take is dropped.
 ///
-/// It stays when the policy goes. Sockets outlive their address, and what they still send must not leave by another way, from which an
-/// answer could come or an address be learnt. The guard ends with the namespace.
+/// It stays when the policy goes, on request or without a word. Sockets outlive their address, and what they still send must not leave by
+/// another way, from which an answer could come or an address be learnt. So guards are for those that ask for them, whose namespace
+/// ends with them (pods): in another one they pile up, and silence an address that is used otherwise later.
 fn guard(policy: &Policy) -> Option<Rule> {
     let all = policy.protocol.is_none() && policy.sport.is_none() && policy.dport.is_none();
     all.then(|| Rule::from_source(policy.from, GUARD_TABLE).with_priority(GUARD_PRIORITY))
@@ -182,7 +186,9 @@ pub fn plan(wanted: &InterfaceConfig, seen: &Observed) -> Vec<Step> {
     let routes: Vec<_> = wanted.routes.iter().map(|r| route(r, TABLE_MAIN, index)).collect();
     set_missing(&routes, &seen.routes, &mut steps);
     if let Some(policies) = &wanted.policies {
-        plan_guards(policies, seen, &mut steps);
+        if wanted.guarded {
+            plan_guards(policies, seen, &mut steps);
+        }
         plan_policies(policies, seen, &mut steps);
     }
     for neighbour in &wanted.neighbours {

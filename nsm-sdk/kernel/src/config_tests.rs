@@ -1,6 +1,8 @@
 use super::*;
 use crate::netlink::{NextHop, VethEnd, mac_from_seed};
 
+const TABLE_LOCAL: u32 = 255;
+
 fn net(s: &str) -> IpNet {
     s.parse().unwrap()
 }
@@ -17,7 +19,7 @@ fn target() -> InterfaceConfig {
         addresses: Some(vec![net("172.16.1.6/24"), net("fd00:0:0:1::6/64"), net("20.0.0.1/32"), net("2000::1/128")]),
         routes: vec![InterfaceRoute { destination: net("172.16.9.9/32"), gateway: None }],
         policies: Some(vec![vip("20.0.0.1/32", "172.16.1.1"), vip("2000::1/128", "fd00:0:0:1::1")]),
-        neighbours: Vec::new(),
+        ..Default::default()
     }
 }
 
@@ -95,6 +97,75 @@ async fn rules_of_others_are_left_alone() {
     clear_policies(&ns, "nsm-0").await.unwrap();
     assert_eq!(policy_rules(&ns).await, [foreign]);
     assert_eq!(netlink.routes(Some(7)).await.unwrap().len(), 2);
+}
+
+/// Where nobody asks for guards, nothing is left in the namespace; where somebody does, they outlive the interface.
+#[tokio::test]
+async fn guards_are_for_those_who_ask_for_them() {
+    for guarded in [false, true] {
+        let (ns, _peer) = pair().await;
+        let netlink = ns.netlink().await.unwrap();
+        let state = async || {
+            let mut routes = netlink.routes(None).await.unwrap();
+            routes.retain(|route| route.table != TABLE_LOCAL && !route.destination.to_string().starts_with("fe80"));
+            (netlink.rules().await.unwrap(), routes)
+        };
+        let before = state().await;
+        let wanted = InterfaceConfig { guarded, ..target() };
+        apply(&ns, "nsm-0", &wanted).await.unwrap();
+        assert_eq!(apply(&ns, "nsm-0", &wanted).await.unwrap(), 0);
+        clear_policies(&ns, "nsm-0").await.unwrap();
+        let index = netlink.link_by_name("nsm-0").await.unwrap().unwrap().index;
+        netlink.link_delete(index).await.unwrap();
+        let after = state().await;
+        if !guarded {
+            assert_eq!(after.0, before.0);
+            assert_eq!(after.1, Vec::new());
+            continue;
+        }
+        let guards = |rule: &&Rule| rule.table == GUARD_TABLE && rule.priority == Some(GUARD_PRIORITY);
+        let sources: Vec<_> = after.0.iter().filter(guards).filter_map(|rule| rule.from).collect();
+        assert_eq!(sources, [net("20.0.0.1/32"), net("2000::1/128")]);
+        assert!(after.1.iter().all(|route| route.table == GUARD_TABLE) && after.1.len() == 2, "{:?}", after.1);
+    }
+}
+
+/// Ports and protocol of a policy are the kernel's to compare: only what matches takes the policy's table.
+#[tokio::test]
+async fn ports_and_protocol_of_a_policy_reach_the_kernel() {
+    let (ns, _peer) = pair().await;
+    let all = net("0.0.0.0/0");
+    let only = Policy {
+        protocol: Some(6),
+        sport: Some(PortRange { start: 5000, end: 5010 }),
+        dport: Some(PortRange { start: 80, end: 80 }),
+        ..vip("20.0.0.1/32", "172.16.1.1")
+    };
+    let other = InterfaceRoute { destination: all, gateway: Some("172.16.1.2".parse().unwrap()) };
+    let rest = Policy { routes: vec![other], ..vip("20.0.0.1/32", "172.16.1.2") };
+    let wanted = InterfaceConfig { policies: Some(vec![rest, only.clone()]), guarded: true, ..target() };
+    apply(&ns, "nsm-0", &wanted).await.unwrap();
+    assert_eq!(apply(&ns, "nsm-0", &wanted).await.unwrap(), 0);
+    let way = async |rest: &'static str| {
+        let text = format!("route get 9.9.9.9 from 20.0.0.1 {rest}");
+        let arguments: Vec<String> = text.split(' ').map(String::from).collect();
+        let ip = move || std::process::Command::new("ip").args(arguments).output().unwrap();
+        let output = ns.run(ip).await.unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for (packet, gateway) in [
+        ("ipproto tcp sport 5000 dport 80", "via 172.16.1.1 "),
+        ("ipproto tcp sport 5010 dport 80", "via 172.16.1.1 "),
+        ("ipproto tcp sport 5011 dport 80", "via 172.16.1.2 "),
+        ("ipproto tcp sport 5000 dport 81", "via 172.16.1.2 "),
+        ("ipproto udp sport 5000 dport 80", "via 172.16.1.2 "),
+    ] {
+        let found = way(packet).await;
+        assert!(found.contains(gateway), "{packet}: {found}");
+    }
+    // A guard is for a whole source: one for some of its ports would say nothing about the others.
+    assert_eq!(guard(&only), None);
 }
 
 #[tokio::test]

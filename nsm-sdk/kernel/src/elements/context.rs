@@ -11,10 +11,15 @@ use nsm_chain::{
     RequestCall, Route, Side, unwind,
 };
 
-use super::{Open, configurable, interface_name, netns_of};
+use super::{Open, configurable, failed, interface_name, netns_of};
 use crate::config::{self, InterfaceConfig, InterfaceNeighbour, InterfaceRoute, Policy};
 use crate::netlink::PortRange;
 use crate::sysctl;
+
+/// Key of a connection's extra context: a client that sets it to "true" wants that nothing which comes from the source of one of its
+/// policy routes leaves its namespace by another way: also after the connection is gone, for as long as the namespace is there. For
+/// namespaces that end with their only use, as a pod's do.
+pub const GUARD_POLICIES: &str = "guardPolicies";
 
 /// Configures the client's namespace: source addresses, routes to the destination, policy routes, neighbours, MTU.
 #[derive(Debug)]
@@ -152,6 +157,7 @@ pub fn desired(context: &ConnectionContext, side: Side) -> Result<InterfaceConfi
         addresses: Some(own).filter(|a| !a.is_empty()),
         routes,
         policies,
+        guarded: context.extra_context.get(GUARD_POLICIES).is_some_and(|value| value == "true"),
         neighbours: neighbours(ip),
     })
 }
@@ -198,7 +204,7 @@ async fn request(name: &'static str, key: &Key<bool>, mut call: RequestCall, nex
         }
         Err(cause) => {
             let what = format!("interface {} cannot be configured", interface_name(mechanism));
-            let error = Error::new(name, id, what).with_cause(cause);
+            let error = failed(name, id, what, cause);
             // A refresh that fails leaves what works alone.
             if metadata.contains(key) {
                 return Err(error);
@@ -266,6 +272,17 @@ mod tests {
             gateway_routes(&routes, &other).into_iter().map(|r| r.gateway.map(|g| g.to_string())).collect();
         let some = |s: &str| Some(s.to_string());
         assert_eq!(hops, [some("172.16.1.5"), None, some("1.2.3.4"), some("fd00::1")]);
+    }
+
+    #[test]
+    fn guards_are_set_for_a_client_that_asks() {
+        let context = |value: &str| ConnectionContext {
+            extra_context: [(GUARD_POLICIES.to_owned(), value.to_owned())].into(),
+            ..Default::default()
+        };
+        assert!(desired(&context("true"), Side::Server).unwrap().guarded);
+        assert!(!desired(&context("false"), Side::Server).unwrap().guarded);
+        assert!(!desired(&ConnectionContext::default(), Side::Server).unwrap().guarded);
     }
 
     #[test]
