@@ -1,6 +1,8 @@
 //! The one error of this crate: what was attempted, on which object, and why it failed.
 
-use std::io;
+use std::{io, time::Duration};
+
+use tonic::Code;
 
 /// Why a kernel operation failed.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +23,14 @@ pub enum Error {
         what: String,
         /// What the netlink library said.
         cause: String,
+    },
+    /// The kernel has not answered.
+    #[error("{what}: no answer of the kernel within {limit:?}")]
+    Timeout {
+        /// Operation and object.
+        what: String,
+        /// How long was waited for it.
+        limit: Duration,
     },
     /// A namespace, file or socket could not be opened or used.
     #[error("{what}: {source}")]
@@ -59,6 +69,17 @@ impl Error {
         match self {
             Error::Netlink { source, .. } | Error::Io { source, .. } => source.raw_os_error(),
             _ => None,
+        }
+    }
+
+    /// The gRPC code it has for whoever asked: what is the caller's to mend, and what is not.
+    pub fn code(&self) -> Code {
+        match self {
+            Error::Invalid(_) => Code::InvalidArgument,
+            Error::Foreign { .. } => Code::AlreadyExists,
+            Error::NoLink(_) => Code::NotFound,
+            Error::Timeout { .. } => Code::DeadlineExceeded,
+            Error::Netlink { .. } | Error::Connection { .. } | Error::Io { .. } => Code::Unknown,
         }
     }
 

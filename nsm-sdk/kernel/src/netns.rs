@@ -20,6 +20,9 @@ use tokio::sync::{OnceCell, oneshot};
 use crate::Error;
 use crate::netlink::Netlink;
 
+/// `NSFS_MAGIC`: the file system of namespaces.
+const NSFS: u64 = 0x6e73_6673;
+
 /// What makes a namespace the same namespace: device and inode number of its nsfs file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NetnsId {
@@ -68,6 +71,12 @@ impl Netns {
     /// Opens a namespace file: `/proc/<pid>/ns/net`, `/run/netns/<name>`, `/proc/self/fd/<n>`.
     pub fn from_path(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
+        // What a caller sends may be any file, and opening some of them waits or does something.
+        let kind = rustix::fs::statfs(path);
+        let kind = kind.map_err(|e| Error::io(format!("open network namespace {}", path.display()), e.into()))?;
+        if kind.f_type as u64 != NSFS {
+            return Err(Error::Invalid(format!("{} is no network namespace", path.display())));
+        }
         let file = File::open(path).map_err(|e| Error::io(format!("open network namespace {}", path.display()), e))?;
         Self::from_open(file.into(), &path.display().to_string())
     }
@@ -170,8 +179,10 @@ impl Netns {
 
     /// Moves the calling thread, which nobody else may use, into the namespace.
     fn enter(&self) -> Result<(), Error> {
-        setns(&self.0.fd, CloneFlags::CLONE_NEWNET)
-            .map_err(|e| Error::io(format!("enter {}", self.0.id), std::io::Error::from(e)))
+        setns(&self.0.fd, CloneFlags::CLONE_NEWNET).map_err(|e| match e {
+            nix::errno::Errno::EINVAL => Error::Invalid(format!("{} is no network namespace", self.0.id)),
+            e => Error::io(format!("enter {}", self.0.id), std::io::Error::from(e)),
+        })
     }
 
     /// Held while someone reads, decides and writes what must not be decided twice (a free routing table).
@@ -255,6 +266,22 @@ mod tests {
         let inside = again.run_blocking(|| Netns::current().unwrap().id()).unwrap();
         assert_eq!(inside, ns.id());
         assert_ne!(Netns::current().unwrap().id(), ns.id());
+    }
+
+    /// A file that is no namespace is said to be none; a pipe without a writer is not waited for.
+    #[tokio::test]
+    async fn only_network_namespaces_are_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, pipe) = (folder.path().join("file"), folder.path().join("pipe"));
+        std::fs::write(&file, "").unwrap();
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for path in [file.as_path(), &pipe, Path::new("/dev/null")] {
+            let error = Netns::from_path(path).unwrap_err();
+            assert!(matches!(&error, Error::Invalid(text) if text.contains("no network namespace")), "{error}");
+        }
+        let mounts = Netns::from_path("/proc/self/ns/mnt").unwrap();
+        let error = mounts.netlink().await.err().unwrap();
+        assert!(matches!(&error, Error::Invalid(text) if text.contains("no network namespace")), "{error}");
     }
 
     #[tokio::test]

@@ -4,10 +4,15 @@
 //! Interfaces are found again by alias. One that carries our alias and leads to the right peer is adopted (same index,
 //! nothing lost); one that carries our alias and leads elsewhere is stale and is replaced; one that has our
 //! name and somebody else's alias is an error, never touched.
+//!
+//! The alias has the forwarder's own id of the connection in it, which nobody else can choose: clients may well call their
+//! connections alike ([`Names`]).
 
 use crate::error::ignore_missing;
 use crate::netlink::{Link, LinkChange, VXLAN, VethEnd, VxlanParameters, mac_from_seed};
 use crate::{Error, Netns, aliases, sysctl};
+
+pub use crate::aliases::{Alias, Names};
 
 const VETH: &str = "veth";
 /// Longest name of an interface in bytes (`IFNAMSIZ - 1`).
@@ -20,18 +25,8 @@ pub struct End {
     pub netns: Netns,
     /// Its final name.
     pub name: String,
-    /// Its alias, see [`client_alias`] and [`endpoint_alias`].
-    pub alias: String,
-}
-
-/// Alias of the interface on the client's side of a connection: `server-<id of the first path segment>`.
-pub fn client_alias(first_segment_id: &str) -> String {
-    format!("server-{first_segment_id}")
-}
-
-/// Alias of the interface on the endpoint's side of a connection: `client-<id of the first path segment>`.
-pub fn endpoint_alias(first_segment_id: &str) -> String {
-    format!("client-{first_segment_id}")
+    /// Its alias, and what it may have been.
+    pub alias: Alias,
 }
 
 /// A wire that shall exist.
@@ -88,31 +83,42 @@ fn check_name(end: &End) -> Result<(), Error> {
 
 /// Interfaces with our alias, unless one with our name is foreign.
 fn ours<'a>(end: &End, links: &'a [Link]) -> Result<Vec<&'a Link>, Error> {
-    if let Some(other) = links.iter().find(|l| l.name == end.name && l.alias != end.alias) {
-        let (name, alias, wanted) = (end.name.clone(), other.alias.clone(), end.alias.clone());
+    if let Some(other) = links.iter().find(|l| l.name == end.name && !end.alias.replaces(&l.alias)) {
+        let (name, alias, wanted) = (end.name.clone(), other.alias.clone(), end.alias.to_string());
         return Err(Error::Foreign { name, alias, wanted });
     }
-    Ok(links.iter().filter(|l| l.alias == end.alias).collect())
+    Ok(links.iter().filter(|l| end.alias.replaces(&l.alias)).collect())
 }
 
 /// The interface that may be this end: ours by alias, or one without an alias that we may have been interrupted at.
 fn candidates<'a>(end: &'a End, links: &'a [Link]) -> impl Iterator<Item = &'a Link> {
     let unfinished = |l: &Link| l.name == end.name && l.alias.is_empty();
-    links.iter().filter(move |l| l.kind == VETH && (l.alias == end.alias || unfinished(l)))
+    links.iter().filter(move |l| l.kind == VETH && (end.alias.is(&l.alias) || unfinished(l)))
+}
+
+/// The pair that an earlier connection of the same client has left: both ends have its aliases and lead to each other.
+fn inherited<'a>(a: &End, b: &End, in_a: &'a [Link], in_b: &'a [Link]) -> Option<(&'a Link, &'a Link)> {
+    let pair = |la: &'a Link| {
+        let other = b.alias.counterpart(&a.alias, &la.alias)?;
+        let joined = |lb: &&Link| lb.alias == other && la.peer == Some(lb.index) && lb.peer == Some(la.index);
+        in_b.iter().filter(|lb| lb.kind == VETH).find(joined).map(|lb| (la, lb))
+    };
+    in_a.iter().filter(|la| la.kind == VETH).find_map(pair)
 }
 
 /// Compares a veth wire with the interfaces of both namespaces. A pair of ours under another name is adopted too, and renamed:
 /// the name is the endpoint's choice and may differ after one of the two has been restarted.
 pub fn plan_veth(a: &End, b: &End, in_a: &[Link], in_b: &[Link]) -> Result<WirePlan, Error> {
     let (ours_a, ours_b) = (ours(a, in_a), ours(b, in_b));
-    for la in candidates(a, in_a) {
+    let own = candidates(a, in_a).find_map(|la| {
         let joined = |lb: &&Link| la.peer == Some(lb.index) && lb.peer == Some(la.index);
-        if let Some(lb) = candidates(b, in_b).find(joined)
-            && (ours_a.is_ok() || la.name == a.name)
-            && (ours_b.is_ok() || lb.name == b.name)
-        {
-            return Ok(WirePlan { adopt: Some((la.index, Some(lb.index))), ..Default::default() });
-        }
+        candidates(b, in_b).find(joined).map(|lb| (la, lb))
+    });
+    if let Some((la, lb)) = own.or_else(|| inherited(a, b, in_a, in_b))
+        && (ours_a.is_ok() || la.name == a.name)
+        && (ours_b.is_ok() || lb.name == b.name)
+    {
+        return Ok(WirePlan { adopt: Some((la.index, Some(lb.index))), ..Default::default() });
     }
     let index = |links: Vec<&Link>| links.iter().map(|l| l.index).collect();
     Ok(WirePlan { delete_first: index(ours_a?), delete_second: index(ours_b?), adopt: None })
@@ -120,12 +126,16 @@ pub fn plan_veth(a: &End, b: &End, in_a: &[Link], in_b: &[Link]) -> Result<WireP
 
 /// Compares a VXLAN wire with the interfaces of the end's namespace.
 pub fn plan_vxlan(end: &End, tunnel: &VxlanParameters, links: &[Link]) -> Result<WirePlan, Error> {
-    let ours = ours(end, links)?;
-    let fits = |l: &&&Link| l.kind == VXLAN && l.vxlan.as_ref() == Some(tunnel);
-    if let Some(link) = ours.iter().find(fits) {
+    let ours = ours(end, links);
+    let fits = |l: &&Link| l.kind == VXLAN && l.vxlan.as_ref() == Some(tunnel);
+    let known =
+        |exact: bool| links.iter().filter(fits).find(|l| end.alias.is(&l.alias) || !exact && end.alias.was(&l.alias));
+    if let Some(link) = known(true).or_else(|| known(false))
+        && (ours.is_ok() || link.name == end.name)
+    {
         return Ok(WirePlan { adopt: Some((link.index, None)), ..Default::default() });
     }
-    Ok(WirePlan { delete_first: ours.iter().map(|l| l.index).collect(), ..Default::default() })
+    Ok(WirePlan { delete_first: ours?.iter().map(|l| l.index).collect(), ..Default::default() })
 }
 
 /// Sees to it that the wire exists, by adopting, replacing or making it; both ends are up afterwards.
@@ -138,7 +148,7 @@ pub async fn ensure(wire: &Wire) -> Result<Made, Error> {
 
 /// Every interface of the namespace that matters for this end: all of them, unless none has its alias for certain.
 async fn relevant(end: &End, named: &[Link]) -> Result<Vec<Link>, Error> {
-    if aliases::absent(end.netns.id(), &end.alias) {
+    if end.alias.absent(end.netns.id()) {
         return Ok(named.to_vec());
     }
     let links = end.netns.netlink().await?.links().await?;
@@ -168,8 +178,8 @@ async fn ensure_veth(a: &End, b: &End) -> Result<Made, Error> {
     }
     if plan.adopt.is_none() {
         let end = |e: &End| {
-            aliases::using(e.netns.id(), &e.alias);
-            VethEnd { netns: e.netns.clone(), name: e.name.clone(), mac: mac_from_seed(&e.alias) }
+            aliases::using(e.netns.id(), &e.alias.text);
+            VethEnd { netns: e.netns.clone(), name: e.name.clone(), mac: mac_from_seed(&e.alias.text) }
         };
         na.veth_create(&end(a), &end(b), None).await?;
     }
@@ -179,17 +189,18 @@ async fn ensure_veth(a: &End, b: &End) -> Result<Made, Error> {
 }
 
 /// Name of the endpoint's end of a veth that exists already, found from the client's end `name` in `netns`: only if both carry the aliases of the
-/// connection `first_segment_id`.
-pub async fn endpoint_name(netns: &Netns, name: &str, first_segment_id: &str) -> Result<Option<String>, Error> {
-    let alias = client_alias(first_segment_id);
-    if aliases::absent(netns.id(), &alias) {
+/// connection.
+pub async fn endpoint_name(netns: &Netns, name: &str, names: &Names) -> Result<Option<String>, Error> {
+    let (client, endpoint) = (names.client(), names.endpoint());
+    if client.absent(netns.id()) {
         return Ok(None);
     }
     let netlink = netns.netlink().await?;
-    let own = netlink.link_by_name(name).await?.filter(|link| link.alias == alias);
-    let Some((peer, nsid)) = own.and_then(|own| own.peer.zip(own.peer_nsid)) else { return Ok(None) };
-    let other = netlink.link_in(nsid, peer).await?.filter(|link| link.alias == endpoint_alias(first_segment_id));
-    Ok(other.map(|link| link.name))
+    let Some(own) = netlink.link_by_name(name).await? else { return Ok(None) };
+    let other = if client.is(&own.alias) { Some(endpoint.text) } else { endpoint.counterpart(&client, &own.alias) };
+    let (Some(other), Some((peer, nsid))) = (other, own.peer.zip(own.peer_nsid)) else { return Ok(None) };
+    let found = netlink.link_in(nsid, peer).await?.filter(|link| link.alias == other);
+    Ok(found.map(|link| link.name))
 }
 
 /// Name that a VXLAN device has in the node's namespace between being made and being moved: always the same for one
@@ -215,15 +226,15 @@ async fn ensure_vxlan(end: &End, underlay: &Netns, tunnel: &VxlanParameters) -> 
         ignore_missing(netlink.link_delete(*index).await)?;
     }
     let node = underlay.netlink().await?;
-    aliases::using(end.netns.id(), &end.alias);
-    let transit = transit_name(&end.alias);
+    aliases::using(end.netns.id(), &end.alias.text);
+    let transit = transit_name(&end.alias.text);
     if let Some(left) = node.link_by_name(&transit).await? {
         ignore_missing(node.link_delete(left.index).await)?;
     }
-    node.vxlan_create(&transit, tunnel, mac_from_seed(&end.alias)).await?;
+    node.vxlan_create(&transit, tunnel, mac_from_seed(&end.alias.text)).await?;
     let made = node.link_by_name(&transit).await?.ok_or_else(|| Error::NoLink(transit.clone()))?;
     let change = LinkChange {
-        alias: Some(end.alias.clone()),
+        alias: Some(end.alias.text.clone()),
         move_to: Some((end.netns.clone(), end.name.clone())),
         ..Default::default()
     };
@@ -254,8 +265,9 @@ async fn activate(end: &End, adopted: Option<u32>, seen: &[Link]) -> Result<u32,
     if link.name != end.name {
         netlink.link_rename(link.index, &end.name).await?;
     }
-    if !link.up || link.alias != end.alias {
-        let change = LinkChange { up: Some(true), alias: Some(end.alias.clone()), ..Default::default() };
+    if !link.up || !end.alias.is(&link.alias) {
+        aliases::using(end.netns.id(), &end.alias.text);
+        let change = LinkChange { up: Some(true), alias: Some(end.alias.text.clone()), ..Default::default() };
         netlink.link_change(link.index, &change).await?;
     }
     Ok(link.index)

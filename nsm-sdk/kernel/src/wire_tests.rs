@@ -17,19 +17,24 @@ fn link(index: u32, name: &str, alias: &str, peer: Option<u32>) -> Link {
     }
 }
 
+/// The names of the connection `id` of the client "nsc".
+fn names(id: &str) -> Names {
+    Names::new(id, "nsc", "nsc")
+}
+
 fn ends() -> (End, End) {
     let (a, b) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
     (
-        End { netns: a, name: "nsm-0".into(), alias: client_alias("id") },
-        End { netns: b, name: "conduit-a".into(), alias: endpoint_alias("id") },
+        End { netns: a, name: "nsm-0".into(), alias: names("id").client() },
+        End { netns: b, name: "conduit-a".into(), alias: names("id").endpoint() },
     )
 }
 
 #[test]
 fn right_pair_is_adopted_and_wrong_one_replaced() {
     let (a, b) = ends();
-    let la = link(5, "nsm-0", "server-id", Some(7));
-    let lb = link(7, "conduit-a", "client-id", Some(5));
+    let la = link(5, "nsm-0", "server-id/nsc", Some(7));
+    let lb = link(7, "conduit-a", "client-id/nsc", Some(5));
     let plan = plan_veth(&a, &b, std::slice::from_ref(&la), std::slice::from_ref(&lb)).unwrap();
     assert_eq!(plan.adopt, Some((5, Some(7))));
     // Interrupted before the aliases were set.
@@ -38,18 +43,63 @@ fn right_pair_is_adopted_and_wrong_one_replaced() {
     // Leads elsewhere: replaced. Another name: adopted, to be renamed.
     let plan = plan_veth(&a, &b, std::slice::from_ref(&la), &[]).unwrap();
     assert_eq!(plan, WirePlan { delete_first: vec![5], ..Default::default() });
-    let renamed = link(5, "nsm-9", "server-id", Some(7));
+    let renamed = link(5, "nsm-9", "server-id/nsc", Some(7));
     let plan = plan_veth(&a, &b, std::slice::from_ref(&renamed), std::slice::from_ref(&lb)).unwrap();
     assert_eq!(plan.adopt, Some((5, Some(7))));
     // ... unless the wanted name is somebody else's.
-    let taken = link(6, "nsm-0", "server-other", Some(8));
+    let taken = link(6, "nsm-0", "server-other/nsx", Some(8));
     assert!(matches!(plan_veth(&a, &b, &[renamed, taken], &[lb]), Err(Error::Foreign { .. })));
+}
+
+/// What clients call their connections decides nothing in the endpoint's namespace.
+#[test]
+fn only_the_own_interfaces_are_touched_whatever_clients_call_themselves() {
+    let (a, b) = ends();
+    let other = link(9, "conduit-b", "client-other/nsc", Some(5));
+    let new = |end: &End, alias| End { alias, ..end.clone() };
+    let heirs = [new(&a, names("id").anew(true).client()), new(&b, names("id").anew(true).endpoint())];
+    for [a, b] in [&[a, b], &heirs] {
+        assert_eq!(plan_veth(a, b, &[], std::slice::from_ref(&other)).unwrap(), WirePlan::default());
+    }
+}
+
+/// A client that asks anew, in the same namespace and under the same id, goes on with what it had: also with what former versions
+/// have made. What is not joined any more is in the way, but only in its own namespace.
+#[test]
+fn what_a_client_has_left_is_inherited_once() {
+    let (a, b) = ends();
+    let new = |end: &End, alias| End { alias, ..end.clone() };
+    let heirs = (new(&a, names("id").anew(true).client()), new(&b, names("id").anew(true).endpoint()));
+    for (client, endpoint) in [("server-x/nsc", "client-x/nsc"), ("server-nsc", "client-nsc")] {
+        let (la, lb) = (link(5, "nsm-0", client, Some(7)), link(7, "conduit-a", endpoint, Some(5)));
+        let (la, lb) = (std::slice::from_ref(&la), std::slice::from_ref(&lb));
+        assert_eq!(plan_veth(&heirs.0, &heirs.1, la, &[]).unwrap().delete_first, [5]);
+        assert_eq!(plan_veth(&heirs.0, &heirs.1, la, lb).unwrap().adopt, Some((5, Some(7))));
+        // One that has its interfaces already takes none.
+        assert!(matches!(plan_veth(&a, &b, la, lb), Err(Error::Foreign { .. })));
+        // Not its own: the endpoint's end leads to somebody else.
+        let elsewhere = [link(7, "conduit-a", endpoint, Some(6))];
+        assert!(matches!(plan_veth(&heirs.0, &heirs.1, la, &elsewhere), Err(Error::Foreign { .. })));
+        let mixed = [link(7, "conduit-a", "client-y/nsc", Some(5))];
+        assert!(matches!(plan_veth(&heirs.0, &heirs.1, la, &mixed), Err(Error::Foreign { .. })));
+        // Its own comes first.
+        let both = |own: Link, left: &[Link]| [left, &[own]].concat();
+        let (own_a, own_b) = (link(8, "own", "server-id/nsc", Some(9)), link(9, "own", "client-id/nsc", Some(8)));
+        let free = (new(&heirs.0, heirs.0.alias.clone()), End { name: "own".into(), ..heirs.1.clone() });
+        let plan =
+            plan_veth(&End { name: "own".into(), ..free.0 }, &free.1, &both(own_a, la), &both(own_b, lb)).unwrap();
+        assert_eq!(plan.adopt, Some((8, Some(9))));
+    }
+    // Ids that an alias cannot hold, or that would read like another one, are written as their hashes.
+    let odd = Names::new("a/b", &"long".repeat(100), "").client().text;
+    assert!(odd.len() < 256 && odd.matches('/').count() == 1, "{odd}");
+    assert_ne!(Names::new("a/b", "c", ""), Names::new("a", "b/c", ""));
 }
 
 #[test]
 fn foreign_interface_is_an_error() {
     let (a, b) = ends();
-    let error = plan_veth(&a, &b, &[link(5, "nsm-0", "server-other", Some(7))], &[]).unwrap_err();
+    let error = plan_veth(&a, &b, &[link(5, "nsm-0", "server-other/nsx", Some(7))], &[]).unwrap_err();
     assert!(error.to_string().contains("nsm-0"), "{error}");
     assert!(matches!(error, Error::Foreign { .. }));
     let long = End { name: "sixteen-bytes-xx".into(), ..a };
@@ -65,8 +115,8 @@ async fn veth_is_made_once_and_adopted_after() {
     println!("veth made in {:?}", started.elapsed());
     assert!(made.created);
     let link = client.netns.netlink().await.unwrap().link_by_name("nsm-0").await.unwrap().unwrap();
-    assert_eq!(link.alias, "server-id");
-    assert_eq!(link.mac, Some(mac_from_seed("server-id")));
+    assert_eq!(link.alias, "server-id/nsc");
+    assert_eq!(link.mac, Some(mac_from_seed("server-id/nsc")));
     let again = ensure(&wire).await.unwrap();
     assert_eq!(again, Made { created: false, ..made });
     // Another name on one side: the same interface.
@@ -81,7 +131,7 @@ async fn veth_is_made_once_and_adopted_after() {
     let elsewhere = End { netns: Netns::anonymous().unwrap(), ..endpoint };
     let moved = ensure(&Wire::Veth { client: client.clone(), endpoint: elsewhere.clone() }).await.unwrap();
     assert!(moved.created);
-    assert!(remove_by_alias(&elsewhere.netns, &elsewhere.alias).await.unwrap());
+    assert!(remove_by_alias(&elsewhere.netns, &elsewhere.alias.text).await.unwrap());
     assert!(client.netns.netlink().await.unwrap().link_by_name("nsm-0").await.unwrap().is_none());
 }
 
@@ -91,26 +141,28 @@ async fn a_namespace_is_listed_once_and_nothing_of_ours_is_overlooked() {
     let (client, endpoint) = ends();
     let (ids, wire) =
         ([client.netns.id(), endpoint.netns.id()], Wire::Veth { client: client.clone(), endpoint: endpoint.clone() });
-    assert!(!aliases::absent(ids[0], "server-id"), "nobody has looked yet");
+    assert!(!aliases::absent(ids[0], "server-id/nsc"), "nobody has looked yet");
     let second = Wire::Veth {
-        client: End { name: "nsm-1".into(), alias: client_alias("other"), ..client.clone() },
-        endpoint: End { name: "conduit-b".into(), alias: endpoint_alias("other"), ..endpoint.clone() },
+        client: End { name: "nsm-1".into(), alias: names("other").client(), ..client.clone() },
+        endpoint: End { name: "conduit-b".into(), alias: names("other").endpoint(), ..endpoint.clone() },
     };
     ensure(&second).await.unwrap();
-    assert!(aliases::absent(ids[0], "server-id") && aliases::absent(ids[1], "client-id"));
+    assert!(aliases::absent(ids[0], "server-id/nsc") && aliases::absent(ids[1], "client-id/nsc"));
     let made = ensure(&wire).await.unwrap();
-    assert!(made.created && !aliases::absent(ids[0], "server-id") && !aliases::absent(ids[1], "client-id"));
+    assert!(made.created && !aliases::absent(ids[0], "server-id/nsc") && !aliases::absent(ids[1], "client-id/nsc"));
     // Its names are taken by nobody, but it has others now: still the same pair.
     client.netns.netlink().await.unwrap().link_rename(made.first, "moved").await.unwrap();
     assert_eq!(ensure(&wire).await.unwrap(), Made { created: false, ..made });
     // An interface under the wanted name that is not ours is an error although our alias is absent.
-    let taken = End { name: "nsm-0".into(), alias: client_alias("third"), ..client.clone() };
-    let third = Wire::Veth { client: taken, endpoint: End { alias: endpoint_alias("third"), ..endpoint.clone() } };
+    let taken = End { name: "nsm-0".into(), alias: names("third").client(), ..client.clone() };
+    let third = Wire::Veth { client: taken, endpoint: End { alias: names("third").endpoint(), ..endpoint.clone() } };
     assert!(matches!(ensure(&third).await, Err(Error::Foreign { .. })));
-    assert!(remove_by_alias(&client.netns, "server-id").await.unwrap());
-    assert!(aliases::absent(ids[0], "server-id") && !remove_by_alias(&client.netns, "server-id").await.unwrap());
+    assert!(remove_by_alias(&client.netns, "server-id/nsc").await.unwrap());
+    assert!(
+        aliases::absent(ids[0], "server-id/nsc") && !remove_by_alias(&client.netns, "server-id/nsc").await.unwrap()
+    );
     // The other end has gone with it, unseen: it may be there as far as anybody knows, and is made anew.
-    assert!(!aliases::absent(ids[1], "client-id"));
+    assert!(!aliases::absent(ids[1], "client-id/nsc"));
     assert!(ensure(&wire).await.unwrap().created);
 }
 

@@ -220,6 +220,8 @@ async fn find(inode: Inode) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nsm_chain::{ConnectionContext, IpContext, Path, PathSegment};
+    use nsm_kernel::netlink::{LinkChange, VethEnd, mac_from_seed};
 
     #[tokio::test]
     async fn a_namespace_is_in_use_while_a_process_is_in_it() {
@@ -227,6 +229,103 @@ mod tests {
         assert!(find((own.dev(), own.ino())).await.is_some());
         let id = Netns::anonymous().unwrap().id();
         assert!(find((id.dev, id.ino)).await.is_none());
+    }
+
+    /// A namespace that a process lives in, as a pod's is.
+    struct Pod(Netns, std::process::Child);
+
+    impl Pod {
+        async fn new() -> Self {
+            let netns = Netns::anonymous().unwrap();
+            let sleep = || std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+            let child = netns.run(sleep).await.unwrap();
+            Self(netns, child)
+        }
+
+        fn inode(&self) -> Inode {
+            (self.0.id().dev, self.0.id().ino)
+        }
+
+        fn die(&mut self) {
+            self.1.kill().unwrap();
+            self.1.wait().unwrap();
+        }
+    }
+
+    impl Drop for Pod {
+        fn drop(&mut self) {
+            let _ = self.1.kill();
+            let _ = self.1.wait();
+        }
+    }
+
+    async fn set_up(netns: &Netns, name: &str, address: &str, up: bool) {
+        let netlink = netns.netlink().await.unwrap();
+        let index = netlink.link_by_name(name).await.unwrap().unwrap().index;
+        netlink.link_change(index, &LinkChange { up: Some(up), ..Default::default() }).await.unwrap();
+        netlink.address_replace(index, address.parse().unwrap()).await.unwrap();
+    }
+
+    async fn joined() -> (Pod, Pod) {
+        let (client, endpoint) = (Pod::new().await, Pod::new().await);
+        let end = |pod: &Pod, name: &str| VethEnd { netns: pod.0.clone(), name: name.into(), mac: mac_from_seed(name) };
+        let netlink = client.0.netlink().await.unwrap();
+        netlink.veth_create(&end(&client, "nsm-0"), &end(&endpoint, "svc-1"), None).await.unwrap();
+        set_up(&client.0, "nsm-0", "10.1.0.2/24", true).await;
+        set_up(&endpoint.0, "svc-1", "10.1.0.1/24", true).await;
+        (client, endpoint)
+    }
+
+    /// What the process at `index` of the path knows of the connection.
+    fn connection(index: u32, client: Option<Inode>) -> Connection {
+        let segment = |id: &&str| PathSegment { id: (*id).into(), ..Default::default() };
+        let ip = IpContext {
+            src_ip_addrs: vec!["10.1.0.2/24".into()],
+            dst_ip_addrs: vec!["10.1.0.1/24".into()],
+            ..Default::default()
+        };
+        let url = client.map(|(dev, ino)| (INODE_URL.to_owned(), format!("inode://{dev}/{ino}")));
+        Connection {
+            path: Some(Path { index, path_segments: ["nsc", "mgr", "fwd", "nse"].iter().map(segment).collect() }),
+            mechanism: Some(Mechanism { parameters: url.into_iter().collect(), ..Default::default() }),
+            context: Some(ConnectionContext { ip_context: Some(ip), ..Default::default() }),
+            ..Default::default()
+        }
+    }
+
+    /// Both the manager, which finds the forwarder's knowledge behind itself on the path, and the forwarder.
+    #[tokio::test]
+    async fn a_connection_is_kept_while_its_data_path_answers_and_its_namespace_is_in_use() {
+        let (mut client, endpoint) = joined().await;
+        let ends = Ends::default();
+        let askers = [(1, Alive::manager(ends.clone())), (2, Alive::forwarder(ends.clone()))];
+        let keeps = async |inode| {
+            let mut answers = Vec::new();
+            for (index, alive) in &askers {
+                answers.push(alive.keep(&connection(*index, inode)).await);
+            }
+            answers
+        };
+        let inode = Some(client.inode());
+        assert_eq!(keeps(inode).await, [true, true], "nothing is known of it: nothing says that it is dead");
+        // Asked from the client's side, and from the endpoint's where the client is on another node.
+        for (here, there) in [(inode, Some(endpoint.inode())), (None, Some(endpoint.inode()))] {
+            ends.update("fwd", |end| *end = End { client: here, endpoint: there });
+            assert_eq!(keeps(here).await, [true, true], "{here:?}");
+        }
+        ends.update("fwd", |end| *end = End { client: inode, endpoint: Some(endpoint.inode()) });
+        let silent = LinkChange { up: Some(false), ..Default::default() };
+        let netlink = endpoint.0.netlink().await.unwrap();
+        let index = netlink.link_by_name("svc-1").await.unwrap().unwrap().index;
+        netlink.link_change(index, &silent).await.unwrap();
+        assert_eq!(keeps(inode).await, [false, false], "the data path is dead");
+        netlink.link_up(index).await.unwrap();
+        assert_eq!(keeps(inode).await, [true, true], "and alive again");
+        client.die();
+        assert_eq!(keeps(inode).await, [false, false], "nobody is there any more");
+        assert_eq!(keeps(None).await, [false, false], "nobody is there, as the forwarder knows");
+        ends.remove("fwd");
+        assert_eq!(keeps(None).await, [true, true]);
     }
 
     #[test]

@@ -276,17 +276,11 @@ fn forwarder_url(config: &NodeConfig) -> String {
     format!("inproc://{}", config.forwarder_name)
 }
 
-/// Endpoint chain → clientinfo → discoverforwarder → netsvcmonitor → excludedprefixes → recvfd → connect[recvfd, sendfd] →
-/// sendfd.
+/// Endpoint chain → clientinfo → discoverforwarder → netsvcmonitor → excludedprefixes → recvfd → connect[client chain] → sendfd.
 fn manager(config: &NodeConfig, tokens: Tokens, finder: Lookup, hops: Arc<dyn Connector>, ends: &Ends) -> Endpoint {
     let receive = RecvFdClient::new();
     let from_caller = RecvFdServer::new().releasing(Some(&receive));
-    let client = Client::builder(&config.name, hops)
-        .passthrough()
-        .dial_timeout(config.dial_timeout)
-        .element(receive)
-        .element(SendFdClient)
-        .build();
+    let client = manager_client(config, hops, receive);
     let discover = DiscoverForwarder::new(finder.clone(), &config.forwarder_service, &config.public_url);
     let mut builder = Endpoint::builder(&config.name, tokens).policies(config.policies.clone());
     if config.keep_alive {
@@ -303,24 +297,23 @@ fn manager(config: &NodeConfig, tokens: Tokens, finder: Lookup, hops: Arc<dyn Co
         .build()
 }
 
-/// Endpoint chain → recvfd → discover → roundrobin → connectioncontext → mechanisms → wire → connect[
-/// mechanismtranslation → connectioncontext → wire → filtermechanisms → recvfd → sendfd ]. There is no `sendfd` towards the
-/// caller: the namespace in its answer is the one the caller has sent, and would lie about unclaimed.
+/// Client chain → recvfd → sendfd → the rest of the client chain.
+fn manager_client(config: &NodeConfig, hops: Arc<dyn Connector>, receive: RecvFdClient) -> Client {
+    Client::builder(&config.name, hops)
+        .passthrough()
+        .dial_timeout(config.dial_timeout)
+        .element(receive)
+        .element(SendFdClient)
+        .build()
+}
+
+/// Endpoint chain → recvfd → discover → roundrobin → connectioncontext → mechanisms → ends → wire → connect[client chain].
+/// There is no `sendfd` towards the caller: the namespace in its answer is the one the caller has sent, and would lie about
+/// unclaimed.
 fn forwarder(config: &NodeConfig, tokens: Tokens, finder: Lookup, grpc: Arc<dyn Connector>, ends: &Ends) -> Endpoint {
     let receive = RecvFdClient::new();
     let from_caller = RecvFdServer::new().releasing(Some(&receive));
-    let client = Client::builder(&config.forwarder_name, grpc)
-        .passthrough()
-        .dial_timeout(config.dial_timeout)
-        .element(MechanismTranslation::new())
-        .element(ends.without_namespace())
-        .element(ends.endpoint())
-        .element(ClientContext::new())
-        .element(WireClient::new(config.netns.clone(), config.tunnel_ip))
-        .element(FilterMechanisms)
-        .element(receive)
-        .element(SendFdClient)
-        .build();
+    let client = forwarder_client(config, grpc, receive, ends);
     let mut mechanisms = Mechanisms::new(Side::Server).with(KERNEL, Null).with(NOOP, Null);
     if let Some(ip) = config.tunnel_ip {
         mechanisms = mechanisms.with(VXLAN, VxlanServer::new(ip));
@@ -339,4 +332,76 @@ fn forwarder(config: &NodeConfig, tokens: Tokens, finder: Lookup, grpc: Arc<dyn 
         .element(WireServer)
         .element(ConnectServer::new(client.chain().clone()))
         .build()
+}
+
+/// Client chain → mechanismtranslation → withoutnamespace → ends → connectioncontext → wire → filtermechanisms → recvfd → sendfd →
+/// the rest of the client chain.
+fn forwarder_client(config: &NodeConfig, grpc: Arc<dyn Connector>, receive: RecvFdClient, ends: &Ends) -> Client {
+    Client::builder(&config.forwarder_name, grpc)
+        .passthrough()
+        .dial_timeout(config.dial_timeout)
+        .element(MechanismTranslation::new())
+        .element(ends.without_namespace())
+        .element(ends.endpoint())
+        .element(ClientContext::new())
+        .element(WireClient::new(config.netns.clone(), config.tunnel_ip))
+        .element(FilterMechanisms)
+        .element(receive)
+        .element(SendFdClient)
+        .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nsm_identity::Authority;
+
+    /// What stands below what is the whole of what a manager and a forwarder do: one element elsewhere is another program.
+    #[tokio::test]
+    async fn the_order_of_the_elements() {
+        let hour = Duration::from_secs(3600);
+        let authority = Authority::generate("example.org").unwrap();
+        let source = authority.source("/node", hour).unwrap();
+        let store = Arc::new(nsm_registry::store::MemoryStore::default());
+        let registry = nsm_registry::Registry::open(store, &Security::new(source.clone())).await.unwrap();
+        let config = NodeConfig::new("node", "tcp://127.0.0.1:1", source.clone(), Netns::current().unwrap());
+        let node = Node::new(config.clone(), Upstream::Local(registry)).unwrap();
+        let endpoint =
+            ["updatepath", "begin", "updatetoken", "authorize", "metadata", "timeout", "monitor", "trimpath"];
+        let server = |own: &[&'static str]| [&endpoint[..], own].concat();
+        let own =
+            ["clientinfo", "discoverforwarder", "netsvcmonitor", "excludedprefixes", "recvfd", "connect", "sendfd"];
+        assert_eq!(node.manager().chain().names(), server(&own));
+        let own = [
+            "recvfd",
+            "discover",
+            "roundrobin",
+            "connectioncontextkernel-server",
+            "mechanisms",
+            "ends",
+            "wire-server",
+            "connect",
+        ];
+        assert_eq!(node.forwarder().chain().names(), server(&own));
+
+        let grpc: Arc<dyn Connector> = Arc::new(Grpc::new(Transport::new(source).unwrap()));
+        let client = |own: &[&'static str]| {
+            let before = ["updatepath", "begin", "metadata", "observe", "clienturl", "clientconn", "dial"];
+            [&before[..], own, &["authorize", "trimpath", "connect"]].concat()
+        };
+        let chain = manager_client(&config, grpc.clone(), RecvFdClient::new());
+        assert_eq!(chain.chain().names(), client(&["recvfd", "sendfd"]));
+        let chain = forwarder_client(&config, grpc, RecvFdClient::new(), &Ends::default());
+        let own = [
+            "mechanismtranslation",
+            "withoutnamespace",
+            "ends",
+            "connectioncontextkernel-client",
+            "wire",
+            "filtermechanisms",
+            "recvfd",
+            "sendfd",
+        ];
+        assert_eq!(chain.chain().names(), client(&own));
+    }
 }

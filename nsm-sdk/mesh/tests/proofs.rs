@@ -133,7 +133,8 @@ async fn files_that_are_no_namespace_and_names_that_are_too_long() {
     std::fs::write(&path, "").unwrap();
     let file = kernel(format!("file://{}", path.display()), "nsm-0");
     let error = scene.client.request(asking("c", file), TIMEOUT).await.unwrap_err();
-    println!("{error}");
+    assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+    assert!(error.to_string().contains("no network namespace"), "{error}");
     assert!(scene.is_clean().await && scene.endpoint.hub().connections().is_empty());
 
     let long = kernel(url(&scene.client_ns), "an-interface-name-that-is-too-long");
@@ -144,9 +145,35 @@ async fn files_that_are_no_namespace_and_names_that_are_too_long() {
     // A name that no interface can have.
     for name in ["a/b", "..", "a b"] {
         let odd = kernel(url(&scene.client_ns), name);
-        scene.client.request(asking("e", odd), TIMEOUT).await.unwrap_err();
+        let error = scene.client.request(asking("e", odd), TIMEOUT).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+        assert!(error.to_string().contains(&format!("{name:?} is not an interface name")), "{error}");
         assert!(scene.is_clean().await && scene.endpoint.hub().connections().is_empty(), "{name}");
     }
+
+    // The same beside a connection that works: another namespace's interfaces, the same endpoint.
+    let working = Netns::anonymous().unwrap();
+    let connection = scene.client.request(asking("f", kernel(url(&working), "nsm-0")), TIMEOUT).await.unwrap();
+    let links = async || {
+        let all = async |netns: &Netns| netns.netlink().await.unwrap().links().await.unwrap();
+        (all(&working).await, all(&scene.nse_ns).await)
+    };
+    let before = links().await;
+    let path = path.display();
+    for odd in [kernel(format!("file://{path}"), "nsm-0"), kernel(url(&scene.client_ns), "a/b")] {
+        let error = scene.client.request(asking("e", odd), TIMEOUT).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+    }
+    // One whose name is taken in the endpoint's namespace, by that connection.
+    let taken = scene.client.request(asking("e", kernel(url(&scene.client_ns), "nsm-0")), TIMEOUT).await.unwrap_err();
+    assert_eq!(taken.code(), Code::AlreadyExists, "{taken}");
+    assert!(taken.to_string().contains("interface svc-1 exists already and is not ours"), "{taken}");
+    assert!(!scene.link(&scene.client_ns, "nsm-0").await);
+    assert_eq!(links().await, before);
+    assert_eq!(scene.endpoint.hub().connections().len(), 1);
+    assert!(nsm_kernel::ping::probe(&working, None, [172, 16, 1, 1].into(), Duration::from_secs(5)).await);
+    scene.client.close(connection, TIMEOUT).await.unwrap();
+    assert!(scene.is_clean().await);
 }
 
 /// Notes the (device, inode) of each namespace that a request offers, opened as setns needs it.

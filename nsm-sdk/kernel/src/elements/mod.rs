@@ -3,17 +3,22 @@
 //! Where each stands in a kernel forwarder (top to bottom as a request travels; all of them work on the way back):
 //!
 //! ```text
-//! endpoint chain (updatepath begin updatetoken authorize metadata timeout monitor trimpath ...)
-//!   recvfd(S) sendfd(S) discover roundrobin
+//! endpoint chain (updatepath begin updatetoken authorize metadata timeout monitor trimpath)
+//!   recvfd(S) discover roundrobin
 //!   context::ServerContext            addresses, routes, policies, MTU in the client's namespace
-//!   mechanisms{ KERNEL: null, VXLAN: vxlan::VxlanServer }
+//!   mechanisms{ KERNEL: null, NOOP: null, VXLAN: vxlan::VxlanServer }
+//!   (a node's forwarder notes the client's namespace here, for what keeps connections while they are alive)
 //!   wire::WireServer                  tells the wire which mechanism the client's side has
-//!   connect(S)[ client chain:
+//!   connect(S)[ client chain (updatepath begin metadata ... dial)
 //!     mechanismtranslation
+//!     (it notes the endpoint's namespace here)
 //!     context::ClientContext          addresses and routes in the endpoint's namespace
 //!     wire::WireClient                offers KERNEL and VXLAN, makes the link
-//!     filtermechanisms recvfd(C) sendfd(C) connect ]
+//!     filtermechanisms recvfd(C) sendfd(C)
+//!     authorize trimpath connect ]
 //! ```
+//!
+//! There is no `sendfd(S)`: the namespace in the answer is the one that the caller has sent.
 //!
 //! [`liveness::KernelLiveness`] asks the data path of a connection, for `heal` and for what would close a connection by expiry.
 //! An endpoint or client that wants to know its interfaces has [`interface_monitor::InterfaceMonitor`] below `mechanisms`.
@@ -27,8 +32,9 @@ pub mod wire;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 
-use nsm_chain::{Connection, Mechanism};
+use nsm_chain::{Connection, Mechanism, path};
 
+use crate::wire::Names;
 use crate::{Error, Netns};
 
 /// Mechanism type of interfaces in a namespace of this node.
@@ -81,6 +87,25 @@ pub(crate) fn configurable(mechanism: Option<&Mechanism>) -> Option<&Mechanism> 
 pub(crate) fn first_id(connection: &Connection) -> &str {
     let first = connection.path.as_ref().and_then(|p| p.path_segments.first());
     first.map(|s| s.id.as_str()).filter(|id| !id.is_empty()).unwrap_or(&connection.id)
+}
+
+/// What the interfaces of a connection are called in this forwarder, whose own segment is the current one of the path.
+pub(crate) fn names(connection: &Connection) -> Names {
+    let first = first_id(connection);
+    // Between whoever has asked for it and the forwarder is the manager.
+    let asker = path::segment(connection, -2).map_or("", |segment| &segment.id);
+    Names::new(&connection.id, if asker.is_empty() { first } else { asker }, first)
+}
+
+/// The failure of kernel work for a connection.
+pub(crate) fn failed(
+    element: &'static str,
+    id: impl Into<String>,
+    what: impl Into<String>,
+    cause: crate::Error,
+) -> nsm_chain::Error {
+    let code = cause.code();
+    nsm_chain::Error::new(element, id, what).with_cause(cause).with_code(code)
 }
 
 /// A KERNEL or VXLAN mechanism for use as a preference.

@@ -11,10 +11,10 @@ use nsm_chain::{CloseCall, Connection, Element, Error, Key, Mechanism, Next, Req
 
 use super::vxlan::PORT;
 use super::{
-    KERNEL, LOCAL, NOOP, Open, REMOTE, VXLAN, address, first_id, interface_name, netns_of, parameter, preference,
+    KERNEL, LOCAL, NOOP, Open, REMOTE, VXLAN, address, failed, interface_name, names, netns_of, parameter, preference,
 };
 use crate::netlink::VxlanParameters;
-use crate::wire::{self, End, Wire};
+use crate::wire::{self, Alias, End, Names, Wire};
 use crate::{Netns, NetnsId, aliases};
 
 /// Bytes that VXLAN adds, with Ethernet, UDP and IPv4 or IPv6 headers.
@@ -93,36 +93,30 @@ impl WireClient {
     }
 
     /// The name of the endpoint's interface, where a forwarder that is gone has made the wire: the endpoint is asked to keep it.
-    async fn found(&self, inward: &Mechanism, id: &str) -> Option<String> {
+    async fn found(&self, inward: &Mechanism, names: &Names) -> Option<String> {
         if inward.r#type != KERNEL {
             return None;
         }
         let netns = netns_of(inward).ok()?;
         // Without an answer the endpoint chooses, and the interface is renamed.
-        wire::endpoint_name(&netns, interface_name(inward), id).await.ok()?
+        wire::endpoint_name(&netns, interface_name(inward), names).await.ok()?
     }
 
     /// Which wire joins the two mechanisms of a connection; none where neither side wants to carry packets.
-    fn wire(&self, inward: &Mechanism, connection: &Connection) -> Result<Option<Wire>, crate::Error> {
+    fn wire(&self, inward: &Mechanism, connection: &Connection, names: &Names) -> Result<Option<Wire>, crate::Error> {
         let none = Mechanism::default();
         let outward = connection.mechanism.as_ref().unwrap_or(&none);
-        let id = first_id(connection);
-        let end = |mechanism: &Mechanism, alias: String| {
+        let end = |mechanism: &Mechanism, alias: Alias| {
             let (netns, name) = (netns_of(mechanism)?, interface_name(mechanism).to_string());
             Ok::<_, crate::Error>(End { netns, name, alias })
         };
         match (inward.r#type.as_str(), outward.r#type.as_str()) {
             (NOOP, NOOP) => Ok(None),
-            (KERNEL, KERNEL) => Ok(Some(Wire::Veth {
-                client: end(inward, wire::client_alias(id))?,
-                endpoint: end(outward, wire::endpoint_alias(id))?,
-            })),
-            (KERNEL, VXLAN) => {
-                self.tunnel(end(inward, wire::client_alias(id))?, outward, ("src_ip", "dst_ip")).map(Some)
+            (KERNEL, KERNEL) => {
+                Ok(Some(Wire::Veth { client: end(inward, names.client())?, endpoint: end(outward, names.endpoint())? }))
             }
-            (VXLAN, KERNEL) => {
-                self.tunnel(end(outward, wire::endpoint_alias(id))?, inward, ("dst_ip", "src_ip")).map(Some)
-            }
+            (KERNEL, VXLAN) => self.tunnel(end(inward, names.client())?, outward, ("src_ip", "dst_ip")).map(Some),
+            (VXLAN, KERNEL) => self.tunnel(end(outward, names.endpoint())?, inward, ("dst_ip", "src_ip")).map(Some),
             (a, b) => Err(crate::Error::Invalid(format!("no wire joins mechanism {a:?} with {b:?}"))),
         }
     }
@@ -150,7 +144,7 @@ impl WireClient {
 
     async fn known(&self, end: &End, index: u32) -> Result<Known, crate::Error> {
         let nsid = self.node.netlink().await?.nsid_of(&end.netns).await?;
-        Ok(Known { netns: end.netns.id(), nsid, name: end.name.clone(), index, alias: end.alias.clone() })
+        Ok(Known { netns: end.netns.id(), nsid, name: end.name.clone(), index, alias: end.alias.text.clone() })
     }
 
     /// Deletes interfaces of a connection that are somewhere else than they should be now.
@@ -170,15 +164,16 @@ impl WireClient {
 
     /// Makes the wire; returns what exists then and, for a tunnel, its MTU.
     async fn establish(&self, wire: &Wire, before: &[Known]) -> Result<(Vec<Known>, Option<u32>), crate::Error> {
-        let stays = |k: &&Known| wire_ends(wire).iter().any(|e| (e.netns.id(), &e.alias) == (k.netns, &k.alias));
+        let stays = |k: &&Known| wire_ends(wire).iter().any(|e| e.netns.id() == k.netns && e.alias.is(&k.alias));
         let moved: Vec<_> = before.iter().filter(|k| !stays(k)).cloned().collect();
         self.remove(&moved).await?;
         let made = wire::ensure(wire).await?;
         let indexes = [Some(made.first), made.second];
         let mut known = Vec::new();
         for (end, index) in wire_ends(wire).into_iter().zip(indexes.into_iter().flatten()) {
-            let same =
-                |k: &&Known| (k.netns, k.index, &k.name, &k.alias) == (end.netns.id(), index, &end.name, &end.alias);
+            let same = |k: &&Known| {
+                (k.netns, k.index, &k.name) == (end.netns.id(), index, &end.name) && end.alias.is(&k.alias)
+            };
             known.push(match before.iter().find(same) {
                 Some(before) => before.clone(),
                 None => self.known(end, index).await?,
@@ -224,15 +219,16 @@ impl Element for WireClient {
         let metadata = call.ctx.metadata(CLIENT, &id)?.clone();
         let inward = call.ctx.extension::<Inward>().and_then(|i| i.0.clone()).unwrap_or_default();
         let before = metadata.get(&self.key);
+        let names = names(&call.connection()).anew(before.is_none());
         let name = match &before {
             Some(_) => None,
-            None => self.found(&inward, first_id(call.connection_mut())).await,
+            None => self.found(&inward, &names).await,
         };
         let before = before.unwrap_or_default();
         self.offer(&inward, name, &mut call.message.mechanism_preferences);
         let open = call.ctx.extension::<Open>().unwrap_or_default();
         let mut connection = next.request(call).await?;
-        let result = match self.wire(&inward, &connection) {
+        let result = match self.wire(&inward, &connection, &names) {
             Ok(Some(wire)) => {
                 wire_ends(&wire).iter().for_each(|end| open.hold(&end.netns));
                 self.establish(&wire, &before).await
@@ -247,7 +243,7 @@ impl Element for WireClient {
                 Ok(connection)
             }
             Err(cause) => {
-                let error = Error::new(CLIENT, id, "link cannot be made").with_cause(cause);
+                let error = failed(CLIENT, id, "link cannot be made", cause);
                 if !before.is_empty() {
                     return Err(error);
                 }
@@ -262,10 +258,13 @@ impl Element for WireClient {
         let mut result = self.remove(&known).await;
         if known.is_empty() {
             // Made by a forwarder that is gone: the mechanisms say where to look.
-            let first = first_id(&call.message).to_owned();
+            let names = names(&call.message);
             let inward = call.ctx.extension::<Inward>().and_then(|i| i.0.clone());
-            let places =
-                [(inward, wire::client_alias(&first)), (call.message.mechanism.clone(), wire::endpoint_alias(&first))];
+            let places = [
+                (inward.clone(), names.client().text),
+                (inward, names.former()),
+                (call.message.mechanism.clone(), names.endpoint().text),
+            ];
             for (mechanism, alias) in places {
                 let kernel = mechanism.filter(|m| m.r#type == KERNEL);
                 if let Some(Ok(netns)) = kernel.as_ref().map(netns_of) {
@@ -274,7 +273,7 @@ impl Element for WireClient {
             }
         }
         next.close(call).await?;
-        result.map_err(|e| Error::new(CLIENT, id, "link cannot be removed").with_cause(e))
+        result.map_err(|cause| failed(CLIENT, id, "link cannot be removed", cause))
     }
 }
 

@@ -109,7 +109,7 @@ async fn local_connection_from_request_to_close() {
     let answer = request(&chain, asked.clone()).await.unwrap();
     println!("request with kernel work: {:?}", started.elapsed());
     let made = link(&client, "nsm-0").await.unwrap();
-    assert_eq!((made.mtu, made.alias.as_str()), (1400, "server-first"));
+    assert_eq!((made.mtu, made.alias.as_str()), (1400, "server-second/first"));
     assert!(answers(&client, "172.16.1.1").await && answers(&client, "fd00::1").await);
     assert!(answers(&endpoint, "172.16.1.2").await);
     // A refresh, also by a forwarder that has just been started, changes nothing.
