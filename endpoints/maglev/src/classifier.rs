@@ -35,6 +35,12 @@ pub struct Classifier {
 
 type Bits = [u64; WORDS];
 
+/// Prefixes of VIPs. One place of the map stays free, because kernels refuse even to replace an entry of a full one.
+const PREFIXES: usize = VIP_PREFIXES - 1;
+const _: () = assert!(PREFIXES <= DST_CLASSES);
+/// Source prefixes; see [`PREFIXES`].
+const SOURCES: usize = SOURCE_PREFIXES - 1;
+
 fn vector(bits: &Bits) -> Vector {
     let mut v = Vector { summary: 0, words: *bits };
     for (n, word) in bits.iter().enumerate() {
@@ -162,14 +168,17 @@ fn destinations(c: &mut Classifier, config: &Config, flows: &[&Flow]) -> Result<
     let per_flow: Vec<Vec<IpNet>> = flows.iter().map(|f| f.destinations.iter().map(IpNet::trunc).collect()).collect();
     let mut prefixes = vips.clone();
     prefixes.extend(per_flow.iter().flatten());
+    let within = |net: &IpNet| vips.iter().any(|vip| vip.contains(net));
+    prefixes.extend(config.nats.iter().flat_map(|nat| &nat.vips).map(IpNet::trunc).filter(within));
+    if prefixes.len() > PREFIXES {
+        let reason = format!("{} prefixes of VIPs, flows and port-nats are more than {PREFIXES}", prefixes.len());
+        return Err(Error::config("VIPs", reason));
+    }
     let mut next = 0u32;
     for prefix in &prefixes {
-        if !vips.iter().any(|vip| vip.contains(prefix)) {
+        if !within(prefix) {
             c.vips.insert(key(prefix), NOT_A_VIP);
             continue;
-        }
-        if next as usize >= DST_CLASSES {
-            return Err(Error::config("VIPs", format!("more than {DST_CLASSES} prefixes")));
         }
         let mut bits = [0; WORDS];
         for (n, nets) in per_flow.iter().enumerate() {
@@ -195,6 +204,11 @@ fn destinations(c: &mut Classifier, config: &Config, flows: &[&Flow]) -> Result<
     if !c.nats.is_empty() {
         c.flags |= flag::NAT;
     }
+    if c.nats.len() > NAT_ENTRIES {
+        let pairs = (c.nats.len() / 2, NAT_ENTRIES / 2);
+        let reason = format!("{} translations (for each VIP prefix of each one) are more than {}", pairs.0, pairs.1);
+        return Err(Error::config("port-nats", reason));
+    }
     Ok(())
 }
 
@@ -211,6 +225,10 @@ fn sources(c: &mut Classifier, flows: &[&Flow]) -> Result<(), Error> {
     let prefixes: BTreeSet<IpNet> = per_flow.iter().flatten().copied().collect();
     if prefixes.is_empty() {
         return Ok(());
+    }
+    if prefixes.len() > SOURCES {
+        let reason = format!("{} of all flows together are more than {SOURCES}", prefixes.len());
+        return Err(Error::config("source prefixes", reason));
     }
     c.flags |= flag::SOURCES;
     let mut classes: HashMap<Bits, u32> = HashMap::from([(unconstrained, 0)]);

@@ -182,6 +182,13 @@ pub struct Nat {
     pub target_port: u16,
 }
 
+impl fmt::Display for Nat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let vips: Vec<String> = self.vips.iter().map(ToString::to_string).collect();
+        write!(f, "port-nat {}->{} {:?} of {}", self.port, self.target_port, self.protocol, vips.join(", "))
+    }
+}
+
 /// Everything but the targets.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Config {
@@ -232,10 +239,10 @@ pub(crate) fn any_port(ranges: &[(u16, u16)]) -> bool {
     ranges.is_empty() || ranges.contains(&(0, u16::MAX))
 }
 
-/// Whether a prefix list is no constraint.
+/// Whether a source prefix list is no constraint: the original leaves the sources out when all of them are of length 0, of whichever
+/// IP version.
 pub(crate) fn any_source(nets: &[IpNet]) -> bool {
-    let all = |v4: bool| nets.iter().any(|n| n.prefix_len() == 0 && n.addr().is_ipv4() == v4);
-    nets.is_empty() || (all(true) && all(false))
+    nets.iter().all(|net| net.prefix_len() == 0)
 }
 
 impl Config {
@@ -316,17 +323,25 @@ impl Config {
     }
 
     fn nat_faults(&self, faults: &mut Vec<Error>) {
-        let mut seen: BTreeSet<(IpNet, Protocol, u16, bool)> = BTreeSet::new();
-        for nat in &self.nats {
-            let object = format!("port-nat {}->{} {:?}", nat.port, nat.target_port, nat.protocol);
+        for (n, nat) in self.nats.iter().enumerate() {
             if nat.port == 0 || nat.target_port == 0 {
-                faults.push(Error::config(&object, "port 0"));
+                faults.push(Error::config(nat.to_string(), "port 0"));
             }
-            for vip in &nat.vips {
-                let fresh = seen.insert((*vip, nat.protocol, nat.port, true))
-                    & seen.insert((*vip, nat.protocol, nat.target_port, false));
-                if !fresh {
-                    faults.push(Error::config(&object, format!("overlaps another one of {vip}")));
+            for other in &self.nats[..n] {
+                let port = match (nat.port == other.port, nat.target_port == other.target_port) {
+                    _ if nat.protocol != other.protocol => continue,
+                    (true, _) => format!("port {}", nat.port),
+                    (_, true) => format!("to port {}", nat.target_port),
+                    _ => continue,
+                };
+                let overlap = nat.vips.iter().find_map(|vip| {
+                    let wider = other.vips.iter().find(|o| o.contains(vip) || vip.contains(*o))?;
+                    Some(if wider.prefix_len() > vip.prefix_len() { wider } else { vip })
+                });
+                if let Some(vip) = overlap {
+                    // Either would do for some packets, and nothing says which.
+                    let reason = format!("overlaps {other}: both translate {port} of {vip}");
+                    faults.push(Error::config(nat.to_string(), reason));
                 }
             }
         }

@@ -17,7 +17,7 @@ use crate::detour::{Detour, Retry};
 use crate::error::Error;
 use crate::grace::Retired;
 use crate::kernel::{Kernel, Options, remove_pins};
-use crate::place::Room;
+use crate::steps::{Placed, place, within};
 use crate::sys::{RawMap, text};
 use crate::table::Table;
 use crate::write::{write_generation, write_rows};
@@ -206,7 +206,8 @@ impl Engine {
         Some(self.settings.offset_start + slot.entry.target_base)
     }
 
-    /// Takes a configuration and the ready targets by stream name. Packets see the old or the new one whole.
+    /// Takes a configuration and the ready targets by stream name. Packets see the old or the new one whole, unless streams that
+    /// change have no room beside their old tables all at once: then they change one after the other.
     ///
     /// # Errors
     /// Every fault of the configuration; the previous one goes on forwarding.
@@ -219,45 +220,35 @@ impl Engine {
         if !faults.is_empty() {
             return Err(faults);
         }
-        let one = |e| vec![e];
-        // Everything that can be refused is found out before anything is written.
-        let used = self.slots.iter().map(|(n, s)| (*n, s.entry)).collect();
-        let mut room = Room::new(used, self.kernel.chunks, self.next_slot);
-        let (mut places, mut fresh) = (HashMap::new(), Vec::new());
-        for stream in &config.streams {
-            let found = self.slots.iter().find(|(_, s)| s.stream == *stream).map(|(n, _)| *n);
-            let number = match found {
-                Some(number) => number,
-                None => {
-                    let (number, entry) = room.take(stream).map_err(one)?;
-                    fresh.push((number, entry, stream));
-                    number
-                }
-            };
-            places.insert(stream.name.clone(), number);
-        }
-        let counters = self.plan_counters(config).map_err(one)?;
-        let slot = |name: &str| places.get(name).copied().unwrap_or(0);
-        let classifier = compile(config, &slot, &mut |name| counters.of(name)).map_err(one)?;
-        for (number, entry, stream) in fresh {
-            self.create(number, entry, stream).map_err(one)?;
-        }
-        let empty = Targets::new();
-        for stream in &config.streams {
-            let ready = targets.get(&stream.name).unwrap_or(&empty);
-            if let Some(number) = places.get(&stream.name) {
-                self.swap(*number, ready).map_err(one)?;
+        match place(self.entries(), self.kernel.chunks, self.next_slot, &config.streams) {
+            Ok(placed) => self.take(config, targets, placed).map_err(|e| vec![e]),
+            Err(error) => {
+                let steps = self.steps(config).ok_or_else(|| self.no_room(config, error))?;
+                steps.iter().try_for_each(|step| self.apply(step, &within(step, targets)))
             }
         }
-        self.switch_classifier(classifier, &counters).map_err(one)?;
-        let gone: Vec<u32> = self.slots.keys().copied().filter(|n| !places.values().any(|p| p == n)).collect();
+    }
+
+    /// Takes a configuration whose streams have their places.
+    fn take(&mut self, config: &Config, targets: &BTreeMap<String, Targets>, placed: Vec<Placed>) -> Result<(), Error> {
+        // Everything that can be refused is found out before anything is written.
+        let counters = self.plan_counters(config)?;
+        let places: HashMap<&str, u32> = config.streams.iter().zip(&placed).map(|(s, p)| (&*s.name, p.slot)).collect();
+        let slot = |name: &str| places.get(name).copied().unwrap_or(0);
+        let classifier = compile(config, &slot, &mut |name| counters.of(name))?;
+        for (stream, place) in config.streams.iter().zip(&placed).filter(|(_, place)| place.fresh) {
+            self.create(place.slot, place.entry, stream)?;
+        }
+        let empty = Targets::new();
+        for (stream, place) in config.streams.iter().zip(&placed) {
+            self.swap(place.slot, targets.get(&stream.name).unwrap_or(&empty))?;
+        }
+        self.switch_classifier(classifier, &counters)?;
+        let gone: Vec<u32> = self.slots.keys().copied().filter(|n| !placed.iter().any(|p| p.slot == *n)).collect();
         if !gone.is_empty() {
-            self.retired.wait(&self.kernel.grace).map_err(one)?;
+            self.retired.wait(&self.kernel.grace)?;
         }
-        for number in gone {
-            self.release(number).map_err(one)?;
-        }
-        Ok(())
+        gone.into_iter().try_for_each(|number| self.release(number))
     }
 
     /// Takes the ready targets of one stream.

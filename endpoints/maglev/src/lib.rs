@@ -25,6 +25,7 @@ mod place;
 mod qdisc;
 pub mod reference;
 mod snapshot;
+mod steps;
 mod sys;
 pub mod table;
 mod tap;

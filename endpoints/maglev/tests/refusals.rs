@@ -94,7 +94,25 @@ fn faults() -> Vec<(&'static str, Change)> {
             }),
         ),
         ("flows: 2049 are more than 2048", with(|c| c.flows.extend((0..2048).map(|n| flow(&format!("x{n}"), n))))),
-        ("VIPs: more than 2048 prefixes", with(move |c| c.vips.extend(many(2048)))),
+        (
+            "VIPs: 2048 prefixes of VIPs, flows and port-nats are more than 2047",
+            with(move |c| c.vips.extend(many(2047))),
+        ),
+        (
+            "VIPs: 2048 prefixes of VIPs, flows and port-nats are more than 2047",
+            with(move |c| c.flows.push(Flow { destinations: many(2047), ..flow("x", 1) })),
+        ),
+        (
+            "source prefixes: 65536 of all flows together are more than 65535",
+            with(move |c| c.flows.push(Flow { sources: many(65_536), ..flow("x", 1) })),
+        ),
+        (
+            "port-nats: 2049 translations (for each VIP prefix of each one) are more than 2048",
+            with(|c| {
+                let nat = |n| Nat { vips: vec![vip()], protocol: Protocol::Udp, port: n, target_port: 10_000 + n };
+                c.nats.extend((1..=2049).map(nat));
+            }),
+        ),
         (
             "destination ports: more than 4096 different sets of flows",
             with(|c| {
@@ -126,10 +144,49 @@ fn faults() -> Vec<(&'static str, Change)> {
         ("stream \"s\": identifier 11 is not in 1..10", Box::new(|_, t| *t = ready(&[1, 11]))),
         ("stream \"s\": identifier 0 is not in 1..10", Box::new(|_, t| *t = ready(&[0]))),
         (
-            "port-nat 80->4000 Udp: overlaps another one of 20.0.0.1/32",
+            "port-nat 80->4000 Udp of 20.0.0.1/32: overlaps port-nat 80->4000 Udp of 20.0.0.1/32: \
+             both translate port 80 of 20.0.0.1/32",
             with(|c| {
                 let nat = Nat { vips: vec![vip()], protocol: Protocol::Udp, port: 80, target_port: 4000 };
                 c.nats.extend([nat.clone(), nat]);
+            }),
+        ),
+        (
+            "port-nat 80->6000 Udp of 20.0.0.1/32: overlaps port-nat 80->5000 Udp of 20.0.0.0/24: \
+             both translate port 80 of 20.0.0.1/32",
+            with(|c| {
+                let nat = |vip: &str, target_port| {
+                    let vips = vec![vip.parse().unwrap()];
+                    Nat { vips, protocol: Protocol::Udp, port: 80, target_port }
+                };
+                c.nats.extend([nat("20.0.0.0/24", 5000), nat("20.0.0.1/32", 6000)]);
+            }),
+        ),
+        (
+            "port-nat 81->5000 Udp of 20.0.0.0/24: overlaps port-nat 80->5000 Udp of 20.0.0.1/32: \
+             both translate to port 5000 of 20.0.0.1/32",
+            with(|c| {
+                let nat = |vip: &str, port| {
+                    let vips = vec![vip.parse().unwrap()];
+                    Nat { vips, protocol: Protocol::Udp, port, target_port: 5000 }
+                };
+                c.nats.extend([nat("20.0.0.1/32", 80), nat("20.0.0.0/24", 81)]);
+            }),
+        ),
+        (
+            "streams: need 34 chunks of rows, there are 16: lower max-targets (up to 600: 2 chunks, up to 1300: 4, above: 32), or \
+             have the maps made anew with more chunks",
+            with(|c| c.streams.push(stream("big", 10_000))),
+        ),
+        (
+            "streams: fit, but not beside those that are in use: remove or change some streams first, then the others",
+            with(|c| {
+                c.streams = (0..8)
+                    .map(|n| Stream {
+                        sctp_ports_only: n == 0,
+                        ..stream(["s", "b", "c", "d", "e", "f", "g", "h"][n], 10)
+                    })
+                    .collect()
             }),
         ),
     ]

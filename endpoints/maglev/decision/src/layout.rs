@@ -34,6 +34,13 @@ pub const SRC_CLASSES: usize = 4096;
 /// Dimension of the classifier: a port. Class 0 is "the packet has no ports".
 pub const PORT_CLASSES: usize = 4096;
 
+/// Entries of the VIP map for each generation.
+pub const VIP_PREFIXES: usize = DST_CLASSES;
+/// Entries of the source map for each generation.
+pub const SOURCE_PREFIXES: usize = 65_536;
+/// Entries of the map of translations for each generation: two for each VIP prefix of a port translation.
+pub const NAT_ENTRIES: usize = 4096;
+
 /// The class in an entry of the destination ports' map.
 pub const PORT_CLASS: u32 = PORT_CLASSES as u32 - 1;
 /// In such an entry, by direction (see [`NatKey::direction`]): some VIP and protocol may have this port translated.

@@ -14,9 +14,9 @@ type Prefix = [u8; 20];
 #[map]
 pub static CONFIG: Array<Config> = Array::pinned(1, 0);
 #[map]
-pub static VIPS: LpmTrie<Prefix, u32> = LpmTrie::pinned(2 * DST_CLASSES as u32, NO_PREALLOC);
+pub static VIPS: LpmTrie<Prefix, u32> = LpmTrie::pinned(2 * VIP_PREFIXES as u32, NO_PREALLOC);
 #[map]
-pub static SOURCES: LpmTrie<Prefix, u32> = LpmTrie::pinned(2 * 65_536, NO_PREALLOC);
+pub static SOURCES: LpmTrie<Prefix, u32> = LpmTrie::pinned(2 * SOURCE_PREFIXES as u32, NO_PREALLOC);
 #[map]
 pub static PORTS: Array<PortMap> = Array::pinned(4, 0);
 #[map]
@@ -32,7 +32,7 @@ pub static ROWS: Array<Chunk> = Array::pinned(DEFAULT_CHUNKS as u32, 0);
 #[map]
 pub static TARGETS: Array<TargetEntry> = Array::pinned(2 * MAX_TARGETS as u32, 0);
 #[map]
-pub static NATS: HashMap<NatKey, u32> = HashMap::pinned(8192, NO_PREALLOC);
+pub static NATS: HashMap<NatKey, u32> = HashMap::pinned(2 * NAT_ENTRIES as u32, NO_PREALLOC);
 #[map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue> = LruHashMap::pinned(8192, 0);
 #[map]
