@@ -47,7 +47,16 @@ impl Engine {
     /// The kernel cannot.
     pub fn test_run(&mut self, ingress: bool, packet: &[u8], repeat: u32) -> Result<TestRun, Error> {
         let fd = self.kernel.program_fd(ingress)?;
-        sys::test_run(fd, packet, repeat).map_err(|e| Error::Load(format!("test run: {e}")))
+        sys::test_run(fd, packet, repeat, 0).map_err(|e| Error::Load(format!("test run: {e}")))
+    }
+
+    /// As [`Engine::test_run`], once, of the ingress program on a super-packet (GRO, GSO) that stands for segments of so many bytes.
+    ///
+    /// # Errors
+    /// The kernel cannot.
+    pub fn test_run_super(&mut self, packet: &[u8], segment: u32) -> Result<TestRun, Error> {
+        let fd = self.kernel.program_fd(true)?;
+        sys::test_run(fd, packet, 1, segment).map_err(|e| Error::Load(format!("test run: {e}")))
     }
 
     /// Makes the program write down each decision, for [`Engine::last_decisions`].

@@ -93,7 +93,7 @@ fn header(b: &[u8], v6: bool, whole: bool) -> Result<Header, Reason> {
         });
     }
     let payload = u16_at(b, 4).unwrap_or(0) as usize;
-    let end = if payload == 0 { b.len() } else { 40 + payload };
+    let end = 40 + payload;
     if whole && end > b.len() {
         return Err(Reason::Malformed);
     }
@@ -164,7 +164,8 @@ fn key(b: &[u8], v6: bool) -> Result<Option<Key>, Reason> {
         (17, _) => {
             need(8)?;
             let length = u16_at(b, h.l4 + 4).unwrap_or(0) as usize;
-            if (1..8).contains(&length) || (length > h.end - h.l4 && !h.first_fragment) {
+            let short = length < 8 && !(v6 && length == 0);
+            if short || (length > h.end - h.l4 && !h.first_fragment) {
                 return Err(Reason::Malformed);
             }
             k.ports = Some(ports(h.l4));

@@ -237,9 +237,20 @@ pub struct TestRun {
     pub nanoseconds: u32,
 }
 
-/// Runs a program `repeat` times on `packet` (with its Ethernet header); each run sees what the last one left.
-pub(crate) fn test_run(program: i32, packet: &[u8], repeat: u32) -> io::Result<TestRun> {
+/// Length of the kernel's `struct __sk_buff`, and where `gso_segs` and `gso_size` are in it.
+const SK_BUFF: usize = 192;
+const GSO_SEGS: usize = 164;
+const GSO_SIZE: usize = 176;
+
+/// Runs a program `repeat` times on `packet` (with its Ethernet header); each run sees what the last one left. `segment`: not 0
+/// for a super-packet, of segments of so many bytes.
+pub(crate) fn test_run(program: i32, packet: &[u8], repeat: u32, segment: u32) -> io::Result<TestRun> {
     let mut out = vec![0u8; packet.len() + 256];
+    let mut context = [0u8; SK_BUFF];
+    let segments = (packet.len() as u32).checked_div(segment).unwrap_or(0);
+    context[GSO_SEGS..GSO_SEGS + 4].copy_from_slice(&segments.to_ne_bytes());
+    context[GSO_SIZE..GSO_SIZE + 4].copy_from_slice(&segment.to_ne_bytes());
+    let with = segment != 0;
     let mut attr = TestRunAttr {
         prog_fd: program as u32,
         data_size_in: packet.len() as u32,
@@ -247,6 +258,8 @@ pub(crate) fn test_run(program: i32, packet: &[u8], repeat: u32) -> io::Result<T
         data_in: packet.as_ptr() as u64,
         data_out: out.as_mut_ptr() as u64,
         repeat,
+        ctx_size_in: if with { SK_BUFF as u32 } else { 0 },
+        ctx_in: if with { context.as_ptr() as u64 } else { 0 },
         ..TestRunAttr::default()
     };
     bpf(TEST_RUN, &mut attr)?;

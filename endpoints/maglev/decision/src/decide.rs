@@ -302,5 +302,10 @@ fn later_fragment<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), Reason> 
     s.decision.counter = first.counter;
     let stream = tables.stream(first.slot).ok_or(Reason::Internal)?;
     let copy = tables.active(stream) & 1;
-    to_target(&mut s.decision, stream, copy, first.identifier)
+    to_target(&mut s.decision, stream, copy, first.identifier)?;
+    // It may have left since; no other target could make sense of the rest.
+    match tables.target(s.decision.target) {
+        Some(target) if target.mark != 0 => Ok(()),
+        _ => Err(Reason::NoTarget),
+    }
 }

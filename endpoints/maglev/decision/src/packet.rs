@@ -18,6 +18,10 @@ pub trait Packet {
     }
     /// As `read`, into memory of the caller; `false` beyond the end.
     fn read_into<const N: usize>(&self, offset: u32, bytes: &mut [u8; N]) -> bool;
+    /// Whether it stands for several (GRO, segmentation offload). Such a packet may be longer than its header can say.
+    fn is_super(&self) -> bool {
+        false
+    }
     /// As `read`, for what most packets have at this place: the reader may have a shorter way there.
     #[inline(always)]
     fn read_usual<const N: usize>(&self, offset: u32, usual: u32) -> Option<[u8; N]> {
@@ -157,13 +161,15 @@ pub fn network<P: Packet>(packet: &P, ethertype: u16, offset: u32, n: &mut Netwo
         n.v6 = false;
         n.next = offset + header;
         n.protocol = h[9];
-        n.end = offset + total;
+        // A length of 0 in a super-packet means "too long to say" (Linux calls it BIG TCP): it ends where the buffer ends.
+        let long = total == 0 && packet.is_super();
+        n.end = if long { packet.len() } else { offset + total };
         n.ttl = h[8];
         n.checksum = u16::from_be_bytes([h[10], h[11]]);
         n.options = words > 5;
         n.fragment = u16::from_be_bytes([h[6], h[7]]) & 0x3fff;
         n.id = u16::from_be_bytes([h[4], h[5]]);
-        n.lying = words < 5 || total < header;
+        n.lying = words < 5 || (total < header && !long);
         true
     } else if ethertype == ETH_IPV6 {
         let Some(h) = packet.read_usual::<8>(offset, 0) else { return false };
@@ -178,8 +184,8 @@ pub fn network<P: Packet>(packet: &P, ethertype: u16, offset: u32, n: &mut Netwo
         n.v6 = true;
         n.next = offset + 40;
         n.protocol = h[6];
-        // A length of 0 is a jumbo (GSO) packet: its end is where the buffer ends.
-        n.end = if payload == 0 { packet.len() } else { offset + 40 + payload };
+        // As above. Of any other packet 0 means that nothing follows.
+        n.end = if payload == 0 && packet.is_super() { packet.len() } else { offset + 40 + payload };
         n.ttl = h[7];
         n.checksum = 0;
         n.options = false;
@@ -315,7 +321,9 @@ pub fn transport<P: Packet>(
             let h = packet.read_usual::<6>(up.offset, usual).ok_or(Reason::Truncated)?;
             let length = u16::from_be_bytes([h[4], h[5]]) as u32;
             let beyond = !t.first_fragment && up.offset + length > network.end;
-            if length != 0 && (length < 8 || beyond) {
+            // IPv6 knows a length of 0: it is in the jumbo option (RFC 2675, 4).
+            let unsaid = length == 0 && network.v6;
+            if !unsaid && (length < 8 || beyond) {
                 return Err(Reason::Malformed);
             }
             ports(t, [h[0], h[1], h[2], h[3]]);

@@ -27,7 +27,9 @@ impl Reason {
         match self {
             Reason::None => "nothing happened to the packet",
             Reason::NoFlow => "the destination is a VIP, but no flow matches the packet",
-            Reason::NoTarget => "a flow matches, but its stream has no ready target",
+            Reason::NoTarget => {
+                "a flow matches, but its stream has no ready target, or the one that got the first fragment is gone"
+            }
             Reason::Malformed => "the headers contradict each other or the length of the packet",
             Reason::Truncated => "the packet ends within a header",
             Reason::Extensions => "more than 8 IPv6 extension headers",

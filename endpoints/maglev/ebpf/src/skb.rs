@@ -22,6 +22,12 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
+    fn is_super(&self) -> bool {
+        // SAFETY: reads of the context's fields.
+        unsafe { (*self.0.skb.skb).gso_size != 0 }
+    }
+
+    #[inline(always)]
     fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         let mut bytes = Aligned(MaybeUninit::<[u8; N]>::uninit());
         // SAFETY: the helper writes N bytes to a buffer of N bytes; if it fails it fills them with 0.
