@@ -296,7 +296,7 @@ async fn apply_step(netlink: &Netlink, index: u32, step: &Step) -> Result<(), Er
 /// The interface does not exist, or the kernel refused a change; what was done until then stays and the next call goes on.
 pub async fn apply(netns: &Netns, interface: &str, wanted: &InterfaceConfig) -> Result<usize, Error> {
     // Free tables are found by looking; two connections of one namespace must not find the same one.
-    let _alone = netns.configuring().await;
+    let _alone = netns.configuring().await?;
     let netlink = netns.netlink().await?;
     let mut written = 0;
     for _ in 0..ROUNDS {
@@ -320,7 +320,7 @@ pub async fn apply(netns: &Netns, interface: &str, wanted: &InterfaceConfig) -> 
 /// Removes the rules and tables of an interface's policies (the interface itself takes its addresses and routes along).
 pub async fn clear_policies(netns: &Netns, interface: &str) -> Result<(), Error> {
     let wanted = InterfaceConfig { policies: Some(Vec::new()), ..Default::default() };
-    let _alone = netns.configuring().await;
+    let _alone = netns.configuring().await?;
     let netlink = netns.netlink().await?;
     let Some(link) = netlink.link_by_name(interface).await? else { return Ok(()) };
     let rules = netlink.rules().await?;

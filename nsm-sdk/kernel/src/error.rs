@@ -24,8 +24,8 @@ pub enum Error {
         /// What the netlink library said.
         cause: String,
     },
-    /// The kernel has not answered.
-    #[error("{what}: no answer of the kernel within {limit:?}")]
+    /// The kernel has not answered, or others have not made way.
+    #[error("{what}: no answer within {limit:?}")]
     Timeout {
         /// Operation and object.
         what: String,

@@ -13,6 +13,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns, unshare};
 use tokio::sync::{OnceCell, oneshot};
@@ -20,6 +21,8 @@ use tokio::sync::{OnceCell, oneshot};
 use crate::Error;
 use crate::netlink::Netlink;
 
+/// How long one waits for others that configure the same namespace.
+const CONFIGURING: Duration = Duration::from_secs(20);
 /// `NSFS_MAGIC`: the file system of namespaces.
 const NSFS: u64 = 0x6e73_6673;
 
@@ -186,8 +189,28 @@ impl Netns {
     }
 
     /// Held while someone reads, decides and writes what must not be decided twice (a free routing table).
-    pub(crate) async fn configuring(&self) -> tokio::sync::MutexGuard<'_, ()> {
-        self.0.configuring.lock().await
+    ///
+    /// # Errors
+    /// Somebody else has held it for longer than any work in a namespace should take.
+    pub(crate) async fn configuring(&self) -> Result<tokio::sync::MutexGuard<'_, ()>, Error> {
+        self.configuring_within(CONFIGURING).await
+    }
+
+    async fn configuring_within(&self, limit: Duration) -> Result<tokio::sync::MutexGuard<'_, ()>, Error> {
+        let late = crate::netlink::sleep(limit)?;
+        tokio::select! {
+            biased;
+            turn = self.0.configuring.lock() => Ok(turn),
+            () = late => Err(Error::Timeout { what: format!("turn to configure {}", self.0.id), limit }),
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn with_netlink(&self, netlink: Netlink) -> Netns {
+        let fd = self.try_clone_fd().unwrap();
+        let inner =
+            Inner { fd, id: self.0.id, netlink: OnceCell::new_with(Some(netlink)), configuring: Default::default() };
+        Netns(Arc::new(inner))
     }
 
     /// The netlink socket of this namespace, opened on first use and shared by all handles of it. It works on the runtime that
@@ -282,6 +305,16 @@ mod tests {
         let mounts = Netns::from_path("/proc/self/ns/mnt").unwrap();
         let error = mounts.netlink().await.err().unwrap();
         assert!(matches!(&error, Error::Invalid(text) if text.contains("no network namespace")), "{error}");
+    }
+
+    #[tokio::test]
+    async fn who_holds_a_namespace_up_does_not_do_so_for_ever() {
+        let ns = Netns::anonymous().unwrap();
+        let turn = ns.configuring().await.unwrap();
+        let error = ns.configuring_within(Duration::from_millis(50)).await.unwrap_err();
+        assert!(matches!(&error, Error::Timeout { what, .. } if what.contains(&ns.id().to_string())), "{error}");
+        drop(turn);
+        drop(ns.configuring_within(Duration::from_millis(50)).await.unwrap());
     }
 
     #[tokio::test]

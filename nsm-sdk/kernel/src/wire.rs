@@ -146,14 +146,16 @@ pub async fn ensure(wire: &Wire) -> Result<Made, Error> {
     }
 }
 
-/// Every interface of the namespace that matters for this end: all of them, unless none has its alias for certain.
-async fn relevant(end: &End, named: &[Link]) -> Result<Vec<Link>, Error> {
-    if end.alias.absent(end.netns.id()) {
-        return Ok(named.to_vec());
-    }
+/// Every interface of the end's namespace.
+async fn all(end: &End) -> Result<Vec<Link>, Error> {
     let links = end.netns.netlink().await?.links().await?;
     aliases::listed(end.netns.id(), &links);
     Ok(links)
+}
+
+/// Every interface of the namespace that matters for this end: all of them, unless none has its alias for certain.
+async fn relevant(end: &End, named: &[Link]) -> Result<Vec<Link>, Error> {
+    if end.alias.absent(end.netns.id()) { Ok(named.to_vec()) } else { all(end).await }
 }
 
 async fn named(end: &End) -> Result<Vec<Link>, Error> {
@@ -168,7 +170,12 @@ async fn ensure_veth(a: &End, b: &End) -> Result<Made, Error> {
     let (named_a, named_b) = (named(a).await?, named(b).await?);
     let mut plan = plan_veth(a, b, &named_a, &named_b).unwrap_or_default();
     if plan.adopt.is_none() {
-        plan = plan_veth(a, b, &relevant(a, &named_a).await?, &relevant(b, &named_b).await?)?;
+        let in_a = relevant(a, &named_a).await?;
+        // Nothing is inherited but what begins in the client's namespace; in the endpoint's there may be a thousand others.
+        let inherits = in_a.iter().any(|link| a.alias.was(&link.alias));
+        let unknown = !inherits && aliases::absent(b.netns.id(), &b.alias.text);
+        let in_b = if unknown { named_b.clone() } else { all(b).await? };
+        plan = plan_veth(a, b, &in_a, &in_b)?;
     }
     for index in &plan.delete_first {
         ignore_missing(na.link_delete(*index).await)?;

@@ -42,20 +42,29 @@ impl Finder {
     }
 }
 
-fn failed(cause: nsm_registry::Error) -> Error {
+/// Which connection it is asked for is not known here; what is asked for is.
+fn failed(kind: &str, name: &str, cause: nsm_registry::Error) -> Error {
     let code = cause.code();
-    Error::new(NAME, "", "the registry cannot be asked").with_cause(cause).with_code(code)
+    Error::new(NAME, "", format!("the registry cannot be asked for {kind} {name}")).with_cause(cause).with_code(code)
+}
+
+/// What an endpoint is looked for by.
+fn wanted(query: &NetworkServiceEndpoint) -> String {
+    if query.name.is_empty() { format!("of {}", query.network_service_names.join(", ")) } else { query.name.clone() }
 }
 
 #[async_trait::async_trait]
 impl Registry for Finder {
     async fn find_ns(&self, query: NetworkService) -> Result<Vec<NetworkService>, Error> {
-        self.services.list(query, Context::new().with_timeout(TIMEOUT)).await.map_err(failed)
+        let name = query.name.clone();
+        let found = self.services.list(query, Context::new().with_timeout(TIMEOUT)).await;
+        found.map_err(|cause| failed("service", &name, cause))
     }
 
     async fn watch_ns(&self, name: &str) -> Result<BoxStream<'static, NetworkService>, Error> {
         let query = Query::watch(NetworkService { name: name.to_owned(), ..Default::default() });
-        let events = self.services.find(Call::new(query, Context::new())).await.map_err(failed)?;
+        let events = self.services.find(Call::new(query, Context::new())).await;
+        let events = events.map_err(|cause| failed("service", name, cause))?;
         let current = |event: Result<nsm_registry::Event<NetworkService>, _>| {
             std::future::ready(event.ok().map(|event| (!event.deleted).then_some(event.object)))
         };
@@ -67,7 +76,8 @@ impl Registry for Finder {
         let patience = self.settled.min(Instant::now() + self.patience);
         loop {
             let ctx = Context::new().with_timeout(TIMEOUT);
-            let found = self.endpoints.list(query.clone(), ctx).await.map_err(failed)?;
+            let found = self.endpoints.list(query.clone(), ctx).await;
+            let found = found.map_err(|cause| failed("endpoint", &wanted(&query), cause))?;
             if !found.is_empty() || !named || Instant::now() >= patience {
                 return Ok(found);
             }
@@ -107,6 +117,39 @@ mod tests {
 
     fn named(name: &str) -> NetworkServiceEndpoint {
         NetworkServiceEndpoint { name: name.into(), ..Default::default() }
+    }
+
+    struct Refuses;
+
+    #[async_trait::async_trait]
+    impl<T: nsm_registry::Object> nsm_registry::Element<T> for Refuses {
+        fn name(&self) -> &'static str {
+            "refuses"
+        }
+
+        async fn find(
+            &self,
+            _: Call<Query<T>>,
+            _: nsm_registry::Next<T>,
+        ) -> Result<nsm_registry::Events<T>, nsm_registry::Error> {
+            Err(nsm_registry::Error::new("refuses", "", "told to").with_code(tonic::Code::Unavailable))
+        }
+    }
+
+    #[tokio::test]
+    async fn an_error_of_the_registry_says_what_was_asked_for() {
+        let finder = Finder::new(Chain::new(vec![Arc::new(Refuses)]), Chain::new(vec![Arc::new(Refuses)]));
+        let service = NetworkService { name: "svc".into(), ..Default::default() };
+        let any = NetworkServiceEndpoint { network_service_names: vec!["svc".into()], ..Default::default() };
+        for (error, what) in [
+            (finder.find_ns(service).await.unwrap_err(), "for service svc: "),
+            (finder.watch_ns("svc").await.err().unwrap(), "for service svc: "),
+            (finder.find_nse(named("nse")).await.unwrap_err(), "for endpoint nse: "),
+            (finder.find_nse(any).await.unwrap_err(), "for endpoint of svc: "),
+        ] {
+            assert!(error.to_string().contains(what), "{error}");
+            assert_eq!(error.code(), tonic::Code::Unavailable);
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -14,7 +14,10 @@ use nsm_chain::{
 use super::{Open, configurable, failed, interface_name, netns_of};
 use crate::config::{self, InterfaceConfig, InterfaceNeighbour, InterfaceRoute, Policy};
 use crate::netlink::PortRange;
-use crate::sysctl;
+use crate::{Netns, sysctl};
+
+/// Payload of connections that carry IP and nothing else.
+const PAYLOAD_IP: &str = "IP";
 
 /// Key of a connection's extra context: a client that sets it to "true" wants that nothing which comes from the source of one of its
 /// policy routes leaves its namespace by another way: also after the connection is gone, for as long as the namespace is there. For
@@ -162,14 +165,36 @@ pub fn desired(context: &ConnectionContext, side: Side) -> Result<InterfaceConfi
     })
 }
 
+/// Where only IP is carried nobody has to ask for the other side's link-layer address: it is that of the other end of the link.
+/// What is at the other end of a tunnel is not known here, and is asked for.
+async fn opposite(
+    netns: &Netns,
+    interface: &str,
+    addresses: &[IpNet],
+) -> Result<Vec<InterfaceNeighbour>, crate::Error> {
+    let netlink = netns.netlink().await?;
+    let link = netlink.link_by_name(interface).await?;
+    let Some((peer, nsid)) = link.and_then(|link| link.peer.zip(link.peer_nsid)) else { return Ok(Vec::new()) };
+    let Some(mac) = netlink.link_in(nsid, peer).await?.and_then(|peer| peer.mac) else { return Ok(Vec::new()) };
+    Ok(addresses.iter().map(|net| InterfaceNeighbour { ip: net.addr(), mac, permanent: true }).collect())
+}
+
 async fn configure(
     mechanism: &Mechanism,
-    context: &ConnectionContext,
+    connection: &Connection,
     side: Side,
     first: bool,
 ) -> Result<(), crate::Error> {
     let netns = netns_of(mechanism)?;
-    let wanted = desired(context, side)?;
+    let context = connection.context.clone().unwrap_or_default();
+    let mut wanted = desired(&context, side)?;
+    if connection.payload == PAYLOAD_IP {
+        let ip = context.ip_context.unwrap_or_default();
+        let others = nets(if side == Side::Server { &ip.dst_ip_addrs } else { &ip.src_ip_addrs });
+        let opposite = opposite(&netns, interface_name(mechanism), &others).await?;
+        let named: Vec<IpAddr> = wanted.neighbours.iter().map(|neighbour| neighbour.ip).collect();
+        wanted.neighbours.extend(opposite.into_iter().filter(|neighbour| !named.contains(&neighbour.ip)));
+    }
     let written = config::apply(&netns, interface_name(mechanism), &wanted).await?;
     if written > 0 {
         tracing::debug!(?netns, interface = interface_name(mechanism), changes = written, "interface configured");
@@ -194,8 +219,7 @@ async fn request(name: &'static str, key: &Key<bool>, mut call: RequestCall, nex
     let metadata = call.ctx.metadata(name, &id)?.clone();
     let connection = next.request(call).await?;
     let Some(mechanism) = configurable(connection.mechanism.as_ref()) else { return Ok(connection) };
-    let context = connection.context.clone().unwrap_or_default();
-    let configured = configure(mechanism, &context, key.side(), !metadata.contains(key)).await;
+    let configured = configure(mechanism, &connection, key.side(), !metadata.contains(key)).await;
     drop(open);
     match configured {
         Ok(()) => {

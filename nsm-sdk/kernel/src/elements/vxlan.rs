@@ -1,12 +1,12 @@
 //! The VXLAN mechanism on the endpoint's node: own underlay address and the network identifier.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 
 use nsm_chain::{CloseCall, Connection, Element, Error, Key, Mechanism, Next, RequestCall, Side};
 
-use super::{VXLAN, address, parameter};
+use super::{VXLAN, address, failed, parameter};
 
 /// UDP port of VXLAN (RFC 7348).
 pub const PORT: u16 = 4789;
@@ -24,11 +24,11 @@ fn even(source: IpAddr, destination: IpAddr) -> bool {
 }
 
 /// Picks an unused identifier of the right parity; `random` gives the starting point.
-fn choose(source: IpAddr, destination: IpAddr, random: u32, used: &HashSet<u32>) -> Option<u32> {
+fn choose(source: IpAddr, destination: IpAddr, random: u32, taken: impl Fn(u32) -> bool) -> Option<u32> {
     let parity = u32::from(!even(source, destination));
     let start = (random & VNI_MAX & !1) | parity;
     let step = |n: u32| (start + 2 * n) & VNI_MAX;
-    (0..=VNI_MAX / 2).map(step).find(|vni| *vni != 0 && !used.contains(vni))
+    (0..=VNI_MAX / 2).map(step).find(|vni| *vni != 0 && !taken(*vni))
 }
 
 /// Server element for VXLAN mechanisms: `dst_ip`, `dst_port` and `vni`. It stands in the `mechanisms` element under VXLAN.
@@ -36,7 +36,8 @@ fn choose(source: IpAddr, destination: IpAddr, random: u32, used: &HashSet<u32>)
 pub struct VxlanServer {
     tunnel_ip: IpAddr,
     key: Key<u32>,
-    used: Mutex<HashSet<u32>>,
+    /// Which connection has which identifier.
+    used: Mutex<HashMap<u32, String>>,
 }
 
 impl VxlanServer {
@@ -45,22 +46,35 @@ impl VxlanServer {
         VxlanServer { tunnel_ip, key: Key::new(Side::Server), used: Mutex::default() }
     }
 
-    fn used(&self) -> std::sync::MutexGuard<'_, HashSet<u32>> {
+    fn used(&self) -> std::sync::MutexGuard<'_, HashMap<u32, String>> {
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn complete(&self, mechanism: &mut Mechanism, stored: Option<u32>) -> Result<u32, crate::Error> {
+    /// Agrees on an identifier for the connection `id`: the one that the other node names or the one it has, as long as no other
+    /// connection has it. Otherwise its packets would be the other connection's.
+    fn complete(&self, id: &str, mechanism: &mut Mechanism, stored: Option<u32>) -> Result<u32, crate::Error> {
         let source = address(mechanism, "src_ip")?;
         let given = parameter(mechanism, "vni").parse().ok().filter(|v| (1..=VNI_MAX).contains(v));
         let mut used = self.used();
-        let chosen = given.or(stored).or_else(|| choose(source, self.tunnel_ip, rand::random(), &used));
+        let taken = |vni: u32| used.get(&vni).is_some_and(|owner| owner != id);
+        let free = |vni: &u32| !taken(*vni);
+        let known = given.filter(free).or(stored.filter(free));
+        let chosen = known.or_else(|| choose(source, self.tunnel_ip, rand::random(), taken));
         let vni = chosen.ok_or_else(|| crate::Error::Invalid("no unused VXLAN network identifier".into()))?;
-        used.insert(vni);
+        used.insert(vni, id.to_owned());
         let parameters = &mut mechanism.parameters;
         parameters.insert("dst_ip".into(), self.tunnel_ip.to_string());
         parameters.insert("dst_port".into(), PORT.to_string());
         parameters.insert("vni".into(), vni.to_string());
         Ok(vni)
+    }
+
+    /// The connection does without this identifier.
+    fn free(&self, id: &str, vni: u32) {
+        let mut used = self.used();
+        if used.get(&vni).is_some_and(|owner| owner == id) {
+            used.remove(&vni);
+        }
     }
 }
 
@@ -76,27 +90,25 @@ impl Element for VxlanServer {
         let stored = metadata.get(&self.key);
         let mut chosen = None;
         if let Some(mechanism) = call.connection_mut().mechanism.as_mut().filter(|m| m.r#type == VXLAN) {
-            let vni = self.complete(mechanism, stored);
-            chosen = Some(vni.map_err(|e| Error::new(NAME, &id, "tunnel cannot be agreed on").with_cause(e))?);
+            let vni = self.complete(&id, mechanism, stored);
+            chosen = Some(vni.map_err(|cause| failed(NAME, &id, "tunnel cannot be agreed on", cause))?);
         }
         let result = next.request(call).await;
-        match (chosen, &result) {
-            (Some(vni), Ok(_)) => {
-                metadata.insert(&self.key, vni);
-            }
-            (Some(vni), Err(_)) if stored.is_none() => {
-                self.used().remove(&vni);
-            }
-            _ => {}
+        let now = if result.is_ok() { chosen } else { stored };
+        for vni in [chosen, stored].into_iter().flatten().filter(|vni| chosen.is_some() && Some(*vni) != now) {
+            self.free(&id, vni);
+        }
+        if let (Some(vni), Ok(_)) = (chosen, &result) {
+            metadata.insert(&self.key, vni);
         }
         result
     }
 
     async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
-        let stored = call.ctx.metadata(NAME, call.id())?.remove(&self.key);
+        let (stored, id) = (call.ctx.metadata(NAME, call.id())?.remove(&self.key), call.id().to_owned());
         let result = next.close(call).await;
         if let Some(vni) = stored {
-            self.used().remove(&vni);
+            self.free(&id, vni);
         }
         result
     }
@@ -116,12 +128,12 @@ mod tests {
     fn parity_keeps_the_two_directions_apart() {
         let (a, b) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
         for random in [0, 1, 2, 0xffff_ffff] {
-            let (there, back) = (choose(a, b, random, &HashSet::new()), choose(b, a, random, &HashSet::new()));
+            let (there, back) = (choose(a, b, random, |_| false), choose(b, a, random, |_| false));
             assert_eq!(there.unwrap() % 2, 0);
             assert_eq!(back.unwrap() % 2, 1);
             assert_ne!(there, Some(0));
         }
-        assert_eq!(choose(a, b, 4, &HashSet::from([4, 6])), Some(8));
+        assert_eq!(choose(a, b, 4, |vni| [4, 6].contains(&vni)), Some(8));
     }
 
     /// Fails on demand.
@@ -167,6 +179,26 @@ mod tests {
         assert_eq!(request("a", VXLAN, &source).await.unwrap()["vni"], first["vni"]);
         let given = [source[0], source[1], ("vni", "77")];
         assert_eq!(request("b", VXLAN, &given).await.unwrap()["vni"], "77");
+        assert_eq!(server.used().len(), 2);
+        // One that another connection has is not given again, and a failure of the second one does not take it from the first.
+        assert_ne!(request("x", VXLAN, &given).await.unwrap()["vni"], "77");
+        fails.store(true, SeqCst);
+        request("y", VXLAN, &given).await.unwrap_err();
+        fails.store(false, SeqCst);
+        assert_ne!(request("y", VXLAN, &given).await.unwrap()["vni"], "77");
+        assert_eq!(server.used().get(&77).map(String::as_str), Some("b"));
+        // Whoever changes gives the former one back.
+        let other = [source[0], source[1], ("vni", "78")];
+        for vni in ["78", "79", "78"] {
+            let given = [source[0], source[1], ("vni", vni)];
+            assert_eq!(request("z", VXLAN, &given).await.unwrap()["vni"], vni);
+        }
+        assert_ne!(request("x", VXLAN, &other).await.unwrap()["vni"], "78");
+        assert_eq!(server.used().len(), 5);
+        for id in ["x", "y", "z"] {
+            let connection = Connection { id: id.into(), ..Default::default() };
+            chain.close(CloseCall::new(connection, Context::new())).await.unwrap();
+        }
         assert_eq!(server.used().len(), 2);
         // What is no VXLAN passes; what is none that can be is an error.
         assert!(request("c", KERNEL, &[]).await.unwrap().is_empty());

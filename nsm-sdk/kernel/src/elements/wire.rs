@@ -6,6 +6,7 @@
 //! pods' namespaces alive; after a restart of the forwarder links are found again by alias.
 
 use std::net::IpAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nsm_chain::{CloseCall, Connection, Element, Error, Key, Mechanism, Next, RequestCall, Side, unwind};
 
@@ -67,12 +68,14 @@ pub struct WireClient {
     node: Netns,
     tunnel_ip: Option<IpAddr>,
     key: Key<Vec<Known>>,
+    /// What could not be deleted when its connection was closed: tried again whenever one is closed.
+    left: Mutex<Vec<Known>>,
 }
 
 impl WireClient {
     /// `node` is the node's own namespace, where the underlay is; without a `tunnel_ip` there are no other nodes.
     pub fn new(node: Netns, tunnel_ip: Option<IpAddr>) -> Self {
-        WireClient { node, tunnel_ip, key: Key::new(Side::Client) }
+        WireClient { node, tunnel_ip, key: Key::new(Side::Client), left: Mutex::default() }
     }
 
     /// The mechanisms to offer to the next hop: what can be joined with the caller's.
@@ -147,19 +150,39 @@ impl WireClient {
         Ok(Known { netns: end.netns.id(), nsid, name: end.name.clone(), index, alias: end.alias.text.clone() })
     }
 
+    async fn delete(&self, interface: &Known) -> Result<(), crate::Error> {
+        let netlink = self.node.netlink().await?;
+        let removed = netlink.link_delete_in(interface.nsid, interface.index, &interface.alias).await;
+        crate::error::ignore_missing(removed)?;
+        aliases::removed(interface.netns, &interface.alias);
+        Ok(())
+    }
+
     /// Deletes interfaces of a connection that are somewhere else than they should be now.
     async fn remove(&self, known: &[Known]) -> Result<(), crate::Error> {
-        let netlink = self.node.netlink().await?;
         let mut result = Ok(());
         for interface in known {
-            let removed = netlink.link_delete_in(interface.nsid, interface.index, &interface.alias).await;
-            let removed = crate::error::ignore_missing(removed);
-            if removed.is_ok() {
-                aliases::removed(interface.netns, &interface.alias);
-            }
-            result = result.and(removed);
+            result = result.and(self.delete(interface).await);
         }
         result
+    }
+
+    /// Deletes the interfaces of a closed connection, and what earlier ones have left. What fails is kept for the next time.
+    async fn dismiss(&self, known: Vec<Known>) -> Result<(), crate::Error> {
+        let left = std::mem::take(&mut *self.left());
+        let mut result = Ok(());
+        for (interface, own) in known.into_iter().map(|k| (k, true)).chain(left.into_iter().map(|k| (k, false))) {
+            if let Err(error) = self.delete(&interface).await {
+                tracing::warn!(interface = interface.name, netns = %interface.netns, %error, "not deleted, to be tried again");
+                self.left().push(interface);
+                result = result.and(if own { Err(error) } else { Ok(()) });
+            }
+        }
+        result
+    }
+
+    fn left(&self) -> MutexGuard<'_, Vec<Known>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the wire; returns what exists then and, for a tunnel, its MTU.
@@ -255,8 +278,9 @@ impl Element for WireClient {
     async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
         let known = call.ctx.metadata(CLIENT, call.id())?.remove(&self.key).unwrap_or_default();
         let id = call.id().to_owned();
-        let mut result = self.remove(&known).await;
-        if known.is_empty() {
+        let forgotten = known.is_empty();
+        let mut result = self.dismiss(known).await;
+        if forgotten {
             // Made by a forwarder that is gone: the mechanisms say where to look.
             let names = names(&call.message);
             let inward = call.ctx.extension::<Inward>().and_then(|i| i.0.clone());

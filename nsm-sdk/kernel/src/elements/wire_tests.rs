@@ -8,7 +8,8 @@ use nsm_chain::{
 use super::*;
 use crate::elements::context::{ClientContext, ServerContext};
 use crate::elements::vxlan::VxlanServer;
-use crate::netlink::Link;
+use crate::netlink::{Link, Mac, NeighbourState};
+use nsm_proto::connectioncontext::IpNeighbor;
 
 /// Answers as the next hop would: with this mechanism, translated back above.
 struct NextHop(Mutex<Mechanism>, Mutex<u32>, Mutex<Vec<Mechanism>>);
@@ -131,6 +132,72 @@ async fn local_connection_from_request_to_close() {
     assert!(link(&client, "nsm-7").await.is_none() && link(&endpoint, "lb-1").await.is_none());
     let rules = client.netlink().await.unwrap().rules().await.unwrap();
     assert_eq!(rules.iter().filter(|r| r.table == 1).count(), 0);
+}
+
+/// Neighbours that the context names, and for payload IP those that follow from the link.
+#[tokio::test]
+async fn neighbours_are_set_on_both_sides() {
+    for payload in ["ETHERNET", "IP"] {
+        let (node, client, endpoint) =
+            (Netns::anonymous().unwrap(), Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+        let hop = Arc::new(NextHop(Mutex::new(kernel(&endpoint, "lb-1")), Mutex::default(), Mutex::default()));
+        let chain = forwarder(&node, None, hop);
+        let mut asked = connection(kernel(&client, "nsm-0"));
+        asked.payload = payload.into();
+        let neighbour = |ip: &str, mac: &str| IpNeighbor { ip: ip.into(), hardware_address: mac.into() };
+        let named = [neighbour("172.16.1.99", "02:00:00:00:00:99"), neighbour("bad", "02:00:00:00:00:98")];
+        asked.context.as_mut().unwrap().ip_context.as_mut().unwrap().ip_neighbors = named.into();
+        // Before anything is sent: what is there then was set.
+        request(&chain, asked.clone()).await.unwrap();
+        let (here, there) = (link(&client, "nsm-0").await.unwrap(), link(&endpoint, "lb-1").await.unwrap());
+        let entries = async |netns: &Netns, index| {
+            let all = netns.netlink().await.unwrap().neighbours(Some(index)).await.unwrap();
+            let entries = all.into_iter().map(|n| (n.ip.to_string(), n.mac, n.state == NeighbourState::Permanent));
+            let mut entries: Vec<_> = entries.filter(|(_, mac, _)| mac.is_some_and(|mac| mac.0[0] & 1 == 0)).collect();
+            entries.sort();
+            entries
+        };
+        let named = ("172.16.1.99".to_owned(), Some(Mac([2, 0, 0, 0, 0, 0x99])), false);
+        let set = |ip: &str, mac| (ip.to_owned(), mac, true);
+        let both = async || (entries(&client, here.index).await, entries(&endpoint, there.index).await);
+        let found = both().await;
+        match payload {
+            "IP" => {
+                let here_wanted = vec![set("172.16.1.1", there.mac), named.clone(), set("fd00::1", there.mac)];
+                let there_wanted =
+                    vec![set("172.16.1.2", here.mac), named, set("20.0.0.1", here.mac), set("fd00::2", here.mac)];
+                assert_eq!(found, (here_wanted, there_wanted));
+            }
+            _ => assert!(found.0.contains(&named) && found.1.contains(&named) && !found.0.iter().any(|(.., set)| *set)),
+        }
+        request(&chain, asked).await.unwrap();
+        if payload == "IP" {
+            assert_eq!(both().await, found, "a refresh changes nothing");
+        }
+        assert!(answers(&client, "172.16.1.1").await && answers(&endpoint, "fd00::2").await);
+    }
+}
+
+/// An interface that could not be deleted is not forgotten: the next close, of whichever connection, deletes it.
+#[tokio::test]
+async fn a_deletion_that_failed_is_made_up_for() {
+    let (node, client, endpoint) =
+        (Netns::anonymous().unwrap(), Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+    let mut wire = WireClient::new(node.clone(), None);
+    let end = |netns: &Netns, name: &str, alias: Alias| End { netns: netns.clone(), name: name.into(), alias };
+    let names = Names::new("second", "first", "first");
+    let made = Wire::Veth {
+        client: end(&client, "nsm-0", names.client()),
+        endpoint: end(&endpoint, "lb-1", names.endpoint()),
+    };
+    let (known, _) = wire.establish(&made, &[]).await.unwrap();
+    wire.node = node.with_netlink(crate::Netlink::deaf(std::time::Duration::from_millis(50)));
+    assert!(matches!(wire.dismiss(known).await, Err(crate::Error::Timeout { .. })));
+    assert!(link(&client, "nsm-0").await.is_some());
+    wire.node = node;
+    wire.dismiss(Vec::new()).await.unwrap();
+    assert!(link(&client, "nsm-0").await.is_none() && link(&endpoint, "lb-1").await.is_none());
+    assert!(wire.left.lock().unwrap().is_empty());
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@ mod rule;
 
 use std::io;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use rtnetlink::Handle;
@@ -18,6 +19,7 @@ use rtnetlink::packet_core::{
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use tokio::runtime::Runtime;
 use tokio::sync::Mutex;
+use tokio::time::Sleep;
 
 use crate::Error;
 
@@ -43,9 +45,15 @@ pub(crate) const REPLACE: u16 = NLM_F_CREATE | NLM_F_REPLACE;
 #[derive(Clone, Debug)]
 pub struct Netlink {
     handle: Handle,
+    /// What one exchange may take.
+    limit: Duration,
     /// Held for the length of a dump: the kernel refuses a second one on the same socket with EBUSY.
     dumping: Arc<Mutex<()>>,
 }
+
+/// What one exchange with the kernel may take: it waits for a lock there that others hold for less than a second together. An
+/// acknowledgement that was lost (the socket's buffer was full) never comes.
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// Threads that drive the sockets. The kernel does what a message asks for within the call that sends it, and waits there for a lock
 /// that the removal of an interface holds for tens of milliseconds: only other messages may wait behind it.
@@ -79,7 +87,7 @@ impl Netlink {
         let (connection, handle, _) =
             rtnetlink::new_connection_with_strict_check().map_err(|e| Error::io("open netlink socket", e))?;
         driver.spawn(connection);
-        Ok(Netlink { handle, dumping: Arc::default() })
+        Ok(Netlink { handle, limit: LIMIT, dumping: Arc::default() })
     }
 
     /// The library's own handle, for requests that this crate has no method for.
@@ -144,9 +152,17 @@ impl Netlink {
         let mut request = NetlinkMessage::from(message);
         request.header.flags = flags;
         let mut handle = self.handle.clone();
+        let late = sleep(self.limit).map_err(|e| Failure::Connection(e.to_string()))?;
+        tokio::pin!(late);
         let mut answers = handle.request(request).map_err(|e| Failure::Connection(e.to_string()))?;
         let (mut found, mut torn) = (Vec::new(), false);
-        while let Some(answer) = answers.next().await {
+        loop {
+            let answer = tokio::select! {
+                biased;
+                answer = answers.next() => answer,
+                () = &mut late => return Err(Failure::Late(self.limit)),
+            };
+            let Some(answer) = answer else { break };
             torn |= answer.header.flags & DUMP_INTERRUPTED != 0;
             match answer.payload {
                 NetlinkPayload::InnerMessage(inner) => found.push(inner),
@@ -159,7 +175,14 @@ impl Netlink {
     }
 }
 
+/// A pause by the clock of the drivers: a caller's may stand still.
+pub(crate) fn sleep(time: Duration) -> Result<Sleep, Error> {
+    let _driving = driver()?.enter();
+    Ok(tokio::time::sleep(time))
+}
+
 enum Failure {
+    Late(Duration),
     Kernel(io::Error),
     Connection(String),
 }
@@ -167,6 +190,7 @@ enum Failure {
 impl Failure {
     fn describe(self, what: String) -> Error {
         match self {
+            Failure::Late(limit) => Error::Timeout { what, limit },
             Failure::Kernel(source) => Error::Netlink { what, source },
             Failure::Connection(cause) => Error::Connection { what, cause },
         }
@@ -175,7 +199,38 @@ impl Failure {
 
 #[cfg(test)]
 mod tests {
+    use super::{Error, Netlink, sleep};
     use crate::Netns;
+    use std::time::Duration;
+
+    impl Netlink {
+        /// One whose requests nobody sends on, so that no answer ever comes.
+        pub(crate) fn deaf(limit: Duration) -> Self {
+            let _driving = super::driver().unwrap().enter();
+            let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+            std::mem::forget(connection);
+            Self { handle, limit, dumping: Default::default() }
+        }
+    }
+
+    /// With a clock that stands still, as the caller's may in a test: what is waited for is time of the kernel.
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_does_not_come_is_not_waited_for_for_ever() {
+        let netlink = Netlink::deaf(Duration::from_millis(200));
+        let late = |error: Error| {
+            assert!(matches!(error, Error::Timeout { .. }) && error.to_string().contains("no answer"), "{error}");
+            assert_eq!(error.code(), tonic::Code::DeadlineExceeded);
+        };
+        // The second dump is not held up by the turn of the first one.
+        for _ in 0..2 {
+            late(netlink.links().await.unwrap_err());
+        }
+        late(netlink.link_by_name("lo").await.unwrap_err());
+        late(netlink.link_up(1).await.unwrap_err());
+        let begin = std::time::Instant::now();
+        sleep(Duration::from_millis(100)).unwrap().await;
+        assert!(begin.elapsed() >= Duration::from_millis(100));
+    }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn dumps_of_one_namespace_at_the_same_time_all_succeed() {
