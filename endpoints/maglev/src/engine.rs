@@ -17,6 +17,7 @@ use crate::detour::{Detour, Retry};
 use crate::error::Error;
 use crate::grace::Retired;
 use crate::kernel::{Kernel, Options, remove_pins};
+use crate::owner::Lock;
 use crate::steps::{Placed, place, within};
 use crate::sys::{RawMap, text};
 use crate::table::Table;
@@ -168,11 +169,21 @@ impl Engine {
         Ok(())
     }
 
+    /// What is missing of the programs on an interface, in words; nothing: all is as [`Engine::attach`] left it. To be asked every
+    /// few seconds: others may take the programs away, and nobody is told.
+    ///
+    /// # Errors
+    /// The kernel cannot be asked.
+    pub fn missing(&mut self, interface: &str) -> Result<Vec<&'static str>, Error> {
+        self.kernel.missing(interface)
+    }
+
     /// Removes programs and maps: the end of forwarding, on request only.
     ///
     /// # Errors
-    /// What could not be removed.
+    /// A process still runs the load balancer, and would go on; or what could not be removed.
     pub fn remove(directory: &std::path::Path, interfaces: &[&str]) -> Result<(), Error> {
+        let _lock = Lock::existing(directory)?;
         for interface in interfaces {
             Kernel::detach(interface)?;
             crate::qdisc::remove_unused(interface).map_err(|e| Error::Attach {

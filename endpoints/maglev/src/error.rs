@@ -27,6 +27,14 @@ pub enum Error {
         /// The layout that this build reads.
         version: u32,
     },
+    /// Another process changes the maps.
+    #[error("{directory}: {holder} runs the load balancer of this network namespace")]
+    Held {
+        /// The directory.
+        directory: PathBuf,
+        /// Who.
+        holder: String,
+    },
     /// Another process traces.
     #[error("{directory}: somebody else traces this load balancer (one at a time)")]
     Traced {

@@ -21,7 +21,10 @@ use meridio_decision::layout::{CHUNK_ROWS, DEFAULT_CHUNKS, LAYOUT_VERSION};
 use crate::error::Error;
 use crate::grace::Grace;
 use crate::maps::Maps;
-use crate::sys::{RawMap, max_entries};
+use crate::owner::Lock;
+use crate::qdisc;
+use crate::sys::{self, RawMap, max_entries};
+use crate::tap;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/meridio.bpf.o"));
 
@@ -69,6 +72,8 @@ pub(crate) struct Kernel {
     pub(crate) grace: Arc<Grace>,
     pub(crate) chunks: u32,
     pub(crate) cpus: usize,
+    /// Nobody else changes these maps.
+    _lock: Lock,
 }
 
 pub(crate) fn versioned(directory: &Path, layout: u32) -> PathBuf {
@@ -120,8 +125,7 @@ impl Kernel {
     /// Loads the programs, with the maps pinned in the directory if they are there, else with new ones.
     pub(crate) fn load(options: &Options) -> Result<Self, Error> {
         let directory = versioned(&options.directory, options.layout);
-        std::fs::create_dir_all(&directory).map_err(|source| Error::Io { path: directory.clone(), source })?;
-        check_bpffs(&directory)?;
+        let lock = Lock::take(&options.directory, &directory)?;
         raise_memlock();
         let check_mtu = since(5, 12) as u32;
         // Before 6.2 the kernel also tells link addresses of neighbours that have failed.
@@ -138,9 +142,9 @@ impl Kernel {
             Some(path) => loader.load_file(path),
             None => loader.load(OBJECT),
         }
-        .map_err(|e| Error::Load(chain(&e)))?;
+        .map_err(|e| refused(chain(&e)))?;
         for name in [INGRESS, EGRESS] {
-            program(&mut ebpf, name)?.load().map_err(|e| Error::Load(format!("{name}: {}", chain(&e))))?;
+            program(&mut ebpf, name)?.load().map_err(|e| refused(format!("{name}: {}", chain(&e))))?;
         }
         let maps = Maps::open(|name| raw(&ebpf, name))?;
         let kernel = Kernel {
@@ -151,6 +155,7 @@ impl Kernel {
             cpus: cpus()?,
             first: HashMap::new(),
             ebpf,
+            _lock: lock,
         };
         const _: () = assert!(CHUNK_ROWS * 2 < 4 << 20, "a chunk must fit a map value");
         Ok(kernel)
@@ -158,6 +163,13 @@ impl Kernel {
 
     /// Attaches both programs to an interface of this network namespace, or replaces the ones attached before.
     pub(crate) fn attach(&mut self, interface: &str) -> Result<(), Error> {
+        let fault = |reason: String| Error::Attach { interface: interface.to_owned(), reason };
+        let link = tap::link_type(interface).map_err(|e| fault(e.to_string()))?;
+        if ![libc::ARPHRD_ETHER, libc::ARPHRD_LOOPBACK].contains(&link) {
+            return Err(fault(format!(
+                "its packets have no Ethernet header (link type {link}), which the program reads"
+            )));
+        }
         self.attach_some(interface, &[(INGRESS, TcAttachType::Ingress), (EGRESS, TcAttachType::Egress)])?;
         self.attach_first(interface);
         Ok(())
@@ -191,13 +203,38 @@ impl Kernel {
         match tc::qdisc_add_clsact(interface) {
             Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
             Err(error) if chain(&error).contains("File exists") => {}
-            Err(error) => return Err(fault(chain(&error))),
+            Err(error) => return Err(fault(unknown(chain(&error)))),
         }
         for (name, direction) in programs {
             let program = program(&mut self.ebpf, name)?;
-            replace(program, interface, *direction).map_err(|e| fault(chain(&e)))?;
+            replace(program, interface, *direction).map_err(|e| fault(unknown(chain(&e))))?;
         }
         Ok(())
+    }
+
+    /// What is no longer attached to an interface, in words. One that is gone misses nothing.
+    pub(crate) fn missing(&mut self, interface: &str) -> Result<Vec<&'static str>, Error> {
+        let fault = |e: std::io::Error| Error::Attach { interface: interface.to_owned(), reason: e.to_string() };
+        let Some(index) = qdisc::index(interface) else { return Ok(Vec::new()) };
+        let mut missing = Vec::new();
+        for (name, parent, what) in [
+            (INGRESS, qdisc::INGRESS, "the filter of packets that come in"),
+            (EGRESS, qdisc::EGRESS, "the filter of packets that go out"),
+        ] {
+            let id = self.program_id(name)?;
+            if qdisc::program(index, parent, PRIORITY, HANDLE.into()).map_err(fault)? != Some(id) {
+                missing.push(what);
+            }
+        }
+        let id = self.program_id(INGRESS)?;
+        if self.first.contains_key(interface) && !sys::tcx_programs(index).map_err(fault)?.contains(&id) {
+            missing.push("the TCX program");
+        }
+        Ok(missing)
+    }
+
+    fn program_id(&mut self, name: &str) -> Result<u32, Error> {
+        Ok(program(&mut self.ebpf, name)?.info().map_err(|e| Error::Load(chain(&e)))?.id())
     }
 
     /// Takes the programs off an interface.
@@ -285,6 +322,28 @@ fn raw(ebpf: &Ebpf, name: &'static str) -> Result<RawMap, Error> {
     Ok(RawMap { fd, name })
 }
 
+/// What the kernel said to the program, and that it is too old if it is.
+fn refused(said: String) -> Error {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    Error::Load(match too_old(release.trim()) {
+        true => format!("Linux {} is too old, 5.10 or later is needed: {said}", release.trim()),
+        false => said,
+    })
+}
+
+/// Before 5.10 a program cannot send a packet to a neighbour.
+fn too_old(release: &str) -> bool {
+    let mut numbers = release.split(['.', '-']).map_while(|n| n.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) < (Some(5), Some(10))
+}
+
+/// What the kernel said to the attachment, and what it is built without if it does not know what is meant.
+fn unknown(said: String) -> String {
+    let unknown = ["(os error 2)", "(os error 95)"].iter().any(|code| said.contains(code));
+    let needs = "; the kernel needs CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF";
+    if unknown { said + needs } else { said }
+}
+
 /// An error with its causes.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -305,4 +364,18 @@ fn chain(error: &dyn std::error::Error) -> String {
         text = format!("{head} ... {}", tail.into_iter().rev().collect::<String>());
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_that_are_too_old_are_told() {
+        for (release, old) in [("5.10.0-9-amd64", false), ("5.4.0", true), ("4.18.0-553.el8", true), ("6.1", false)] {
+            assert_eq!(too_old(release), old, "{release}");
+        }
+        assert!(unknown("No such file or directory (os error 2)".into()).ends_with("CONFIG_NET_CLS_BPF"));
+        assert_eq!(unknown("Operation not permitted (os error 1)".into()), "Operation not permitted (os error 1)");
+    }
 }

@@ -1,5 +1,5 @@
-//! Takes the `clsact` queueing discipline off an interface when nobody uses it any more. The loader library adds it but cannot
-//! remove it, and others (a network plugin, say) may have attached their programs to it as well.
+//! The `clsact` queueing discipline of an interface: what is attached to it, and its end when nobody uses it any more. The loader
+//! library adds it but cannot remove it, and others (a network plugin, say) may have attached their programs to it as well.
 #![allow(unsafe_code)] // SAFETY: one netlink socket; each call states why its pointers are valid.
 
 use std::io;
@@ -10,21 +10,36 @@ const HEADER: usize = 16;
 const TCMSG: usize = 20;
 const CLSACT: u32 = 0xffff_fff1;
 const CLSACT_HANDLE: u32 = 0xffff_0000;
-const INGRESS: u32 = 0xffff_fff2;
-const EGRESS: u32 = 0xffff_fff3;
+/// Where filters of packets that come in are.
+pub(crate) const INGRESS: u32 = 0xffff_fff2;
+/// Where filters of packets that go out are.
+pub(crate) const EGRESS: u32 = 0xffff_fff3;
+/// Attribute of a filter: what only its kind knows.
+const OPTIONS: u16 = 2;
+/// Attribute among these of a program: its number.
+const PROGRAM_ID: u16 = 11;
+
+/// Index of an interface of this network namespace.
+pub(crate) fn index(interface: &str) -> Option<u32> {
+    let name = std::ffi::CString::new(interface).ok()?;
+    // SAFETY: a NUL-terminated name.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    (index != 0).then_some(index)
+}
+
+/// Number of the program that is attached to an interface with a priority and a handle.
+pub(crate) fn program(index: u32, parent: u32, priority: u16, handle: u32) -> io::Result<Option<u32>> {
+    let found = filters(&open()?, index, parent)?;
+    Ok(found.into_iter().find(|f| (f.priority, f.handle) == (priority, handle)).and_then(|f| f.program))
+}
 
 /// Removes `clsact` from an interface of this network namespace unless filters are attached to it. No interface, no
 /// `clsact`: nothing to do.
 pub(crate) fn remove_unused(interface: &str) -> io::Result<()> {
-    let name = std::ffi::CString::new(interface)?;
-    // SAFETY: a NUL-terminated name.
-    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-    if index == 0 {
-        return Ok(());
-    }
+    let Some(index) = index(interface) else { return Ok(()) };
     let socket = open()?;
     for parent in [INGRESS, EGRESS] {
-        if has_filters(&socket, index, parent)? {
+        if !filters(&socket, index, parent)?.is_empty() {
             return Ok(());
         }
     }
@@ -39,16 +54,55 @@ pub(crate) fn remove_unused(interface: &str) -> io::Result<()> {
     }
 }
 
-fn has_filters(socket: &OwnedFd, index: u32, parent: u32) -> io::Result<bool> {
+/// A filter of any kind.
+#[derive(Debug, PartialEq, Eq)]
+struct Filter {
+    priority: u16,
+    handle: u32,
+    /// Number of its program, if it has one.
+    program: Option<u32>,
+}
+
+fn filters(socket: &OwnedFd, index: u32, parent: u32) -> io::Result<Vec<Filter>> {
     let flags = libc::NLM_F_REQUEST | libc::NLM_F_DUMP;
     let answers = ask(socket, libc::RTM_GETTFILTER, flags, index, 0, parent)?;
-    Ok(answers.contains(&Answer::Message(libc::RTM_NEWTFILTER)))
+    let filter = |answer: &Answer| match answer {
+        Answer::Message(libc::RTM_NEWTFILTER, body) => filter(body),
+        _ => None,
+    };
+    Ok(answers.iter().filter_map(filter).collect())
+}
+
+/// Reads a message about a filter: `struct tcmsg` and attributes.
+fn filter(body: &[u8]) -> Option<Filter> {
+    let word = |at: usize| body.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
+    let options = attribute(body.get(TCMSG..)?, OPTIONS);
+    let program = options.and_then(|options| attribute(options, PROGRAM_ID));
+    Some(Filter {
+        priority: (word(16)? >> 16) as u16,
+        handle: word(8)?,
+        program: program.and_then(|id| id.try_into().ok()).map(u32::from_ne_bytes),
+    })
+}
+
+/// The value of an attribute among others.
+fn attribute(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+    // Whether it holds others is said in the type too.
+    const TYPE: u16 = 0x3fff;
+    loop {
+        let (head, _) = bytes.split_first_chunk::<4>()?;
+        let length = u16::from_ne_bytes([head[0], head[1]]) as usize;
+        if u16::from_ne_bytes([head[2], head[3]]) & TYPE == wanted {
+            return bytes.get(4..length);
+        }
+        bytes = bytes.get(length.max(4).next_multiple_of(4)..)?;
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
 enum Answer {
-    /// Type of a message.
-    Message(u16),
+    /// Type of a message, and what follows its header.
+    Message(u16, Vec<u8>),
     /// Error number; 0: done as asked.
     Error(i32),
 }
@@ -102,7 +156,7 @@ fn read(mut bytes: &[u8], answers: &mut Vec<Answer>) -> bool {
                 answers.push(Answer::Error(-code.unwrap_or(0)));
                 return true;
             }
-            _ => answers.push(Answer::Message(kind)),
+            _ => answers.push(Answer::Message(kind, bytes.get(HEADER..length).unwrap_or_default().to_vec())),
         }
         let next = length.max(HEADER).next_multiple_of(4);
         bytes = bytes.get(next..).unwrap_or(&[]);
@@ -128,11 +182,33 @@ mod tests {
         let mut answers = Vec::new();
         assert!(!read(&filter, &mut answers), "more to come");
         assert!(read(&[filter.clone(), done].concat(), &mut answers));
-        assert_eq!(answers, [Answer::Message(libc::RTM_NEWTFILTER), Answer::Message(libc::RTM_NEWTFILTER)]);
+        let one = || Answer::Message(libc::RTM_NEWTFILTER, vec![0; 20]);
+        assert_eq!(answers, [one(), one()]);
         let mut answers = Vec::new();
         assert!(read(&message(libc::NLMSG_ERROR as u16, &(-2i32).to_ne_bytes()), &mut answers));
         assert_eq!(answers, [Answer::Error(2)]);
         assert!(!read(&[1, 2, 3], &mut Vec::new()) && !read(&[0; 16], &mut Vec::new()), "nonsense ends");
+    }
+
+    #[test]
+    fn a_filter_is_read_with_its_program() {
+        let attribute = |kind: u16, value: &[u8]| {
+            let mut b = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
+            b.extend(kind.to_ne_bytes());
+            b.extend(value);
+            b.resize(b.len().next_multiple_of(4), 0);
+            b
+        };
+        let options = [attribute(7, b"name\0"), attribute(PROGRAM_ID, &77u32.to_ne_bytes())].concat();
+        let mut body: Vec<u8> = [0, 5, 1, INGRESS, 0x4d_0008].iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let plain = Filter { priority: 0x4d, handle: 1, program: None };
+        assert_eq!(filter(&body), Some(plain));
+        body.extend([attribute(1, b"bpf\0"), attribute(0x8000 | OPTIONS, &options)].concat());
+        assert_eq!(filter(&body), Some(Filter { priority: 0x4d, handle: 1, program: Some(77) }));
+        for end in 0..body.len() {
+            let _ = filter(&body[..end]);
+        }
+        assert_eq!(filter(&body[..19]), None);
     }
 
     #[test]

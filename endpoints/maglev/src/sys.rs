@@ -17,6 +17,9 @@ const OBJ_GET: libc::c_long = 7;
 const CREATE: libc::c_long = 0;
 const TEST_RUN: libc::c_long = 10;
 const INFO: libc::c_long = 15;
+const QUERY: libc::c_long = 16;
+/// Where TCX programs of packets that come in are attached.
+const TCX_INGRESS: u32 = 46;
 /// Opened for reading only.
 const READ_ONLY: u32 = 1 << 3;
 
@@ -101,6 +104,19 @@ struct TestRunAttr {
     cpu: u32,
     batch_size: u32,
     pad: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct QueryAttr {
+    ifindex: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    programs: u64,
+    count: u32,
+    pad: u32,
+    more: [u64; 4],
 }
 
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
@@ -282,6 +298,26 @@ pub(crate) fn max_entries(fd: &OwnedFd) -> io::Result<u32> {
         InfoAttr { fd: fd.as_raw_fd() as u32, length: size_of::<MapInfo>() as u32, info: &raw mut info as u64 };
     bpf(INFO, &mut attr)?;
     Ok(info.max_entries)
+}
+
+/// Numbers of the TCX programs that look at what comes in through an interface, in their order.
+pub(crate) fn tcx_programs(index: u32) -> io::Result<Vec<u32>> {
+    // The kernel takes 64 at most.
+    let mut programs = vec![0u32; 64];
+    let mut attr = QueryAttr {
+        ifindex: index,
+        attach_type: TCX_INGRESS,
+        programs: programs.as_mut_ptr() as u64,
+        count: programs.len() as u32,
+        ..QueryAttr::default()
+    };
+    match bpf(QUERY, &mut attr) {
+        Ok(_) => programs.truncate(attr.count as usize),
+        // There never was one.
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => programs.clear(),
+        Err(e) => return Err(e),
+    }
+    Ok(programs)
 }
 
 /// The clock that the program reads, ns.

@@ -55,6 +55,15 @@ fn make_device(path: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// Type of an interface's link layer (`ARPHRD_*`).
+pub(crate) fn link_type(name: &str) -> io::Result<u16> {
+    let socket = UnixDatagram::unbound()?;
+    let mut request = request(name.as_bytes());
+    ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR as libc::c_ulong, &mut request)?;
+    // SAFETY: the call has filled in this member.
+    Ok(unsafe { request.ifr_ifru.ifru_hwaddr.sa_family })
+}
+
 /// Sets the interface up and tells its index and address.
 pub(crate) fn bring_up(name: &str) -> io::Result<(u32, [u8; 6])> {
     let socket = UnixDatagram::unbound()?;

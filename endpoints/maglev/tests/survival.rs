@@ -12,10 +12,12 @@ use std::time::{Duration, Instant};
 use common::flood::Flood;
 use common::net::Net;
 use common::{BpfFs, dual_stack, flow, start};
-use meridio_maglev::{Config, Engine, LAYOUT_VERSION, Options, Protocol, Settings, Targets};
+use meridio_maglev::{Config, Engine, Error, LAYOUT_VERSION, Options, Protocol, Settings, Targets};
 
 const PORT: u16 = 4000;
 const RATE: u64 = 2_000;
+/// What is attached to an interface, in the words of the engine.
+const FILTERS: [&str; 2] = ["the filter of packets that come in", "the filter of packets that go out"];
 
 fn config(flows: u16) -> Config {
     dual_stack((0..flows).map(|n| flow(&format!("f{n}"), &[Protocol::Udp], &[PORT + n])).collect())
@@ -174,4 +176,94 @@ fn killed_restarted_and_upgraded_without_a_loss() {
     assert!(!String::from_utf8(links.stdout).unwrap().contains("mddetour"));
     // Once more does no harm.
     net.run("l", move || Engine::remove(&directory, &["ext"]).unwrap());
+}
+
+#[test]
+fn while_a_process_lives_nobody_else_changes_or_removes_its_maps() {
+    let (fs, net) = (BpfFs::new(), Net::new(2));
+    let process = Process::start(&net, &fs.path(), LAYOUT_VERSION);
+    let flood = Flood::start(&net, 2, PORT, RATE);
+    flood.flows(100);
+    let (settings, dir) = (fs.settings(), fs.path());
+    let (opened, removed) = net
+        .run("l", move || (Engine::open(settings).map(drop).unwrap_err(), Engine::remove(&dir, &["ext"]).unwrap_err()));
+    for error in [opened, removed] {
+        assert!(matches!(error, Error::Held { .. }), "{error}");
+        let holder = format!("process {} (survival", process.0.id());
+        assert!(error.to_string().contains(&holder), "{error}");
+    }
+    assert!(attached(&net).contains("meridio"));
+    flood.flows(100);
+    drop(process);
+    let settings = fs.settings();
+    let engine = net.run("l", move || Engine::open(settings).unwrap());
+    assert!(engine.adopted() && !engine.targets("s").unwrap().is_empty());
+    let tally = flood.finish();
+    assert_eq!(tally.lost(), 0, "{tally:?}");
+}
+
+#[test]
+fn a_filter_whose_maps_are_pinned_no_more_forwards_until_another_one_replaces_it() {
+    let (fs, net) = (BpfFs::new(), Net::new(2));
+    let directory = fs.path();
+    drop(Process::start(&net, &directory, LAYOUT_VERSION));
+    let flood = Flood::start(&net, 2, PORT, RATE);
+    flood.flows(100);
+    // As when the BPF file system does not outlive the process.
+    std::fs::remove_dir_all(&directory).unwrap();
+    flood.flows(100);
+    let targets = net.targets(&[1, 2]);
+    let settings = fs.settings();
+    let engine = net.run("l", move || {
+        let mut engine = Engine::open(settings).unwrap();
+        assert!(!engine.adopted());
+        engine.apply(&config(1), &targets).unwrap();
+        engine.attach("ext").unwrap();
+        engine
+    });
+    flood.flows(200);
+    let hits: u64 = engine.target_hits().unwrap().iter().map(|hits| hits.counter.packets).sum();
+    assert!(hits > 0, "the new program forwards");
+    let tally = flood.finish();
+    assert_eq!(tally.lost(), 0, "{tally:?}");
+}
+
+#[test]
+fn what_others_take_away_is_noticed_and_put_back() {
+    let (fs, net) = (BpfFs::new(), Net::new(1));
+    let mut engine = start(&net, fs.settings(), config(1), net.targets(&[1]));
+    let tc = |args: &str| {
+        let status = Command::new("tc").args(["-n", &net.name("l")]).args(args.split(' ')).status().unwrap();
+        assert!(status.success(), "tc {args}");
+    };
+    type Taken = (&'static str, &'static [&'static str]);
+    let cases: [Taken; 3] = [
+        ("qdisc del dev ext clsact", &FILTERS),
+        ("filter del dev ext ingress", &FILTERS[..1]),
+        ("filter del dev ext egress", &FILTERS[1..]),
+    ];
+    for (taken, missing) in cases {
+        engine = net.run("l", move || {
+            assert_eq!(engine.missing("ext").unwrap(), [""; 0]);
+            engine
+        });
+        tc(taken);
+        engine = net.run("l", move || {
+            assert_eq!(engine.missing("ext").unwrap(), missing);
+            engine.attach("ext").unwrap();
+            assert_eq!(engine.missing("ext").unwrap(), [""; 0]);
+            assert_eq!(engine.missing("gone").unwrap(), [""; 0], "where there is no interface nothing is missing");
+            engine
+        });
+    }
+}
+
+#[test]
+fn an_interface_without_ethernet_headers_is_refused() {
+    let (fs, net) = (BpfFs::new(), Net::new(1));
+    let l = net.name("l");
+    common::net::ip(&format!("-n {l} tuntap add dev tun9 mode tun"));
+    let settings = fs.settings();
+    let error = net.run("l", move || Engine::open(settings).unwrap().attach("tun9").unwrap_err().to_string());
+    assert!(error.contains("tun9") && error.contains("no Ethernet header"), "{error}");
 }

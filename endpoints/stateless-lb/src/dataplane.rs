@@ -22,6 +22,8 @@ use crate::settings::Settings;
 const TABLES: u32 = 32_768;
 /// How long targets out of reach may hold back a load balancer that has just started.
 const COMPLETE_WITHIN: Duration = Duration::from_secs(10);
+/// How often is looked whether everything is still attached.
+const VERIFY: Duration = Duration::from_secs(1);
 
 /// What the engine was told, and what it made of it.
 struct Round {
@@ -45,6 +47,8 @@ pub(crate) struct Dataplane {
     gate: Gate,
     /// Whether an earlier process has left targets in the tables; `None`: not known yet.
     kept: Option<bool>,
+    /// How often something that was attached had to be attached again.
+    restored: u64,
 }
 
 impl Dataplane {
@@ -61,6 +65,7 @@ impl Dataplane {
             last: None,
             gate: Gate { open: false, since: None },
             kept: None,
+            restored: 0,
         }
     }
 
@@ -70,11 +75,12 @@ impl Dataplane {
         if self.engine.is_some() {
             return true;
         }
-        let maglev = meridio_maglev::Settings {
-            kernel: Options::new(&self.settings.bpf_dir),
-            offset_start: self.settings.identifier_offset_start,
+        let (base, offset_start) = (self.settings.bpf_dir.clone(), self.settings.identifier_offset_start);
+        let open = move || {
+            let kernel = Options::new(meridio_maglev::own_directory(&base)?);
+            Engine::open(meridio_maglev::Settings { kernel, offset_start })
         };
-        let opened = tokio::task::spawn_blocking(move || Engine::open(maglev)).await;
+        let opened = tokio::task::spawn_blocking(open).await;
         let reason = match opened {
             Ok(Ok(engine)) => {
                 if engine.adopted() {
@@ -111,20 +117,68 @@ impl Dataplane {
             let now = inputs.borrow_and_update().clone();
             let done = self.step(&now).await;
             shared.change(|inputs| inputs.kept = self.kept);
-            let wait = async {
+            let mut wait = std::pin::pin!(async {
                 if done {
                     backoff.reset();
                     let _ = inputs.changed().await;
                 } else {
                     changed_or_later(&mut inputs, &mut backoff).await;
                 }
-            };
-            tokio::select! {
-                () = stop.cancelled() => break,
-                () = wait => {}
+            });
+            loop {
+                tokio::select! {
+                    () = stop.cancelled() => return self.availability.set(false),
+                    () = &mut wait => break,
+                    () = tokio::time::sleep(VERIFY), if self.attached.is_some() => {
+                        if !self.verify().await {
+                            break;
+                        }
+                    }
+                }
             }
         }
-        self.availability.set(false);
+    }
+
+    /// Looks whether what was attached is still there; `false`: it was not, and another round is needed.
+    pub(crate) async fn verify(&mut self) -> bool {
+        let Some(mut engine) = self.engine.take() else { return false };
+        let interface = self.settings.external_interface.clone();
+        let work = tokio::task::spawn_blocking(move || {
+            let before = engine.detour();
+            engine.tend();
+            let missing = engine.missing(&interface);
+            let moved = engine.detour() != before;
+            (engine, missing, moved)
+        });
+        let Ok((engine, missing, moved)) = work.await else { return false };
+        self.engine = Some(engine);
+        if moved {
+            self.note_detour();
+        }
+        match missing {
+            Ok(missing) if missing.is_empty() => !moved,
+            Ok(missing) => {
+                self.restored += 1;
+                self.attached = None;
+                let (interface, missing) = (&self.settings.external_interface, missing.join(", "));
+                tracing::error!(interface, missing, times = self.restored, "taken away by somebody; attached again");
+                let times = self.restored;
+                let line =
+                    format!("somebody takes programs off interface {interface}: {missing}; {times} times so far");
+                self.health.note("Attachment", vec![line]);
+                false
+            }
+            Err(error) => {
+                tracing::warn!(%error, "not known whether everything is attached");
+                !moved
+            }
+        }
+    }
+
+    fn note_detour(&self) {
+        let fault = self.engine.as_ref().and_then(|engine| engine.detour().err());
+        let line = |fault| format!("fragments that arrive before their first one are dropped: {fault}");
+        self.health.note("Detour", fault.map(line).into_iter().collect());
     }
 
     /// One round; `false`: try again although nothing has changed.
@@ -150,7 +204,8 @@ impl Dataplane {
             let outcome = outcome.clone();
             done &= self.route(&desired, &outcome).await;
             done &= self.announce(outcome.ready.missing);
-            self.report(&desired, outcome.ready.notes);
+            let odd = inputs.unusable.iter().map(|name| format!("interface {name} has no Ethernet header: not used"));
+            self.report(&desired, outcome.ready.notes.into_iter().chain(odd).collect());
         }
         done
     }
@@ -273,9 +328,7 @@ impl Dataplane {
                 tracing::info!(interface = name, index, "attached");
                 self.attached = Some(index);
                 self.health.serving("DataPlane");
-                let fault = self.engine.as_ref().and_then(|engine| engine.detour().err());
-                let line = |fault| format!("fragments that arrive before their first one are dropped: {fault}");
-                self.health.note("Detour", fault.map(line).into_iter().collect());
+                self.note_detour();
                 true
             }
             Err(error) => {

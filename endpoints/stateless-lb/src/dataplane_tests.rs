@@ -218,7 +218,8 @@ async fn sctp_is_spread_by_ports_alone_where_that_is_set() {
     let flows = vec![flow("s", &stream("s", 10), &vips, "sctp"), z];
     dataplane.step(&Inputs { flows: Some(flows), ..good() }).await;
     assert_eq!(waits_for(&dataplane, "Configuration"), None);
-    let live = meridio_maglev::Live::open(&directory.0.join("lb")).unwrap();
+    let own = meridio_maglev::own_directory(&directory.0.join("lb")).unwrap();
+    let live = meridio_maglev::Live::open(&own).unwrap();
     let image = meridio_maglev::Image::of(&live).unwrap();
     let chosen = |port: u16| -> BTreeSet<u32> {
         let target = |n: u8| {
@@ -231,4 +232,43 @@ async fn sctp_is_spread_by_ports_alone_where_that_is_set() {
     assert_eq!(chosen(81), BTreeSet::from([3, 4]), "by addresses too");
     let one = chosen(80);
     assert!(one.len() == 1 && one.is_subset(&BTreeSet::from([1, 2])), "{one:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_processes_in_a_pod_the_second_one_waits_and_then_takes_over() {
+    let directory = Directory::new("two-processes");
+    directory.mount();
+    let (mut first, mut second) = (dataplane(&directory), dataplane(&directory));
+    first.step(&good()).await;
+    for _ in 0..2 {
+        assert!(!second.step(&Inputs { targets: Some(vec![]), ..good() }).await, "to be tried again");
+        let reason = waits_for(&second, "DataPlane").unwrap();
+        assert!(reason.contains(&format!("process {} (", std::process::id())), "{reason}");
+        assert_eq!(identifiers(&first, "s"), [1, 2], "not touched");
+    }
+    drop(first);
+    second.step(&Inputs::default()).await;
+    assert!(second.engine.as_ref().unwrap().adopted());
+    assert_eq!((identifiers(&second, "s"), second.kept), (vec![1, 2], Some(true)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_that_share_a_directory_do_not_find_each_others_tables() {
+    let directory = Directory::new("two-pods");
+    directory.mount();
+    let mut first = dataplane(&directory);
+    first.step(&good()).await;
+    let path = directory.0.clone();
+    let other_pod = move || {
+        // The threads of the runtime inherit the namespace.
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut second = dataplane(&std::mem::ManuallyDrop::new(Directory(path)));
+            second.step(&Inputs { targets: Some(vec![target("s", 9)]), ..good() }).await;
+            assert!(!second.engine.as_ref().unwrap().adopted());
+            assert_eq!((identifiers(&second, "s"), second.kept), (vec![9], Some(false)));
+        });
+    };
+    Netns::anonymous().unwrap().run(other_pod).await.unwrap();
+    assert_eq!((identifiers(&first, "s"), identifiers(&first, "z")), (vec![1, 2], vec![3, 4]));
 }

@@ -33,6 +33,8 @@ pub(crate) struct Inputs {
     pub(crate) frontend: Option<bool>,
     /// Subnets of NSM interfaces that are up.
     pub(crate) subnets: Option<BTreeSet<Subnet>>,
+    /// NSM interfaces whose packets have no Ethernet header: nothing can be sent through them.
+    pub(crate) unusable: BTreeSet<String>,
     /// Index of the external interface.
     pub(crate) external: Option<u32>,
     /// Whether an earlier process has left tables with targets in them, which forward until something else is told.

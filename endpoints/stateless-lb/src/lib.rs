@@ -21,6 +21,8 @@ mod inputs;
 pub mod inspect;
 mod links;
 mod metrics;
+#[cfg(test)]
+mod namespaces;
 mod prepare;
 mod removal;
 mod routing;

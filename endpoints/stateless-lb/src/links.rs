@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nsm_kernel::Netns;
 use nsm_kernel::monitor::{Event, Monitor, Topic};
-use nsm_kernel::netlink::NeighbourState;
+use nsm_kernel::netlink::{Link, NeighbourState};
 use nsm_kernel::ping::Pinger;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -50,6 +50,13 @@ pub(crate) async fn run(netns: Netns, prefix: String, external: String, shared: 
         () = stop.cancelled() => {}
         () = following => {}
     }
+}
+
+/// What interfaces there are.
+struct Read {
+    subnets: BTreeSet<Subnet>,
+    unusable: BTreeSet<String>,
+    external: Option<u32>,
 }
 
 struct Links {
@@ -148,23 +155,23 @@ impl Links {
 
     async fn scan(&self) {
         match self.read().await {
-            Ok((subnets, external)) => self.shared.change(|inputs| {
-                inputs.subnets = Some(subnets);
-                inputs.external = external;
+            Ok(read) => self.shared.change(|inputs| {
+                inputs.subnets = Some(read.subnets);
+                inputs.unusable = read.unusable;
+                inputs.external = read.external;
             }),
             Err(error) => tracing::warn!(%error, "interfaces cannot be read"),
         }
     }
 
-    async fn read(&self) -> Result<(BTreeSet<Subnet>, Option<u32>), nsm_kernel::Error> {
+    async fn read(&self) -> Result<Read, nsm_kernel::Error> {
         let netlink = self.netns.netlink().await?;
         let links = netlink.links().await?;
         let external = links.iter().find(|l| l.name == self.external && l.up).map(|l| l.index);
-        let ours: BTreeMap<u32, (u32, bool)> = links
-            .iter()
-            .filter(|l| l.up && l.name.starts_with(&self.prefix) && l.name != self.external)
-            .map(|l| (l.index, (l.mtu, l.kind == "veth" && l.peer_nsid.is_some())))
-            .collect();
+        let ours = links.iter().filter(|l| l.up && l.name.starts_with(&self.prefix) && l.name != self.external);
+        let (usable, unusable): (Vec<&Link>, Vec<&Link>) = ours.partition(|l| l.mac.is_some());
+        let ours: BTreeMap<u32, (u32, bool)> =
+            usable.iter().map(|l| (l.index, (l.mtu, l.kind == "veth" && l.peer_nsid.is_some()))).collect();
         let addresses = netlink.addresses(None).await?;
         let subnets = addresses
             .into_iter()
@@ -174,7 +181,7 @@ impl Links {
                 Some(Subnet { net: a.net, index: a.index, mtu, direct })
             })
             .collect();
-        Ok((subnets, external))
+        Ok(Read { subnets, unusable: unusable.iter().map(|l| l.name.clone()).collect(), external })
     }
 }
 
@@ -343,6 +350,13 @@ mod tests {
         let following = run(netns.clone(), "nsm-".to_owned(), "ext".to_owned(), shared.clone(), stop.clone());
         let following = tokio::spawn(following);
         until(&shared, "its subnet", |inputs| inputs.subnets.as_ref().is_some_and(|s| s.len() == 1)).await;
+
+        // An interface without Ethernet headers is of no use.
+        for args in ["tuntap add dev nsm-tun mode tun", "addr add 172.30.0.1/24 dev nsm-tun", "link set nsm-tun up"] {
+            ip(&format!("-n {l} {args}"));
+        }
+        until(&shared, "told", |inputs| inputs.unusable.contains("nsm-tun")).await;
+        assert_eq!(shared.get().subnets.unwrap().len(), 1);
 
         // It answers no ping, ever. Now it no longer answers at all; what is sent to it makes the kernel ask.
         let silent = || std::fs::write("/proc/sys/net/ipv4/icmp_echo_ignore_all", "1").unwrap();

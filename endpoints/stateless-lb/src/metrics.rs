@@ -123,7 +123,8 @@ impl Source {
 }
 
 fn counters(bpf_dir: &Path) -> Result<Counters, String> {
-    Live::open(bpf_dir).and_then(|live| live.counters()).map_err(|e| e.to_string())
+    let live = meridio_maglev::own_directory(bpf_dir).and_then(|directory| Live::open(&directory));
+    live.and_then(|live| live.counters()).map_err(|e| e.to_string())
 }
 
 /// Statistics of each interface from the text of `/proc/net/dev`, in the order of [`INTERFACE`].

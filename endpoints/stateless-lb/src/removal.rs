@@ -8,8 +8,19 @@ use crate::{dataplane, routing};
 
 /// Takes away what load balancers have left: programs, maps, rules, routes.
 pub(crate) async fn remove(settings: &Settings) -> anyhow::Result<()> {
-    let (directory, interface) = (settings.bpf_dir.clone(), settings.external_interface.clone());
-    tokio::task::spawn_blocking(move || meridio_maglev::Engine::remove(&directory, &[&interface])).await??;
+    let (base, interface) = (settings.bpf_dir.clone(), settings.external_interface.clone());
+    let programs = move || {
+        let directory = meridio_maglev::own_directory(&base)?;
+        meridio_maglev::Engine::remove(&directory, &[&interface])?;
+        // It stays if somebody has begun to use it again.
+        let _ = std::fs::remove_dir(&directory);
+        Ok::<_, meridio_maglev::Error>(())
+    };
+    let removed = tokio::task::spawn_blocking(programs).await?;
+    if let Err(error @ meridio_maglev::Error::Held { .. }) = removed {
+        return Err(anyhow::Error::new(error).context("nothing is removed while a load balancer runs: end it first"));
+    }
+    removed?;
     let netns = Netns::current().context("network namespace")?;
     routing::remove(&netns, dataplane::tables(settings)).await.context("rules and routes")?;
     tracing::info!("removed");
@@ -119,6 +130,12 @@ mod tests {
         errors.await.unwrap();
         let mut dataplane = Dataplane::new(&settings, netns, Health::detached("test"), Availability::new("test"));
         assert!(dataplane.step(&inputs()).await, "forwards");
+        let running = traces();
+        let refused = format!("{:#}", remove(&settings).await.unwrap_err());
+        let us = format!("process {} (", std::process::id());
+        assert!(refused.contains("end it first") && refused.contains(&us), "{refused}");
+        assert_eq!(traces(), running, "forwards on");
+        assert!(dataplane.verify().await, "and nothing is missing");
         // As after a kill: only what belongs to the process is gone.
         drop(dataplane);
         let after = traces();

@@ -55,7 +55,8 @@ pub struct Settings {
     /// Interface towards the gateways, where packets for VIPs arrive.
     #[arg(long, env = "NSM_EXTERNAL_INTERFACE", default_value = "ext-vlan0")]
     pub external_interface: String,
-    /// Directory on a BPF file system that outlives this process.
+    /// Directory on a BPF file system that outlives this process. Load balancers of several pods can share it: in it each network
+    /// namespace has a directory of its own.
     #[arg(long, env = "NSM_BPF_DIR", default_value = "/sys/fs/bpf/meridio")]
     pub bpf_dir: PathBuf,
     /// Streams whose SCTP packets are spread by their ports alone, so that all paths of a multihomed association meet in

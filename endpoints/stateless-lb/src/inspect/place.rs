@@ -4,11 +4,12 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use meridio_maglev::Live;
+use nsm_kernel::Netns;
 
 /// A running load balancer.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Place {
-    /// Directory of the load balancer's maps
+    /// Directory of load balancers' maps; meant is the one of this network namespace, or of the process
     #[arg(long, env = "NSM_BPF_DIR", default_value = "/sys/fs/bpf/meridio")]
     bpf_dir: PathBuf,
     /// Process whose mounts and interfaces are meant, e.g. the load balancer's, seen from its node
@@ -47,7 +48,23 @@ impl Place {
         {
             anyhow::bail!("there is no process {pid}");
         }
-        Ok(Live::open(&self.within(&self.bpf_dir))?)
+        let base = self.within(&self.bpf_dir);
+        match self.own_directory(&base) {
+            Some(own) if own.exists() => Ok(Live::open(&own)?),
+            // One of another namespace, by its whole name.
+            _ => Ok(Live::open(&base)?),
+        }
+    }
+
+    /// The directory of the network namespace that is meant, if it can be entered.
+    fn own_directory(&self, base: &Path) -> Option<PathBuf> {
+        match self.pid {
+            Some(pid) => {
+                let netns = Netns::from_path(format!("/proc/{pid}/ns/net")).ok()?;
+                netns.run_blocking(|| meridio_maglev::own_directory(base).ok()).ok()?
+            }
+            None => meridio_maglev::own_directory(base).ok(),
+        }
     }
 
     /// Names of its interfaces by index; empty if they cannot be read.
