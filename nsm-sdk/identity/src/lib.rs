@@ -5,9 +5,11 @@
 //! * [`X509Source::server_config`] and [`X509Source::client_config`] are rustls configurations for mutual TLS with ALPN `h2`. A rotated SVID
 //!   is used from the next handshake on; streams that are open stay open.
 //! * [`token`] signs and checks the JWTs of an NSM path.
+//! * [`clock`] is the time that all this goes by; tests may advance it.
 //! * [`Authority`] issues SVIDs, for the development issuer and for tests.
 
 mod authority;
+pub mod clock;
 mod error;
 mod id;
 mod source;

@@ -1,7 +1,7 @@
 //! The newest identity of this process.
 
 use crate::{
-    Error, Identity, SpiffeId, Svid, Token, tls,
+    Error, Identity, SpiffeId, Svid, Token, clock, tls,
     token::{Header, WireClaims},
     workload,
 };
@@ -13,9 +13,9 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
-use tokio::{sync::watch, task::AbortHandle};
+use tokio::{sync::watch, task::AbortHandle, time::Instant};
 
 /// Where the Workload API listens unless told otherwise.
 pub const DEFAULT_ENDPOINT_SOCKET: &str = "unix:///run/spire/sockets/agent.sock";
@@ -179,7 +179,7 @@ impl X509Source {
 
 fn sign(svid: &Svid, audience: Option<&str>, max_lifetime: Duration) -> Result<Token, Error> {
     let key = svid.token_key().ok_or_else(|| Error::certificate("SVID private key", "tokens need ECDSA P-256"))?;
-    let expires = (SystemTime::now() + max_lifetime).min(svid.not_after());
+    let expires = (clock::now() + max_lifetime).min(svid.not_after());
     let seconds = expires.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let claims = WireClaims { aud: audience.as_slice(), exp: seconds, iat: None, sub: svid.id().as_str() };
     let jwt = key.sign(&Header::es256(None), &claims)?;

@@ -2,17 +2,8 @@
 
 use prost_types::Timestamp;
 use std::time::{Duration, SystemTime};
-use tokio::time::Instant;
 
-/// The wall-clock time now. In a runtime with paused time it advances with that time, not with the machine's.
-pub fn now() -> SystemTime {
-    let (tokio, machine) = (Instant::now().into_std(), std::time::Instant::now());
-    let now = SystemTime::now();
-    match tokio.checked_duration_since(machine) {
-        Some(ahead) => now + ahead,
-        None => now - machine.duration_since(tokio),
-    }
-}
+pub use nsm_identity::clock::now;
 
 /// How long until `time`; zero if it has passed.
 pub fn until(time: SystemTime) -> Duration {
@@ -34,6 +25,7 @@ pub fn to_timestamp(time: SystemTime) -> Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::time::Instant;
 
     // Conformance 107
     #[tokio::test(start_paused = true)]
