@@ -25,8 +25,27 @@ struct Shared<T> {
 
 struct Entry<T> {
     state: Arc<Mutex<State<T>>>,
-    /// Cancels the registration that is under way.
-    cancel: std::sync::Mutex<CancellationToken>,
+    /// Cancelled by an unregister, for every registration that is under way or in the line by then.
+    hurry: std::sync::Mutex<CancellationToken>,
+}
+
+impl<T> Entry<T> {
+    /// What cancels a registration that arrives now.
+    fn hurry(&self) -> CancellationToken {
+        lock(&self.hurry).clone()
+    }
+
+    /// Registrations that are still trying, or have not begun yet, have lost their sense; later ones have not.
+    fn leave(&self) {
+        std::mem::take(&mut *lock(&self.hurry)).cancel();
+    }
+}
+
+/// It is this operation's turn.
+struct Held<T> {
+    entry: Arc<Entry<T>>,
+    state: OwnedMutexGuard<State<T>>,
+    hurry: CancellationToken,
 }
 
 struct State<T> {
@@ -69,20 +88,28 @@ impl<T: Object> Shared<T> {
                 .or_insert_with(|| {
                     Arc::new(Entry {
                         state: Arc::new(Mutex::new(State { registered: None, replaced: false })),
-                        cancel: std::sync::Mutex::new(CancellationToken::new()),
+                        hurry: Default::default(),
                     })
                 })
                 .clone()
         })
     }
 
-    /// The object's entry and the sole right to work on it.
-    async fn lock(&self, name: &str) -> (Arc<Entry<T>>, OwnedMutexGuard<State<T>>) {
+    /// The object's entry, the sole right to work on it, and what cancels this operation. Waits no longer than `ctx` allows.
+    async fn lock(&self, name: &str, ctx: &Context, leaving: bool) -> Result<Held<T>, Error> {
         loop {
             let entry = self.entry(name);
-            let state = entry.state.clone().lock_owned().await;
+            if leaving {
+                entry.leave();
+            }
+            let hurry = entry.hurry();
+            let state = tokio::select! {
+                biased;
+                state = entry.state.clone().lock_owned() => state,
+                () = ctx.ended() => return Err(Error::deadline(NAME, name, "an earlier operation on it")),
+            };
             if !state.replaced {
-                return (entry, state);
+                return Ok(Held { entry, state, hurry });
             }
         }
     }
@@ -103,17 +130,10 @@ impl<T: Object> Shared<T> {
     }
 
     /// Runs a registration; the caller holds the entry.
-    async fn run_register(
-        self: Arc<Self>,
-        mut call: Call<T>,
-        next: Next<T>,
-        entry: Arc<Entry<T>>,
-        mut state: OwnedMutexGuard<State<T>>,
-    ) -> Result<T, Error> {
+    async fn run_register(self: Arc<Self>, mut call: Call<T>, next: Next<T>, held: Held<T>) -> Result<T, Error> {
+        let Held { entry, mut state, hurry } = held;
         let name = call.message.name().to_owned();
-        let cancel = CancellationToken::new();
-        *lock(&entry.cancel) = cancel.clone();
-        call.ctx.cancel = Some(cancel);
+        call.ctx.cancel = Some(hurry);
         call.ctx.factory = Some(self.factory(&name, &entry));
         // A replay starts with the index of now, but with the tokens that the way down added.
         let index = call.ctx.path.as_ref().map(|path| path.get().index);
@@ -143,13 +163,8 @@ impl<T: Object> Shared<T> {
         }
     }
 
-    async fn run_unregister(
-        self: Arc<Self>,
-        call: Call<T>,
-        next: Next<T>,
-        entry: Arc<Entry<T>>,
-        mut state: OwnedMutexGuard<State<T>>,
-    ) -> Result<(), Error> {
+    async fn run_unregister(self: Arc<Self>, call: Call<T>, next: Next<T>, held: Held<T>) -> Result<(), Error> {
+        let Held { entry, mut state, .. } = held;
         let name = call.message.name().to_owned();
         let call = match &state.registered {
             Some(registered) => Call::new(registered.object.clone(), call.ctx),
@@ -173,8 +188,15 @@ fn lock<V>(mutex: &std::sync::Mutex<V>) -> std::sync::MutexGuard<'_, V> {
 }
 
 /// Awaits a task of its own: a caller who leaves does not cut an element between effect and undo.
-async fn apart<R: Send + 'static>(work: impl Future<Output = Result<R, Error>> + Send + 'static) -> Result<R, Error> {
-    tokio::spawn(work).await.unwrap_or_else(|cause| Err(Error::new(NAME, "", cause).with_code(tonic::Code::Internal)))
+async fn apart<R: Send + 'static>(
+    name: &str,
+    work: impl Future<Output = Result<R, Error>> + Send + 'static,
+) -> Result<R, Error> {
+    let broken = |cause| {
+        let text = format_args!("the operation broke off: {cause}").to_string();
+        Error::new(NAME, name, text).with_code(tonic::Code::Internal)
+    };
+    tokio::spawn(work).await.unwrap_or_else(|cause| Err(broken(cause)))
 }
 
 #[async_trait::async_trait]
@@ -191,8 +213,9 @@ impl<T: Object> Element<T> for Begin<T> {
         if call.ctx.factory.is_some() {
             return next.register(call).await;
         }
-        let (entry, state) = self.shared.lock(call.message.name()).await;
-        apart(self.shared.clone().run_register(call, next, entry, state)).await
+        let name = call.message.name().to_owned();
+        let held = self.shared.lock(&name, &call.ctx, false).await?;
+        apart(&name, self.shared.clone().run_register(call, next, held)).await
     }
 
     async fn unregister(&self, mut call: Call<T>, next: Next<T>) -> Result<(), Error> {
@@ -200,18 +223,16 @@ impl<T: Object> Element<T> for Begin<T> {
             return next.unregister(call).await;
         }
         let name = call.message.name().to_owned();
-        // A registration that is still trying has lost its sense.
-        lock(&self.shared.entry(&name).cancel).cancel();
-        let (entry, mut state) = self.shared.lock(&name).await;
-        if state.registered.is_none() && !self.forward_unknown {
-            self.shared.forget(&name, &entry, &mut state);
-            return Ok(());
-        }
         if call.ctx.deadline.is_none() {
             call.ctx = call.ctx.with_timeout(UNREGISTER_TIMEOUT);
         }
-        call.ctx.factory = Some(self.shared.factory(&name, &entry));
-        apart(self.shared.clone().run_unregister(call, next, entry, state)).await
+        let mut held = self.shared.lock(&name, &call.ctx, true).await?;
+        if held.state.registered.is_none() && !self.forward_unknown {
+            self.shared.forget(&name, &held.entry, &mut held.state);
+            return Ok(());
+        }
+        call.ctx.factory = Some(self.shared.factory(&name, &held.entry));
+        apart(&name, self.shared.clone().run_unregister(call, next, held)).await
     }
 }
 
@@ -235,22 +256,33 @@ impl<T: Object> EventFactory<T> {
 #[async_trait::async_trait]
 impl<T: Object> Replay for EventFactory<T> {
     async fn register(&self) -> Result<(), Error> {
-        let state = self.entry.state.clone().lock_owned().await;
+        let (entry, hurry) = (self.entry.clone(), self.entry.hurry());
+        let state = tokio::select! {
+            biased;
+            () = hurry.cancelled() => {
+                let text = "given up because it is being unregistered";
+                return Err(Error::new(NAME, &self.name, text).with_code(tonic::Code::Cancelled));
+            }
+            state = entry.state.clone().lock_owned() => state,
+        };
         let Some(registered) = state.registered.clone().filter(|_| !state.replaced) else { return Ok(()) };
         let (call, next) = Self::call(registered);
-        apart(self.shared.clone().run_register(call, next, self.entry.clone(), state)).await.map(|_| ())
+        let held = Held { entry, state, hurry };
+        apart(&self.name, self.shared.clone().run_register(call, next, held)).await.map(|_| ())
     }
 
     async fn unregister(&self) -> Result<(), Error> {
-        let mut state = self.entry.state.clone().lock_owned().await;
+        let (entry, hurry) = (self.entry.clone(), self.entry.hurry());
+        let mut state = entry.state.clone().lock_owned().await;
         // An unregister that failed is tried again, unless the name has come back to life since.
         if state.replaced && self.shared.entries.get(&self.name).is_some() {
             state.registered = None;
         }
         let Some(registered) = state.registered.clone() else { return Ok(()) };
         let (mut call, next) = Self::call(registered);
-        call.ctx.factory = Some(self.shared.factory(&self.name, &self.entry));
-        apart(self.shared.clone().run_unregister(call, next, self.entry.clone(), state)).await
+        call.ctx.factory = Some(self.shared.factory(&self.name, &entry));
+        let held = Held { entry, state, hurry };
+        apart(&self.name, self.shared.clone().run_unregister(call, next, held)).await
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::{Call, Context, Element, Error, Events, Next, Object, Query};
 use std::time::Duration;
+use tonic::Code;
 
 const NAME: &str = "retry";
 
@@ -27,7 +28,7 @@ impl Retry {
         ctx: &Context,
         attempt: impl Fn(Context) -> F,
     ) -> Result<R, Error> {
-        let mut said = String::new();
+        let (mut said, mut cause) = (String::new(), None);
         loop {
             let error = match attempt(ctx.clone().with_timeout(self.try_timeout)).await {
                 Ok(result) => return Ok(result),
@@ -41,8 +42,12 @@ impl Retry {
             }
             tokio::select! {
                 biased;
-                () = ctx.ended() => return Err(error),
+                // A try that the end has cut short says nothing about why the others have failed.
+                () = ctx.ended() => return Err(cause.filter(|_| error.code() == Code::DeadlineExceeded).unwrap_or(error)),
                 () = tokio::time::sleep(self.interval) => {}
+            }
+            if error.code() != Code::DeadlineExceeded {
+                cause = Some(error);
             }
         }
     }
@@ -111,6 +116,32 @@ mod tests {
         async fn unregister(&self, call: Call<NetworkService>, _: Next<NetworkService>) -> Result<(), Error> {
             self.attempt(&call.ctx)
         }
+    }
+
+    /// Denied at once, but for the last try, which is cut short.
+    struct Denied;
+
+    #[async_trait::async_trait]
+    impl Element<NetworkService> for Denied {
+        fn name(&self) -> &'static str {
+            "denied"
+        }
+        async fn unregister(&self, call: Call<NetworkService>, _: Next<NetworkService>) -> Result<(), Error> {
+            if call.ctx.time_left() < Some(Duration::from_secs(1)) {
+                call.ctx.ended().await;
+                return Err(Error::deadline("denied", "s", "an answer"));
+            }
+            Err(Error::new("denied", "s", "no").with_code(Code::PermissionDenied))
+        }
+    }
+
+    // Conformance 116
+    #[tokio::test(start_paused = true)]
+    async fn the_cause_is_that_of_a_try_which_had_its_time() {
+        let chain = Next::new(vec![Arc::new(Retry::default()) as Arc<dyn Element<_>>, Arc::new(Denied)]);
+        let ctx = Context::new().with_timeout(Duration::from_secs(10));
+        let error = chain.unregister(Call::new(NetworkService::default(), ctx)).await.unwrap_err();
+        assert_eq!(error.code(), Code::PermissionDenied, "{error}");
     }
 
     // Conformance 116

@@ -1,11 +1,9 @@
 use super::*;
 use crate::{ClientToken, PathHandle, RegistryPath};
+use nsm_identity::clock;
 use nsm_proto::registry::NetworkServiceEndpoint;
 use prost_types::Timestamp;
-use std::{
-    sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
-    time::SystemTime,
-};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 
 /// Remembers what passes; never lets two operations in at once.
 #[derive(Default)]
@@ -149,7 +147,7 @@ async fn clients_of_services_pass_nothing_unknown_on() {
 #[tokio::test(start_paused = true)]
 async fn events_have_the_values_and_the_time_of_the_last_registration() {
     let (chain, seen) = chain(Begin::new());
-    let token = |jwt: &str| Some(ClientToken { jwt: jwt.into(), expires: SystemTime::now() });
+    let token = |jwt: &str| Some(ClientToken { jwt: jwt.into(), expires: clock::now() });
     for (jwt, seconds) in [("old", 15), ("new", 30)] {
         let path = PathHandle::new(RegistryPath { index: 0, segments: vec![Default::default(); 2] });
         let ctx = Context { token: token(jwt), path: Some(path), ..Context::new() };
@@ -215,4 +213,101 @@ async fn a_caller_that_leaves_cancels_nothing() {
     assert_eq!(seen.inside.load(SeqCst), 0);
     chain.unregister(call("")).await.unwrap();
     assert_eq!(lock(&seen.unregistered)[0].url, "u");
+}
+
+/// Tries for as long as it is let, like a chain whose registry is away.
+struct Stuck(Arc<AtomicBool>);
+
+#[async_trait::async_trait]
+impl Element<NetworkServiceEndpoint> for Stuck {
+    fn name(&self) -> &'static str {
+        "stuck"
+    }
+
+    async fn register(
+        &self,
+        call: Call<NetworkServiceEndpoint>,
+        next: Next<NetworkServiceEndpoint>,
+    ) -> Result<NetworkServiceEndpoint, Error> {
+        if self.0.load(SeqCst) {
+            call.ctx.ended().await;
+            return Err(Error::new("stuck", call.message.name(), "nobody there"));
+        }
+        next.register(call).await
+    }
+}
+
+// Conformance 17
+#[tokio::test(start_paused = true)]
+async fn an_unregister_does_not_wait_for_registrations_that_cannot_succeed() {
+    let (seen, stuck) = (Arc::<Seen>::default(), Arc::new(AtomicBool::new(false)));
+    let elements: Vec<Arc<dyn Element<_>>> =
+        vec![Arc::new(Begin::new()), Arc::new(Stuck(stuck.clone())), Arc::new(Spy(seen.clone()))];
+    let chain = crate::Chain::new(elements);
+    chain.register(call("u")).await.unwrap();
+    let factory = seen.factory();
+    stuck.store(true, SeqCst);
+    // The registry is away: heal holds the line, then come refresh and the application, none with a deadline.
+    let mut before = Vec::new();
+    for _ in 0..2 {
+        let factory = factory.clone();
+        before.push(tokio::spawn(async move { factory.register().await }));
+        tokio::task::yield_now().await;
+    }
+    let again = tokio::spawn({
+        let chain = chain.clone();
+        async move { chain.register(call("v")).await.map(drop) }
+    });
+    tokio::task::yield_now().await;
+    let start = tokio::time::Instant::now();
+    chain.unregister(call("")).await.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    assert_eq!(lock(&seen.unregistered)[0].url, "u");
+    for register in before.into_iter().chain([again]) {
+        register.await.unwrap().unwrap_err();
+    }
+    // What comes later is not meant.
+    stuck.store(false, SeqCst);
+    chain.register(call("w")).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_in_the_line_longer_than_its_call() {
+    let (chain, seen) = chain(Begin::new());
+    *lock(&seen.delay) = Duration::from_secs(60);
+    let first = tokio::spawn({
+        let chain = chain.clone();
+        async move { chain.register(call("u")).await }
+    });
+    tokio::task::yield_now().await;
+    let start = tokio::time::Instant::now();
+    let ctx = Context::new().with_timeout(Duration::from_secs(2));
+    let error = chain.register(Call::new(call("v").message, ctx)).await.unwrap_err();
+    assert_eq!((error.code(), start.elapsed()), (tonic::Code::DeadlineExceeded, Duration::from_secs(2)));
+    let error = chain.unregister(call("")).await.unwrap_err();
+    assert_eq!((error.code(), start.elapsed()), (tonic::Code::DeadlineExceeded, Duration::from_secs(17)), "{error}");
+    first.await.unwrap().unwrap();
+}
+
+/// Whoever breaks an element learns which object it was.
+#[tokio::test]
+async fn an_operation_that_breaks_off_names_its_object() {
+    struct Broken;
+    #[async_trait::async_trait]
+    impl Element<NetworkServiceEndpoint> for Broken {
+        fn name(&self) -> &'static str {
+            "broken"
+        }
+        async fn register(
+            &self,
+            _: Call<NetworkServiceEndpoint>,
+            _: Next<NetworkServiceEndpoint>,
+        ) -> Result<NetworkServiceEndpoint, Error> {
+            panic!("told to")
+        }
+    }
+    let chain = crate::Chain::new(vec![Arc::new(Begin::new()) as Arc<dyn Element<_>>, Arc::new(Broken)]);
+    let error = chain.register(call("u")).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::Internal);
+    assert!(error.to_string().starts_with("begin (e): the operation broke off: "), "{error}");
 }
