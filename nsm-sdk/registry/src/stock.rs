@@ -3,7 +3,7 @@
 use crate::{
     Call, Chain, Context, Element, Error, Object,
     elements::{
-        authorize::{Authorize, Owners, Policies},
+        authorize::{Authorize, AuthorizeClient, ClientPolicies, Owners, Policies},
         begin::Begin,
         clientinfo::ClientInfo,
         connect::{Connect, Remote, Through},
@@ -18,19 +18,16 @@ use crate::{
     },
     store::{MemoryStore, Store},
 };
-use nsm_identity::X509Source;
+use nsm_identity::{X509Source, clock};
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 /// Life of an endpoint that nobody refreshes.
 pub const DEFAULT_EXPIRATION: Duration = Duration::from_secs(60);
 /// What entries get after a restart of the registry at least: time for their owners to come back.
 const RESTART_GRACE: Duration = Duration::from_secs(10);
 
-/// Identity and rules of a registry's server side.
+/// Identity and rules of a registry.
 #[derive(Clone)]
 pub struct Security {
     /// Signs the own tokens.
@@ -39,12 +36,19 @@ pub struct Security {
     pub max_token_lifetime: Duration,
     /// What applies to callers.
     pub policies: Policies,
+    /// What applies to the answers of a registry above.
+    pub client_policies: ClientPolicies,
 }
 
 impl Security {
     /// All policies and tokens of 10 minutes.
     pub fn new(source: X509Source) -> Self {
-        Self { source, max_token_lifetime: Duration::from_secs(600), policies: Policies::default() }
+        Self {
+            source,
+            max_token_lifetime: Duration::from_secs(600),
+            policies: Policies::default(),
+            client_policies: ClientPolicies::default(),
+        }
     }
 
     fn update_path(&self) -> UpdatePath {
@@ -107,7 +111,7 @@ impl Registry {
         for service in load::<NetworkService>(&*store).await?.0 {
             service_owners.remember(service);
         }
-        let soonest = SystemTime::now() + RESTART_GRACE;
+        let soonest = clock::now() + RESTART_GRACE;
         for mut endpoint in load::<NetworkServiceEndpoint>(&*store).await?.0 {
             endpoint.set_expiration(Some(endpoint.expiration().map_or(soonest, |end| end.max(soonest))));
             local_endpoints.register(Call::new(endpoint, Context::new())).await?;
@@ -150,8 +154,14 @@ struct Kept {
     owners: Arc<Owners<NetworkServiceEndpoint>>,
 }
 
-fn client<T: Remote>(dialer: &Arc<Dialer>) -> Chain<T> {
-    chain(vec![Arc::new(Begin::<T>::new()), Arc::new(Dial::new(dialer.clone())), Arc::new(Connect)])
+/// begin → dial → authorize → connect. `authorize` stands below `dial`, which knows who answers.
+fn client<T: Remote>(dialer: &Arc<Dialer>, policies: ClientPolicies) -> Chain<T> {
+    chain(vec![
+        Arc::new(Begin::<T>::new()),
+        Arc::new(Dial::new(dialer.clone())),
+        Arc::new(AuthorizeClient::new(policies)),
+        Arc::new(Connect),
+    ])
 }
 
 impl ManagerRegistry {
@@ -166,8 +176,8 @@ impl ManagerRegistry {
     ) -> Self {
         let (services, endpoints): (Chain<NetworkService>, Chain<NetworkServiceEndpoint>) = match upstream {
             Upstream::Remote(dialer) => (
-                chain(vec![Arc::new(Through::new(client(&dialer)))]),
-                chain(vec![Arc::new(Through::new(client(&dialer)))]),
+                chain(vec![Arc::new(Through::new(client(&dialer, security.client_policies)))]),
+                chain(vec![Arc::new(Through::new(client(&dialer, security.client_policies)))]),
             ),
             Upstream::Local(registry) => (
                 chain(vec![Arc::new(Through::new(registry.local_services))]),
@@ -190,10 +200,12 @@ impl ManagerRegistry {
         let inner: Vec<Arc<dyn Element<NetworkServiceEndpoint>>> = vec![kept.bypass.clone(), upstream_endpoints];
 
         let owners = kept.owners.clone();
+        let expire = Expire::new(Some(DEFAULT_EXPIRATION), owners.clone());
+        let expire = expire.holder(kept.sockets.clone()).holder(kept.bypass.clone());
         let mut own: Vec<Arc<dyn Element<NetworkServiceEndpoint>>> = vec![
             Arc::new(Begin::new()),
             Arc::new(info),
-            Arc::new(Expire::new(Some(DEFAULT_EXPIRATION), owners.clone())),
+            Arc::new(expire),
             kept.sockets.clone(),
             Arc::new(SendFdServer),
             kept.remember.clone(),
@@ -226,5 +238,51 @@ impl ManagerRegistry {
     pub async fn recall(&self) -> Result<Vec<String>, Error> {
         let Kept { remember, sockets, bypass, owners } = &*self.kept;
         Ok(remember.recall(sockets, bypass, owners).await?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nsm_transport::{Address, Transport};
+
+    fn security() -> Security {
+        let authority = nsm_identity::Authority::generate("example.org").unwrap();
+        Security::new(authority.source("/registry", Duration::from_secs(3600)).unwrap())
+    }
+
+    #[tokio::test]
+    async fn the_registrys_chains_have_their_documented_order() {
+        let registry = Registry::open(Arc::new(MemoryStore::default()), &security()).await.unwrap();
+        assert_eq!(registry.services.names(), ["updatepath", "authorize", "setpayload", "memory"]);
+        let endpoints = ["updatepath", "authorize", "begin", "setregistrationtime", "expire", "memory"];
+        assert_eq!(registry.endpoints.names(), endpoints);
+        assert_eq!(registry.local_services.names(), ["authorize", "setpayload", "memory"]);
+        assert_eq!(registry.local_endpoints.names(), endpoints[1..]);
+    }
+
+    #[tokio::test]
+    async fn the_managers_chains_have_their_documented_order() {
+        let manager = ManagerRegistry::new(Upstream::BuiltIn, "tcp://m", ClientInfo::default(), &security(), None);
+        assert_eq!(manager.services.names(), ["updatepath", "authorize", "connect"]);
+        let endpoints = [
+            "updatepath",
+            "authorize",
+            "begin",
+            "clientinfo",
+            "expire",
+            "recvfd",
+            "sendfd",
+            "remember",
+            "localbypass",
+            "connect",
+        ];
+        assert_eq!(manager.endpoints.names(), endpoints);
+        assert_eq!(manager.own_endpoints.names(), endpoints[2..]);
+        assert_eq!(manager.local_endpoints.names(), endpoints[8..]);
+        let address = Address::parse("tcp://127.0.0.1:1").unwrap();
+        let dialer = Dialer::new(Transport::insecure(), address, Duration::from_secs(1));
+        let upstream = client::<NetworkService>(&dialer, ClientPolicies::default());
+        assert_eq!(upstream.names(), ["begin", "dial", "authorize", "connect"]);
     }
 }

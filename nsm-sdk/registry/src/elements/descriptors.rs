@@ -1,14 +1,15 @@
 //! Sockets of endpoints as descriptors: `unix:///path` on this side, `inode://<device>/<inode>` on the wire.
 
-use crate::{Call, Element, Error, Events, Next, Query, chain::Table};
+use crate::{Call, Element, Error, Events, Next, Object, Query, chain::Table, elements::expire::Forget};
 use futures_util::StreamExt;
+use nsm_identity::clock;
 use nsm_proto::registry::NetworkServiceEndpoint;
 use nsm_transport::{Address, FdTransceiver};
 use rustix::fs::{Mode, OFlags};
 use std::{
     os::fd::{AsRawFd, OwnedFd},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 use tokio::time::Instant;
 
@@ -16,6 +17,10 @@ type Endpoint = NetworkServiceEndpoint;
 
 /// How long a call without a deadline waits for a descriptor that its URL promises.
 const WAIT: Duration = Duration::from_secs(5);
+
+/// How long the socket of a found endpoint is held after the endpoint's end: the registry that would tell of its next life may just
+/// be away. Those that tell no end are held as long after they were last found.
+const KEPT: Duration = Duration::from_secs(600);
 
 /// The path of a unix URL, unless it is relative to something the other side does not know.
 fn socket_path(url: &str) -> Option<std::path::PathBuf> {
@@ -46,6 +51,8 @@ fn send(element: &'static str, endpoint: &Endpoint, fds: &FdTransceiver) -> Resu
 struct Held {
     key: (u64, u64),
     fd: OwnedFd,
+    /// When nobody has told of it any more; `None` where something else ends it.
+    until: Option<SystemTime>,
 }
 
 impl Held {
@@ -98,12 +105,30 @@ impl Files {
                 Ok(held.url())
             }
             None => {
-                let held = Held { key, fd };
+                let held = Held { key, fd, until: None };
                 let url = held.url();
                 files.insert(name.to_owned(), held);
                 Ok(url)
             }
         })
+    }
+
+    /// Lets go those whose time is over.
+    fn sweep(&self) {
+        let now = clock::now();
+        self.0.with(|files| files.retain(|_, held| held.until.is_none_or(|until| now < until)));
+    }
+
+    /// The endpoint has been found: its socket is held until some time after its end.
+    fn found(&self, endpoint: &Endpoint) {
+        let now = clock::now();
+        let end = endpoint.expiration().map_or(now, |end| end.max(now));
+        self.0.with(|files| {
+            if let Some(held) = files.get_mut(&endpoint.name) {
+                held.until = end.checked_add(KEPT);
+            }
+        });
+        self.sweep();
     }
 
     fn contains(&self, name: &str) -> bool {
@@ -121,6 +146,12 @@ impl RecvFdServer {
     /// Holds the socket of an endpoint that a former run of this process had; returns the URL that it has now.
     pub(crate) fn adopt(&self, name: &str, key: (u64, u64), fd: OwnedFd) -> std::io::Result<String> {
         self.files.put(name, key, fd)
+    }
+}
+
+impl Forget for RecvFdServer {
+    fn forget(&self, name: &str) {
+        self.files.0.remove(name);
     }
 }
 
@@ -230,7 +261,7 @@ impl Element<Endpoint> for SendFdClient {
     }
 }
 
-/// Client side: takes the sockets of the endpoints it finds.
+/// Client side: takes the sockets of the endpoints it finds, and holds each until its endpoint is removed or has ended long ago.
 #[derive(Default)]
 pub struct RecvFdClient {
     files: Arc<Files>,
@@ -245,6 +276,7 @@ impl Element<Endpoint> for RecvFdClient {
     async fn find(&self, call: Call<Query<Endpoint>>, next: Next<Endpoint>) -> Result<Events<Endpoint>, Error> {
         let Some(fds) = call.ctx.link.as_ref().and_then(|link| link.fds.clone()) else { return next.find(call).await };
         let (files, deadline) = (self.files.clone(), call.ctx.deadline);
+        files.sweep();
         let events = next.find(call).await?;
         Ok(Box::pin(events.then(move |event| {
             let (files, fds) = (files.clone(), fds.clone());
@@ -255,6 +287,7 @@ impl Element<Endpoint> for RecvFdClient {
                     files.0.remove(&name);
                 } else if let Some(key) = parse_inode(&event.object.url) {
                     event.object.url = files.url("recvfd", &name, key, &fds, deadline).await?;
+                    files.found(&event.object);
                 }
                 Ok(event)
             }

@@ -1,48 +1,64 @@
 //! Removes an endpoint that nobody refreshes any more.
 
 use crate::{
-    Call, Context, Element, Error, Next, Object,
+    Call, Context, Element, Error, Factory, Next, Object,
     chain::{Table, Task},
     elements::authorize::Owners,
 };
+use nsm_identity::clock;
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
+use tokio::time::Instant;
 
 const NAME: &str = "expire";
-/// An unregister at expiry that failed is tried again after this time.
+/// An unregister at expiry that failed is tried again after this time, then less and less often.
 const AGAIN: Duration = Duration::from_secs(1);
-/// Tries of the unregister at expiry. Whoever is above expires the entry itself.
-const TRIES: u32 = 10;
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// So long after expiry it is given up: no token of the registration lives longer, and whoever is above has expired the entry itself.
+const GIVE_UP: Duration = Duration::from_secs(600);
+
+/// What an element below holds for an object, and lets go when nobody can unregister the object any more.
+pub trait Forget: Send + Sync + 'static {
+    /// Lets go what is held under that name.
+    fn forget(&self, name: &str);
+}
 
 /// The element. An object lives until the earliest of: its own wish, the caller's token, the own token, the default.
 pub struct Expire<T> {
     default: Option<Duration>,
     owners: Arc<Owners<T>>,
     timers: Arc<Table<Task>>,
+    /// Who holds something.
+    holders: Vec<Arc<dyn Forget>>,
 }
 
 impl<T: Object> Expire<T> {
     /// `default` bounds the life of every object; a name that has expired is free in `owners`.
     pub fn new(default: Option<Duration>, owners: Arc<Owners<T>>) -> Self {
-        Self { default, owners, timers: Arc::default() }
+        Self { default, owners, timers: Arc::default(), holders: Vec::new() }
+    }
+
+    /// An object that could not be unregistered for long is forgotten by `holder`, which stands below.
+    #[must_use]
+    pub fn holder(mut self, holder: Arc<dyn Forget>) -> Self {
+        self.holders.push(holder);
+        self
     }
 
     fn arm(&self, name: &str, at: SystemTime, ctx: &Context) {
         let Some(factory) = ctx.factory.clone() else { return };
-        let wait = at.duration_since(SystemTime::now()).unwrap_or_default();
+        let wait = at.duration_since(clock::now()).unwrap_or_default();
         let (owners, timers, name_) = (self.owners.clone(), Arc::downgrade(&self.timers), name.to_owned());
+        let holders = self.holders.clone();
         let timer = Task::spawn(async move {
             tokio::time::sleep(wait).await;
             tracing::info!(object = name_, "nobody has refreshed it: it expires");
             owners.forget(&name_);
-            for _ in 0..TRIES {
-                match factory.unregister().await {
-                    Ok(()) => break,
-                    Err(cause) => tracing::warn!(object = name_, %cause, "cannot unregister what has expired"),
-                }
-                tokio::time::sleep(AGAIN).await;
+            if !unregister(&name_, &factory).await {
+                tracing::warn!(object = name_, "given up: what has expired is forgotten here");
+                holders.iter().for_each(|holder| holder.forget(&name_));
             }
             if let Some(timers) = timers.upgrade() {
                 timers.remove(&name_);
@@ -50,6 +66,25 @@ impl<T: Object> Expire<T> {
         });
         self.timers.insert(name, timer);
     }
+}
+
+/// Tries until it works; `false` if it has not for long.
+async fn unregister(name: &str, factory: &Factory) -> bool {
+    let (end, mut pause, mut said) = (Instant::now() + GIVE_UP, AGAIN, String::new());
+    while let Err(cause) = factory.unregister().await {
+        // One line per cause, not per try.
+        let text = cause.to_string();
+        if text != said {
+            tracing::warn!(object = name, cause = text, "cannot unregister what has expired; trying again");
+            said = text;
+        }
+        if Instant::now() >= end {
+            return false;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+    true
 }
 
 /// When an object ends and when its timer fires: before the tokens do, so that the removal is still authorised, by the
@@ -78,7 +113,7 @@ impl<T: Object> Element<T> for Expire<T> {
     async fn register(&self, mut call: Call<T>, next: Next<T>) -> Result<T, Error> {
         let ctx = call.ctx.clone();
         let margin = ctx.time_left().unwrap_or_default();
-        let now = SystemTime::now();
+        let now = clock::now();
         let tokens = match (ctx.own_expires, ctx.token.as_ref().map(|token| token.expires)) {
             (Some(own), Some(theirs)) => Some(own.min(theirs)),
             (own, theirs) => own.or(theirs),
@@ -249,12 +284,12 @@ mod tests {
         assert_eq!(count.load(Ordering::SeqCst), 0);
         tokio::time::sleep(Duration::from_secs(61)).await;
         assert_eq!(count.load(Ordering::SeqCst), 1);
-        // By expiry: until it works.
+        // By expiry: until it works, however often it has to be tried.
         chain.register(Call::new(endpoint(), Context::new())).await.unwrap();
-        fails.removals.store(3, Ordering::SeqCst);
-        tokio::time::sleep(Duration::from_secs(62)).await;
+        fails.removals.store(15, Ordering::SeqCst);
+        tokio::time::sleep(Duration::from_secs(60 + 300)).await;
         assert_eq!(count.load(Ordering::SeqCst), 1);
-        tokio::time::sleep(Duration::from_secs(5)).await;
+        tokio::time::sleep(Duration::from_secs(100)).await;
         assert_eq!(count.load(Ordering::SeqCst), 2);
         // A name that is registered again in the meantime stays.
         chain.register(Call::new(endpoint(), Context::new())).await.unwrap();
@@ -265,10 +300,46 @@ mod tests {
         assert_eq!(count.load(Ordering::SeqCst), 2);
     }
 
+    #[derive(Default)]
+    struct Held(std::sync::Mutex<Vec<String>>);
+
+    impl Forget for Held {
+        fn forget(&self, name: &str) {
+            self.0.lock().unwrap().push(name.to_owned());
+        }
+    }
+
+    // Conformance 113
+    #[tokio::test(start_paused = true)]
+    async fn what_cannot_be_removed_for_long_is_forgotten_unless_it_comes_back() {
+        let (fails, held) = (Arc::<Fails>::default(), Arc::<Held>::default());
+        let expire = Expire::new(Some(Duration::from_secs(60)), Arc::default()).holder(held.clone());
+        let chain =
+            Next::new(vec![Arc::new(Begin::new()) as Arc<dyn Element<_>>, Arc::new(expire), Arc::new(fails.clone())]);
+        let forgotten = || std::mem::take(&mut *held.0.lock().unwrap());
+        let register = || chain.register(Call::new(endpoint(), Context::new()));
+        fails.removals.store(usize::MAX, Ordering::SeqCst);
+        register().await.unwrap();
+        tokio::time::sleep(Duration::from_secs(60 + 590)).await;
+        assert!(forgotten().is_empty());
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(forgotten(), ["e"]);
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        assert!(forgotten().is_empty());
+        // The owner was only cut off: what it registers now is not touched by the end of what was.
+        register().await.unwrap();
+        tokio::time::sleep(Duration::from_secs(120)).await;
+        for _ in 0..100 {
+            register().await.unwrap();
+            tokio::time::sleep(Duration::from_secs(30)).await;
+        }
+        assert!(forgotten().is_empty());
+    }
+
     // Conformance 113
     #[tokio::test]
     async fn a_shorter_wish_and_a_shorter_answer_count() {
-        let at = |seconds: u64| SystemTime::now() + Duration::from_secs(seconds);
+        let at = |seconds: u64| clock::now() + Duration::from_secs(seconds);
         let (chain, _) = chain(Duration::from_secs(60));
         let mut wish = endpoint();
         wish.set_expiration(Some(at(20)));

@@ -1,7 +1,8 @@
 //! The manager's bypass: the world sees local endpoints under the manager's URL, the manager under their own.
 
-use crate::{Call, Element, Error, Events, Next, Query, chain::Table};
+use crate::{Call, Element, Error, Events, Next, Query, chain::Table, elements::expire::Forget};
 use futures_util::StreamExt;
+use nsm_identity::clock;
 use nsm_proto::registry::NetworkServiceEndpoint;
 use std::{sync::Arc, time::SystemTime};
 
@@ -26,7 +27,7 @@ impl Local {
     fn is(&self, published: &NetworkServiceEndpoint) -> bool {
         self.former
             .as_ref()
-            .is_none_or(|(owner, until)| published.path_ids.first() == Some(owner) && SystemTime::now() < *until)
+            .is_none_or(|(owner, until)| published.path_ids.first() == Some(owner) && clock::now() < *until)
     }
 }
 
@@ -40,6 +41,12 @@ impl LocalBypass {
     /// registered again.
     pub(crate) fn adopt(&self, name: &str, url: String, owner: String, until: SystemTime) {
         self.urls.insert(name, Local { url, former: Some((owner, until)) });
+    }
+}
+
+impl Forget for LocalBypass {
+    fn forget(&self, name: &str) {
+        self.urls.remove(name);
     }
 }
 

@@ -4,6 +4,7 @@ use crate::{
     Call, Element, Error, Factory, Next, Object,
     chain::{Table, Task},
 };
+use nsm_identity::clock;
 use std::time::{Duration, SystemTime};
 
 /// A refresh that failed is tried again after this time.
@@ -40,7 +41,7 @@ impl<T: Object> Element<T> for Refresh {
         let answer = next.register(call).await?;
         if let (Some(factory), Some(end)) = (factory, answer.expiration()) {
             let name = answer.name().to_owned();
-            let wait = delay(end, SystemTime::now());
+            let wait = delay(end, clock::now());
             self.timers.insert(&name, Task::spawn(refresh(wait, name.clone(), factory)));
         }
         Ok(answer)
@@ -76,7 +77,7 @@ mod tests {
         ) -> Result<NetworkServiceEndpoint, Error> {
             assert_eq!(call.message.expiration_time, None, "each registration computes it anew");
             self.1.fetch_add(1, Ordering::SeqCst);
-            call.message.set_expiration(Some(SystemTime::now() + self.0));
+            call.message.set_expiration(Some(clock::now() + self.0));
             Ok(call.message)
         }
     }

@@ -9,6 +9,7 @@ use crate::{
     elements::{authorize::Owners, descriptors::RecvFdServer, localbypass::LocalBypass},
     store::{Expect, Store, StoreError},
 };
+use nsm_identity::clock;
 use nsm_transport::Address;
 use prost::Message;
 use rustix::fs::{Mode, OFlags};
@@ -152,7 +153,7 @@ impl Remember {
         let mut names = Vec::new();
         for record in store.list(TABLE).await?.0 {
             let known = Known::decode(record.value.as_slice()).unwrap_or_default();
-            let until = known.end().filter(|end| SystemTime::now() < *end && known.name == record.key);
+            let until = known.end().filter(|end| clock::now() < *end && known.name == record.key);
             let reached = match until {
                 Some(_) => reach(&known, sockets).await,
                 None => Err(io::Error::new(io::ErrorKind::TimedOut, "it has expired")),

@@ -1,9 +1,9 @@
 //! Defaults that a registry fills in: a service's payload and an endpoint's first registration time.
 
 use crate::{Call, Element, Error, Next, chain::Table};
+use nsm_identity::clock;
 use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint};
 use prost_types::Timestamp;
-use std::time::SystemTime;
 
 /// A network service without a payload carries IP.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,7 +48,7 @@ impl Element<NetworkServiceEndpoint> for SetRegistrationTime {
             .first
             .get(&call.message.name)
             .or(call.message.initial_registration_time)
-            .unwrap_or_else(|| SystemTime::now().into());
+            .unwrap_or_else(|| clock::now().into());
         call.message.initial_registration_time = Some(time);
         let answer = next.register(call).await?;
         self.first.insert(&answer.name, time);

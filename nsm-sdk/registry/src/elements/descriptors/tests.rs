@@ -166,12 +166,107 @@ async fn what_is_found_is_held_until_it_is_gone() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     left.write_all(b"x").await.unwrap();
     right.read_exact(&mut [0]).await.unwrap();
-    let files = Files::default();
-    let key = parse_inode(&sent.object.url).unwrap();
-    let url = files.url("recvfd", "e", key, &right.transceiver(), None).await.unwrap();
+    let client = Client::new(right.transceiver()).await;
+    let url = client.list(sent.object.clone()).await;
     UnixStream::connect(url.strip_prefix("unix://").unwrap()).unwrap();
-    drop(files);
+    assert_eq!(client.list(sent.object.clone()).await, url, "what is held is not made anew");
+    client.find(crate::Event::gone(sent.object)).await;
     assert!(UnixStream::connect(url.strip_prefix("unix://").unwrap()).is_err());
+}
+
+/// The client's side of a connection with these descriptors, above a registry that answers what it is told.
+struct Client(crate::Chain<Endpoint>, Arc<std::sync::Mutex<Vec<crate::Event<Endpoint>>>>);
+
+impl Client {
+    async fn new(fds: FdTransceiver) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let address = Address::parse(&format!("unix://{}", folder.path().join("s").display())).unwrap();
+        let listener = nsm_transport::Listener::bind(&address).await.unwrap();
+        let stop = tokio_util::sync::CancellationToken::new();
+        let (ended, serving) = (stop.clone(), nsm_transport::Transport::insecure());
+        tokio::spawn(async move { serving.serve(vec![listener], tonic::service::Routes::default(), ended).await });
+        let mut link = nsm_transport::Transport::insecure().dial(&address, Duration::from_secs(5)).await.unwrap();
+        stop.cancel();
+        link.fds = Some(fds);
+        let answers = Arc::default();
+        let elements: Vec<Arc<dyn Element<Endpoint>>> = vec![
+            Arc::new(Linked(Arc::new(link))),
+            Arc::<RecvFdClient>::default(),
+            Arc::new(Answers(Arc::clone(&answers))),
+        ];
+        Self(Next::new(elements), answers)
+    }
+
+    async fn find(&self, answer: crate::Event<Endpoint>) -> Vec<crate::Event<Endpoint>> {
+        *self.1.lock().unwrap() = vec![answer];
+        let events = self.0.find(Call::new(Query::list(Endpoint::default()), Context::new())).await.unwrap();
+        events.map(Result::unwrap).collect().await
+    }
+
+    /// The URL that an endpoint has here which the registry lists as this.
+    async fn list(&self, endpoint: Endpoint) -> String {
+        self.find(crate::Event::present(endpoint)).await.remove(0).object.url
+    }
+}
+
+/// Sets the link, as dial would.
+struct Linked(Arc<nsm_transport::Link>);
+
+#[async_trait::async_trait]
+impl Element<Endpoint> for Linked {
+    fn name(&self) -> &'static str {
+        "linked"
+    }
+
+    async fn find(&self, mut call: Call<Query<Endpoint>>, next: Next<Endpoint>) -> Result<Events<Endpoint>, Error> {
+        call.ctx.link = Some(self.0.clone());
+        next.find(call).await
+    }
+}
+
+struct Answers(Arc<std::sync::Mutex<Vec<crate::Event<Endpoint>>>>);
+
+#[async_trait::async_trait]
+impl Element<Endpoint> for Answers {
+    fn name(&self) -> &'static str {
+        "answers"
+    }
+
+    async fn find(&self, _: Call<Query<Endpoint>>, _: Next<Endpoint>) -> Result<Events<Endpoint>, Error> {
+        let answers = self.0.lock().unwrap().clone();
+        Ok(Box::pin(futures_util::stream::iter(answers).map(Ok)))
+    }
+}
+
+// Conformance 90
+#[tokio::test(start_paused = true)]
+async fn what_is_only_listed_is_let_go_some_time_after_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut left, mut right) = transport().await;
+    let client = Client::new(right.transceiver()).await;
+    let mut paths = Vec::new();
+    for n in 0..5 {
+        let path = folder.path().join(n.to_string());
+        std::fs::write(&path, "").unwrap();
+        let url = pass(&mut left, &mut right, open(&path)).await;
+        let mut endpoint = Endpoint { name: n.to_string(), url, ..Default::default() };
+        endpoint.set_expiration(Some(clock::now() + Duration::from_secs(60)));
+        // Found again in the middle of its life, with a later end.
+        client.list(endpoint.clone()).await;
+        tokio::time::advance(Duration::from_secs(30)).await;
+        endpoint.set_expiration(Some(clock::now() + Duration::from_secs(60)));
+        client.list(endpoint.clone()).await;
+        let (device, inode) = parse_inode(&endpoint.url).unwrap();
+        right.transceiver().release(device, inode);
+        paths.push(path);
+        tokio::time::advance(Duration::from_secs(310)).await;
+    }
+    // Each is let go ten minutes after its last known end: when the last one was found, the third had been for 20 s.
+    let counts: Vec<_> = paths.iter().map(|path| held(path)).collect();
+    assert_eq!(counts, [0, 0, 0, 1, 1]);
+    tokio::time::advance(KEPT).await;
+    client.find(crate::Event::gone(Endpoint { name: "other".into(), ..Default::default() })).await;
+    assert_eq!(paths.iter().map(|path| held(path)).sum::<usize>(), 0);
 }
 
 #[tokio::test(start_paused = true)]

@@ -37,7 +37,7 @@ impl Run {
             path_ids: vec![OWNER.into(), "spiffe://example.org/m".into()],
             ..Default::default()
         };
-        endpoint.set_expiration(Some(SystemTime::now() + life));
+        endpoint.set_expiration(Some(clock::now() + life));
         let ctx = Context { pid: Some(pid), ..Context::new() };
         self.chain.register(Call::new(endpoint, ctx)).await.unwrap();
     }
@@ -153,9 +153,9 @@ async fn what_was_taken_over_ends_when_it_would_have() {
     let run = Run::new(&above, &store);
     let published = NetworkServiceEndpoint { path_ids: vec![OWNER.into()], ..endpoint("e") };
     above.register(Call::new(published, Context::new()), Chain::new(Vec::new())).await.unwrap();
-    run.bypass.adopt("e", "unix:///e".into(), OWNER.into(), SystemTime::now() + Duration::from_secs(60));
+    run.bypass.adopt("e", "unix:///e".into(), OWNER.into(), clock::now() + Duration::from_secs(60));
     assert_eq!(run.found().await["e"], "unix:///e");
-    run.bypass.adopt("e", "unix:///e".into(), OWNER.into(), SystemTime::now());
+    run.bypass.adopt("e", "unix:///e".into(), OWNER.into(), clock::now());
     assert!(run.found().await.is_empty());
 }
 
@@ -165,7 +165,7 @@ async fn a_record_that_makes_no_sense_is_dropped() {
     let known = Known {
         name: "b".into(),
         url: "unix:///b".into(),
-        expires: Some(prost_types::Timestamp::from(SystemTime::now() + Duration::from_secs(60))),
+        expires: Some(prost_types::Timestamp::from(clock::now() + Duration::from_secs(60))),
         ..Default::default()
     };
     for (key, value) in [("a", b"\xff\xff".to_vec()), ("x", known.encode_to_vec()), ("b", known.encode_to_vec())] {
