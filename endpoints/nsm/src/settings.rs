@@ -8,6 +8,8 @@ use std::{net::IpAddr, path::PathBuf};
 
 /// All policies of a registry server.
 const REGISTRY_POLICIES: &str = "etc/nsm/opa/common/.*.rego,etc/nsm/opa/registry/.*.rego,etc/nsm/opa/server/.*.rego";
+/// All policies of a registry's client.
+const CLIENT_POLICIES: &str = "etc/nsm/opa/common/.*.rego,etc/nsm/opa/registry/.*.rego,etc/nsm/opa/client/.*.rego";
 
 /// Settings of the node.
 #[derive(clap::Args, Clone, Debug)]
@@ -60,6 +62,9 @@ pub struct Settings {
     /// Masks of the policies of the registries.
     #[arg(long, env = "NSM_REGISTRY_SERVER_POLICIES", value_delimiter = ',', default_value = REGISTRY_POLICIES)]
     pub registry_server_policies: Vec<String>,
+    /// Masks of the policies for what the registry above answers.
+    #[arg(long, env = "NSM_REGISTRY_CLIENT_POLICIES", value_delimiter = ',', default_value = CLIENT_POLICIES)]
+    pub registry_client_policies: Vec<String>,
     /// Lets several owners register the same network service, as long as they agree on it.
     #[arg(long, env = "NSM_REGISTRY_EQUAL_SERVICES", default_value_t = true, action = clap::ArgAction::Set)]
     pub registry_equal_services: bool,

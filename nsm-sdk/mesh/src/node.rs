@@ -79,6 +79,8 @@ pub struct NodeConfig {
     pub policies: Policies,
     /// Policies of the manager's registry.
     pub registry_policies: nsm_registry::Policies,
+    /// Policies for what the registry above answers.
+    pub registry_client_policies: nsm_registry::ClientPolicies,
     /// List of excluded prefixes.
     pub excluded_prefixes: PathBuf,
     /// Ask for life before a connection is closed by expiry.
@@ -105,6 +107,7 @@ impl NodeConfig {
             dial_timeout: Duration::from_secs(3),
             policies: Policies::server(),
             registry_policies: nsm_registry::Policies::default(),
+            registry_client_policies: nsm_registry::ClientPolicies::default(),
             excluded_prefixes: DEFAULT_FILE.into(),
             keep_alive: true,
             netns,
@@ -148,6 +151,7 @@ impl Node {
             source: config.source.clone(),
             max_token_lifetime: config.max_token_lifetime,
             policies: config.registry_policies,
+            client_policies: config.registry_client_policies,
         };
         let labels = nsm_registry::ClientInfo::new(config.labels.iter().cloned().collect());
         let registry = ManagerRegistry::new(upstream, &config.public_url, labels, &security, config.state.clone());

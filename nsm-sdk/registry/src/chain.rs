@@ -142,7 +142,7 @@ impl<T> Clone for Next<T> {
 
 impl<T: Object> fmt::Debug for Next<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.elements.iter().skip(self.position).map(|element| element.name())).finish()
+        f.debug_list().entries(self.names()).finish()
     }
 }
 
@@ -153,6 +153,11 @@ impl<T: Object> Next<T> {
     /// A chain of these elements, in the order a call travels.
     pub fn new(elements: Vec<Arc<dyn Element<T>>>) -> Self {
         Self { elements: elements.into(), position: 0 }
+    }
+
+    /// The names of its elements, in order.
+    pub fn names(&self) -> Vec<&'static str> {
+        self.elements.iter().skip(self.position).map(|element| element.name()).collect()
     }
 
     fn step(&self) -> Option<(&Arc<dyn Element<T>>, Self)> {

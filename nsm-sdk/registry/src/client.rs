@@ -3,6 +3,7 @@
 use crate::{
     Call, Chain, Context, Element, Error, Event, Query,
     elements::{
+        authorize::{AuthorizeClient, ClientPolicies},
         begin::Begin,
         clientinfo::ClientInfo,
         connect::Connect,
@@ -49,6 +50,7 @@ pub struct Builder {
     grace: Duration,
     patience: Option<Duration>,
     info: ClientInfo,
+    policies: ClientPolicies,
 }
 
 impl Builder {
@@ -80,6 +82,12 @@ impl Builder {
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = Some(patience);
+        self
+    }
+    /// Policies for what the peer answers to registrations; all of them by default.
+    #[must_use]
+    pub fn policies(mut self, policies: ClientPolicies) -> Self {
+        self.policies = policies;
         self
     }
     /// Labels for the endpoints; by default NODE_NAME, POD_NAME and CLUSTER_NAME of the environment.
@@ -115,6 +123,8 @@ impl Builder {
             Arc::new(retry()),
             Arc::new(Heal::default()),
             dial.clone(),
+            // Below dial, which knows who answers.
+            Arc::new(AuthorizeClient::new(self.policies)),
             Arc::new(Connect),
         ]);
         let service_reader = Chain::new(vec![dial, Arc::new(Connect) as Arc<dyn Element<_>>]);
@@ -127,6 +137,7 @@ impl Builder {
             Arc::new(Heal::default()),
             Arc::new(Refresh::default()),
             dial.clone(),
+            Arc::new(AuthorizeClient::new(self.policies)),
             Arc::new(self.info),
             Arc::new(SendFdClient),
             Arc::new(Connect),
@@ -168,6 +179,7 @@ impl RegistryClient {
             grace: GRACE,
             patience: None,
             info: ClientInfo::from_env(),
+            policies: ClientPolicies::default(),
         }
     }
 
@@ -234,5 +246,20 @@ impl RegistryClient {
         template: NetworkServiceEndpoint,
     ) -> Result<crate::Events<NetworkServiceEndpoint>, Error> {
         self.endpoint_reader.find(Call::new(Query::watch(template), Context::new())).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_chains_have_their_documented_order() {
+        let client = RegistryClient::insecure("tcp://127.0.0.1:1").build().unwrap();
+        assert_eq!(client.services.names(), ["begin", "retry", "heal", "dial", "authorize", "connect"]);
+        let endpoints = ["begin", "retry", "heal", "refresh", "dial", "authorize", "clientinfo", "sendfd", "connect"];
+        assert_eq!(client.endpoints.names(), endpoints);
+        let (services, endpoints) = client.readers();
+        assert_eq!((services.names(), endpoints.names()), (vec!["dial", "connect"], vec!["dial", "recvfd", "connect"]));
     }
 }

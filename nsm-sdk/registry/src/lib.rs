@@ -22,7 +22,11 @@ pub mod watch;
 
 pub use chain::{Call, Chain, ClientToken, Context, Element, Events, Factory, Next};
 pub use client::{Builder, RegistryClient};
-pub use elements::{authorize::Policies, clientinfo::ClientInfo, dial::Dialer};
+pub use elements::{
+    authorize::{ClientPolicies, Policies},
+    clientinfo::ClientInfo,
+    dial::Dialer,
+};
 pub use error::Error;
 pub use nsm_proto::registry::{NetworkService, NetworkServiceEndpoint, NetworkServiceLabels};
 pub use object::{Event, Object, Query};

@@ -5,8 +5,8 @@
 use futures_util::StreamExt;
 use nsm_identity::{Authority, X509Source};
 use nsm_registry::{
-    ClientInfo, Dialer, Event, ManagerRegistry, NetworkService, NetworkServiceEndpoint, Registry, RegistryClient,
-    Security, Upstream, service,
+    ClientInfo, ClientPolicies, Dialer, Event, ManagerRegistry, NetworkService, NetworkServiceEndpoint, Registry,
+    RegistryClient, Security, Upstream, service,
     store::{SqliteStore, Store},
 };
 use nsm_transport::{Address, Listener, Transport};
@@ -72,7 +72,23 @@ impl World {
         Server::start(&source, url, registry.services, registry.endpoints).await
     }
 
+    /// One whose tokens are signed by another key than the one it shows.
+    async fn impostor(&self, url: &str) -> Server {
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&self.path("impostor.db")).unwrap());
+        let registry = Registry::open(store, &Security::new(self.source("registry"))).await.unwrap();
+        Server::start(&self.source("registry"), url, registry.services, registry.endpoints).await
+    }
+
     async fn manager(&self, name: &str, registry: &str) -> (Server, ManagerRegistry) {
+        self.manager_with(name, registry, ClientPolicies::default()).await
+    }
+
+    async fn manager_with(
+        &self,
+        name: &str,
+        registry: &str,
+        client_policies: ClientPolicies,
+    ) -> (Server, ManagerRegistry) {
         let source = self.source(name);
         let dialer = Dialer::new(
             Transport::new(source.clone()).unwrap(),
@@ -83,7 +99,7 @@ impl World {
             Upstream::Remote(dialer),
             &format!("tcp://{name}:5001"),
             ClientInfo::default(),
-            &Security::new(source.clone()),
+            &Security { client_policies, ..Security::new(source.clone()) },
             None,
         );
         let url = format!("unix://{}", self.path(name).display());
@@ -284,5 +300,49 @@ async fn a_foreign_name_is_denied_and_a_missing_token_too() {
         );
     let status = raw.register(endpoint("f", "tcp://127.0.0.1:1")).await.unwrap_err();
     assert_eq!(status.code(), tonic::Code::PermissionDenied, "{status}");
+    registry.stop().await;
+}
+
+// Conformance 22, 112
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_signs_with_another_key_is_refused_and_told_to_forget() {
+    const PATIENCE: Duration = Duration::from_millis(500);
+    let world = World::new();
+    let registry = world.impostor("tcp://127.0.0.1:0").await;
+    let client = || RegistryClient::builder(&registry.url, world.source("nse")).patience(PATIENCE);
+    let careful = client().build().unwrap();
+    let refused = |error: nsm_registry::Error| {
+        assert_eq!(error.code(), tonic::Code::PermissionDenied, "{error}");
+        assert!(error.to_string().contains("next_token_signed: "), "{error}");
+    };
+    refused(careful.register_nse(endpoint("e", "tcp://127.0.0.1:1")).await.unwrap_err());
+    refused(careful.register_ns(NetworkService { name: "svc".into(), ..Default::default() }).await.unwrap_err());
+    // A try that the patience has cut short still takes itself back.
+    let forgotten = || {
+        eventually("nothing is registered", || async {
+            let services = careful.find_ns(NetworkService::default()).await.unwrap();
+            careful.find_nse(all()).await.unwrap().is_empty() && services.is_empty()
+        })
+    };
+    forgotten().await;
+
+    // The same for a manager in between: what it refuses fails at its client.
+    let (manager, _) = world.manager("nsmgr-a", &registry.url).await;
+    let behind = RegistryClient::builder(&manager.url, world.source("nse")).patience(PATIENCE).build().unwrap();
+    let error = behind.register_nse(endpoint("e", "tcp://127.0.0.1:1")).await.unwrap_err();
+    assert!(error.to_string().contains("spiffe://example.org/nsmgr-a/authorize (e): "), "{error}");
+    refused(error);
+    forgotten().await;
+
+    // Who does not want to know gets it.
+    let trusting = client().policies(ClientPolicies::none()).build().unwrap();
+    trusting.register_nse(endpoint("e", "tcp://127.0.0.1:1")).await.unwrap();
+    assert_eq!(careful.find_nse(all()).await.unwrap().len(), 1);
+    let (manager_b, _) = world.manager_with("nsmgr-b", &registry.url, ClientPolicies::none()).await;
+    let behind = RegistryClient::builder(&manager_b.url, world.source("nse")).patience(PATIENCE).build().unwrap();
+    behind.register_nse(endpoint("f", "tcp://127.0.0.1:1")).await.unwrap();
+    assert_eq!(careful.find_nse(all()).await.unwrap().len(), 2);
+    manager.stop().await;
+    manager_b.stop().await;
     registry.stop().await;
 }

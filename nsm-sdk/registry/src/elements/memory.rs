@@ -49,20 +49,22 @@ impl<T: Object> Element<T> for Memory {
 
     async fn register(&self, call: Call<T>, next: Next<T>) -> Result<T, Error> {
         let object = next.register(call).await?;
-        self.store.put_if(T::KIND, object.name(), object.encode_to_vec(), Expect::Any).await?;
+        let stored = self.store.put_if(T::KIND, object.name(), object.encode_to_vec(), Expect::Any).await;
+        stored.map_err(|cause| Error::from(cause).about(object.name()))?;
         Ok(object)
     }
 
     async fn find(&self, call: Call<Query<T>>, _next: Next<T>) -> Result<Events<T>, Error> {
         let Query { template, watch } = call.message;
-        let (objects, revision) = load::<T>(&*self.store).await?;
+        let about = |cause: StoreError| Error::from(cause).about(template.name());
+        let (objects, revision) = load::<T>(&*self.store).await.map_err(about)?;
         let current: VecDeque<_> = objects.into_iter().filter(|object| template.selects(object)).collect();
         if !watch {
             return Ok(Box::pin(futures_util::stream::iter(
                 current.into_iter().map(|object| Ok(Event::present(object))),
             )));
         }
-        let changes = self.store.watch_from(T::KIND, revision).await?;
+        let changes = self.store.watch_from(T::KIND, revision).await.map_err(about)?;
         let known = current.iter().map(|object| (object.name().to_owned(), object.clone())).collect();
         let pending = current.into_iter().map(Event::present).collect();
         let watcher = Watcher { store: self.store.clone(), template, changes, known, pending };
@@ -72,7 +74,8 @@ impl<T: Object> Element<T> for Memory {
     }
 
     async fn unregister(&self, call: Call<T>, next: Next<T>) -> Result<(), Error> {
-        self.store.delete_if(T::KIND, call.message.name(), Expect::Any).await?;
+        let removed = self.store.delete_if(T::KIND, call.message.name(), Expect::Any).await;
+        removed.map_err(|cause| Error::from(cause).about(call.message.name()))?;
         next.unregister(call).await
     }
 }
@@ -220,5 +223,36 @@ mod tests {
         let each: Vec<_> = (0..ROUNDS).flat_map(|n| [(n.to_string(), false), (n.to_string(), true)]).collect();
         assert_eq!(seen.len(), WRITERS);
         assert!(seen.values().all(|events| *events == each), "{seen:?}");
+    }
+
+    /// A store whose disk is full.
+    struct Full;
+
+    #[async_trait::async_trait]
+    impl Store for Full {
+        async fn get(&self, _: &'static str, _: &str) -> Result<Option<Record>, StoreError> {
+            Err(StoreError::Broken("disk is full".into()))
+        }
+        async fn list(&self, _: &'static str) -> Result<(Vec<Record>, u64), StoreError> {
+            Err(StoreError::Broken("disk is full".into()))
+        }
+        async fn put_if(&self, _: &'static str, _: &str, _: Vec<u8>, _: Expect) -> Result<u64, StoreError> {
+            Err(StoreError::Broken("disk is full".into()))
+        }
+        async fn delete_if(&self, _: &'static str, _: &str, _: Expect) -> Result<Option<Record>, StoreError> {
+            Err(StoreError::Broken("disk is full".into()))
+        }
+        async fn watch_from(&self, _: &'static str, _: u64) -> Result<Watch, StoreError> {
+            Err(StoreError::Broken("disk is full".into()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_store_that_fails_is_an_error_about_the_object() {
+        let chain = Next::new(vec![Arc::new(Memory::new(Arc::new(Full)))]);
+        let expected = "memory (a): store: disk is full";
+        assert_eq!(chain.register(call("a", "1")).await.unwrap_err().to_string(), expected);
+        assert_eq!(chain.unregister(call("a", "1")).await.unwrap_err().to_string(), expected);
+        assert_eq!(chain.list(endpoint("a", ""), Context::new()).await.unwrap_err().to_string(), expected);
     }
 }

@@ -1,6 +1,6 @@
 //! Adds the caller's and the own token to the registry path, and both identities to the object.
 
-use crate::{Call, Context, Element, Error, Next, Object};
+use crate::{Call, Context, Element, Error, Events, Next, Object, Query};
 use nsm_identity::{Error as IdentityError, Token, X509Source, token};
 use std::{sync::Arc, time::Duration};
 
@@ -11,12 +11,22 @@ type Generator = Arc<dyn Fn(Option<&str>) -> Result<Token, IdentityError> + Send
 /// The element.
 pub struct UpdatePath {
     generate: Generator,
+    /// The own identity, by which errors name this process.
+    own: Arc<dyn Fn() -> String + Send + Sync>,
 }
 
 impl UpdatePath {
     /// Tokens signed by `source`, living `max_lifetime` at most.
     pub fn new(source: X509Source, max_lifetime: Duration) -> Self {
-        Self { generate: Arc::new(move |audience| source.token(audience, max_lifetime)) }
+        let identity = source.clone();
+        Self {
+            generate: Arc::new(move |audience| source.token(audience, max_lifetime)),
+            own: Arc::new(move || identity.spiffe_id()),
+        }
+    }
+
+    fn named(&self, error: Error) -> Error {
+        error.at(&(self.own)())
     }
 
     /// The way down: path and object get both identities.
@@ -61,17 +71,21 @@ impl<T: Object> Element<T> for UpdatePath {
     }
 
     async fn register(&self, mut call: Call<T>, next: Next<T>) -> Result<T, Error> {
-        self.advance(&mut call.message, &mut call.ctx)?;
+        self.advance(&mut call.message, &mut call.ctx).map_err(|error| self.named(error))?;
         let ctx = call.ctx.clone();
-        let answer = next.register(call).await?;
+        let answer = next.register(call).await.map_err(|error| self.named(error))?;
         step_back(&ctx);
         Ok(answer)
     }
 
+    async fn find(&self, call: Call<Query<T>>, next: Next<T>) -> Result<Events<T>, Error> {
+        next.find(call).await.map_err(|error| self.named(error))
+    }
+
     async fn unregister(&self, mut call: Call<T>, next: Next<T>) -> Result<(), Error> {
-        self.advance(&mut call.message, &mut call.ctx)?;
+        self.advance(&mut call.message, &mut call.ctx).map_err(|error| self.named(error))?;
         let ctx = call.ctx.clone();
-        next.unregister(call).await?;
+        next.unregister(call).await.map_err(|error| self.named(error))?;
         step_back(&ctx);
         Ok(())
     }
