@@ -7,7 +7,7 @@ use nsm_identity::X509Source;
 use nsm_kernel::Netns;
 use nsm_mesh::{Forwarder, Node, NodeConfig};
 use nsm_registry::{
-    Dialer, Policies, Registry, RegistryClient, Security, Upstream, service,
+    ClientPolicies, Dialer, Policies, Registry, RegistryClient, Security, Upstream, service,
     store::{MemoryStore, SqliteStore, Store},
 };
 use nsm_transport::{Address, Listener, Transport};
@@ -44,6 +44,7 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
         source: source.clone(),
         max_token_lifetime: settings.max_token_lifetime.get(),
         policies: registry_policies(&settings),
+        client_policies: ClientPolicies::from_masks(&settings.registry_client_policies),
     };
     // The state is loaded before anybody can ask for it.
     let embedded = settings.registry_url.is_empty();
@@ -117,6 +118,7 @@ async fn forward(
     let registry = RegistryClient::builder(&settings.connect_to, source.clone())
         .max_token_lifetime(settings.max_token_lifetime.get())
         .dial_timeout(settings.dial_timeout.get())
+        .policies(ClientPolicies::from_masks(&settings.registry_client_policies))
         .build()?;
     let url =
         settings.listen_on.iter().find(|url| url.starts_with("unix:")).context("NSM_LISTEN_ON: no unix socket")?;
@@ -217,6 +219,7 @@ fn node_config(settings: &Settings, public_url: &str, source: X509Source, netns:
         max_token_lifetime: settings.max_token_lifetime.get(),
         dial_timeout: settings.dial_timeout.get(),
         registry_policies: registry_policies(settings),
+        registry_client_policies: ClientPolicies::from_masks(&settings.registry_client_policies),
         excluded_prefixes: settings.excluded_prefixes_file.clone(),
         keep_alive: settings.keep_while_alive,
         ..stock
@@ -229,7 +232,7 @@ async fn public_url(urls: &[String], netns: &Netns) -> anyhow::Result<String> {
     let tcp = urls.iter().find(|url| url.starts_with("tcp://"));
     let url = tcp.or_else(|| urls.iter().find(|url| !url.is_empty())).context("NSM_LISTEN_ON: empty")?;
     let Some(port) = url.strip_prefix("tcp://:") else { return Ok(url.clone()) };
-    let mut own: Vec<IpAddr> = netns
+    let own = netns
         .netlink()
         .await?
         .addresses(None)
@@ -237,12 +240,58 @@ async fn public_url(urls: &[String], netns: &Netns) -> anyhow::Result<String> {
         .iter()
         .filter(|address| address.global)
         .map(|address| address.net.addr())
-        .filter(|ip| !ip.is_loopback())
-        .collect();
-    own.sort_by_key(IpAddr::is_ipv6);
-    let ip = own.first().with_context(|| format!("NSM_LISTEN_ON: {url} has no host, and this node no address"))?;
-    Ok(match ip {
-        IpAddr::V4(ip) => format!("tcp://{ip}:{port}"),
-        IpAddr::V6(ip) => format!("tcp://[{ip}]:{port}"),
-    })
+        .collect::<Vec<_>>();
+    let ip = preferred(own).with_context(|| format!("NSM_LISTEN_ON: {url} has no host, and this node no address"))?;
+    Ok(format!("tcp://{}:{port}", bracketed(ip)))
+}
+
+/// The address of those that other nodes are told: the first that is not this node's own business, IPv4 before IPv6.
+fn preferred(own: impl IntoIterator<Item = IpAddr>) -> Option<IpAddr> {
+    own.into_iter().filter(|ip| !ip.is_loopback()).min_by_key(IpAddr::is_ipv6)
+}
+
+/// As it stands in a URL.
+fn bracketed(ip: IpAddr) -> String {
+    match ip {
+        IpAddr::V4(ip) => ip.to_string(),
+        IpAddr::V6(ip) => format!("[{ip}]"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn first(own: &[&str]) -> Option<String> {
+        preferred(own.iter().map(|ip| ip.parse().unwrap())).map(bracketed)
+    }
+
+    #[test]
+    fn of_the_nodes_addresses_ipv4_is_preferred() {
+        assert_eq!(first(&["fd00::1", "10.0.0.2", "10.0.0.1"]).unwrap(), "10.0.0.2", "the first, not the smallest");
+        assert_eq!(first(&["127.0.0.1", "::1", "fd00::2", "fd00::1"]).unwrap(), "[fd00::2]");
+        assert_eq!(first(&["127.0.0.1", "::1"]), None);
+    }
+
+    #[tokio::test]
+    async fn the_public_url_is_the_first_for_other_nodes() {
+        let netns = Netns::current().unwrap();
+        let urls = |urls: &[&str]| urls.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let public = async |given: &[&str]| public_url(&urls(given), &netns).await;
+        assert_eq!(
+            public(&["unix:///a", "tcp://10.0.0.1:5001", "tcp://10.0.0.2:5001"]).await.unwrap(),
+            "tcp://10.0.0.1:5001"
+        );
+        assert_eq!(public(&["", "unix:///a"]).await.unwrap(), "unix:///a");
+        let error = public(&["", ""]).await.unwrap_err().to_string();
+        assert_eq!(error, "NSM_LISTEN_ON: empty");
+        // Without a host: an address of this machine, where it has one.
+        match public(&["tcp://:5001"]).await {
+            Ok(url) => {
+                assert!(Address::parse(&url).is_ok() && url.ends_with(":5001"), "{url}");
+                assert!(!url.contains("127.0.0.1") && !url.contains("[::1]"), "{url}");
+            }
+            Err(cause) => assert!(cause.to_string().contains("tcp://:5001 has no host"), "{cause}"),
+        }
+    }
 }
