@@ -27,7 +27,8 @@ const NAME: &str = "refresh";
 const RETRY: Duration = Duration::from_millis(200);
 
 /// When to refresh, counted from `now`: a third of the shortest life for a path of one, else a part that grows with
-/// the position, so that later hops do not refresh before earlier ones.
+/// the position, so that later hops do not refresh before earlier ones. Lies between 1 ns and the shortest life whatever the next
+/// hop has written into the path.
 pub fn delay(connection: &Connection, now: SystemTime) -> Duration {
     let Some(path) = connection.path.as_ref().filter(|path| !path.path_segments.is_empty()) else {
         return Duration::from_nanos(1);
@@ -37,7 +38,7 @@ pub fn delay(connection: &Connection, now: SystemTime) -> Duration {
     let shortest = expires.map(life).min().unwrap_or_default();
     let factor = match path.path_segments.len() {
         1 => 1.0 / 3.0,
-        len => 0.2 + 0.2 * f64::from(path.index) / len as f64,
+        len => 0.2 + 0.2 * (path.index as usize).min(len) as f64 / len as f64,
     };
     shortest.mul_f64(factor).max(Duration::from_nanos(1))
 }
@@ -135,6 +136,42 @@ mod tests {
             ),
             Duration::from_nanos(1)
         );
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_path_makes_it_fail(
+            index: u32,
+            ends in proptest::collection::vec(proptest::option::of((proptest::prelude::any::<i64>(), proptest::prelude::any::<i32>())), 0..6),
+        ) {
+            let segment = |end: Option<(i64, i32)>| PathSegment {
+                expires: end.map(|(seconds, nanos)| prost_types::Timestamp { seconds, nanos }),
+                ..Default::default()
+            };
+            let now = SystemTime::now();
+            let lives = ends.iter().map(|end| match end {
+                Some((seconds, nanos)) => {
+                    let end = clock::from_timestamp(&prost_types::Timestamp { seconds: *seconds, nanos: *nanos });
+                    end.duration_since(now).unwrap_or_default()
+                }
+                None => Duration::ZERO,
+            });
+            let shortest = lives.min().unwrap_or_default();
+            let path = Path { index, path_segments: ends.iter().copied().map(segment).collect() };
+            let delay = delay(&Connection { path: Some(path), ..Default::default() }, now);
+            assert!(delay >= Duration::from_nanos(1) && delay <= shortest.max(Duration::from_nanos(1)), "{delay:?}");
+        }
+    }
+
+    /// What the property above does not try by chance.
+    #[test]
+    fn the_latest_end_of_all_makes_no_trouble() {
+        let end = prost_types::Timestamp { seconds: i64::MAX, nanos: 999_999_999 };
+        for len in 1..4 {
+            let path_segments = vec![PathSegment { expires: Some(end), ..Default::default() }; len];
+            let path = Path { index: u32::MAX, path_segments };
+            delay(&Connection { path: Some(path), ..Default::default() }, SystemTime::now());
+        }
     }
 
     /// Gives the connection a life of three seconds: refreshed every second.

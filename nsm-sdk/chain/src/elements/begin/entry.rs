@@ -6,10 +6,12 @@ use super::{
 };
 use crate::{
     CloseCall, Connection, Context, Error, EventOptions, Fired, NetworkServiceRequest, Next, RequestCall, Side, State,
-    elements::begin::EventFactory,
+    core::Postponed, elements::begin::EventFactory,
 };
+use futures_util::FutureExt;
 use std::{
     collections::HashMap,
+    panic::AssertUnwindSafe,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
@@ -152,6 +154,11 @@ impl Entry {
         Context { deadline, factory, cancel, ..record.values.clone() }
     }
 
+    /// The same for undoing something: a close that waits must not cut short what would do its work.
+    fn clean_up_context(self: &Arc<Self>) -> Context {
+        Context { cancel: None, ..self.event_context() }
+    }
+
     /// A request by the caller.
     pub(super) async fn request(
         self: &Arc<Self>,
@@ -170,7 +177,7 @@ impl Entry {
         } else if phase == Phase::Established && call.connection().state() == State::ReselectRequested {
             // The old branch has to go before a new one is looked for.
             let connection = stored.unwrap_or_default();
-            if let Err(error) = self.next.close(CloseCall::new(connection, self.event_context())).await {
+            if let Err(error) = self.next.close(CloseCall::new(connection, self.clean_up_context())).await {
                 tracing::info!(id = %self.id, %error, "closing the old branch before reselecting");
             }
             self.record().phase = Phase::New;
@@ -183,8 +190,12 @@ impl Entry {
         let (deadline, fresh) = (call.ctx.deadline, self.record().phase == Phase::New && !call.ctx.refresh);
         let values = Context { deadline: None, ..call.ctx.clone() };
         call.ctx.factory = Some(EventFactory(self.clone()));
-        let request = call.message.clone();
-        match self.next.request(call).await {
+        let (request, postponed) = (call.message.clone(), call.ctx.postpone());
+        let result = match AssertUnwindSafe(self.next.request(call)).catch_unwind().await {
+            Ok(result) => result,
+            Err(_) => Err(self.broken_off(&request, &postponed).await),
+        };
+        match result {
             Ok(connection) => {
                 let connection = self.established(request, connection, Some(values));
                 if self.side == Side::Client {
@@ -206,11 +217,27 @@ impl Entry {
     async fn undo(self: &Arc<Self>, connection: Connection) -> Error {
         tracing::info!(id = %self.id, "closing: the caller has not waited for it");
         let error = Error::deadline(NAME, &self.id, "the chain");
-        let closed = self.next.close(CloseCall::new(connection, self.event_context())).await;
+        let closed = self.next.close(CloseCall::new(connection, self.clean_up_context())).await;
         self.forget();
         match closed {
             Ok(()) => error,
             Err(close) => error.also("connection closed with error", &close),
+        }
+    }
+
+    /// An element has panicked. What was established stays; of something new nobody knows how far it came: it is closed as it was
+    /// asked for.
+    async fn broken_off(&self, request: &NetworkServiceRequest, postponed: &Postponed) -> Error {
+        let text = "the operation broke off: an element has panicked";
+        let error = Error::new(NAME, &self.id, text).with_code(tonic::Code::Internal);
+        if self.record().phase == Phase::Established {
+            return error;
+        }
+        let connection = request.connection.clone().unwrap_or_default();
+        let close = self.next.close(CloseCall::new(connection, postponed.context()));
+        match AssertUnwindSafe(close).catch_unwind().await {
+            Ok(Err(close)) => error.also("connection closed with error", &close),
+            Ok(Ok(())) | Err(_) => error,
         }
     }
 

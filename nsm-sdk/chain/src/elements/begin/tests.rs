@@ -286,3 +286,93 @@ async fn a_dropped_chain_replays_nothing() {
     assert_eq!(factory.request(EventOptions::default()).await.unwrap(), Fired::Skipped);
     factory.closed().await;
 }
+
+/// Breaks on the way back up, after what is below has been done.
+struct Breaks(Arc<AtomicBool>);
+
+#[async_trait::async_trait]
+impl Element for Breaks {
+    fn name(&self) -> &'static str {
+        "breaks"
+    }
+
+    async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let connection = next.request(call).await?;
+        assert!(!self.0.load(SeqCst), "told to break");
+        Ok(connection)
+    }
+}
+
+#[tokio::test]
+async fn of_a_first_request_that_panics_nothing_is_left_and_of_a_refresh_everything() {
+    for side in [Side::Server, Side::Client] {
+        let (seen, begin, broken) =
+            (Arc::<Seen>::default(), Arc::new(Begin::new(side)), Arc::new(AtomicBool::new(true)));
+        let metadata = Arc::new(crate::elements::metadata::MetadataElement::new());
+        let chain = Chain::builder()
+            .element(begin.clone())
+            .element(metadata.clone())
+            .element(Breaks(broken.clone()))
+            .element(Probe(seen.clone()))
+            .build();
+        let error = chain.request(request("c")).await.unwrap_err();
+        assert_eq!((error.code(), error.element()), (tonic::Code::Internal, "begin"), "{error}");
+        assert_eq!((seen.closes.load(SeqCst), begin.len(), metadata.len()), (1, 0, 0), "what is below was told");
+        broken.store(false, SeqCst);
+        chain.request(request("c")).await.unwrap();
+        broken.store(true, SeqCst);
+        chain.request(request("c")).await.unwrap_err();
+        assert_eq!((seen.closes.load(SeqCst), begin.len(), metadata.len()), (1, 1, 1));
+        close(&chain, "c").await.unwrap();
+        assert_eq!((seen.closes.load(SeqCst), begin.len(), metadata.len()), (2, 0, 0));
+    }
+}
+
+/// Ends the moment somebody does not want to wait, like a call to another process.
+struct Heeds(Arc<Mutex<Vec<bool>>>);
+
+#[async_trait::async_trait]
+impl Element for Heeds {
+    fn name(&self) -> &'static str {
+        "heeds"
+    }
+
+    async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
+        let waited = call.ctx.bounded(Duration::from_secs(60), tokio::time::sleep(Duration::from_secs(1))).await;
+        self.0.lock().unwrap().push(waited.is_ok());
+        match waited {
+            Ok(()) => next.close(call).await,
+            Err(code) => Err(Error::new("heeds", call.id(), "given up").with_code(code)),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_close_does_not_cut_short_what_does_its_work() {
+    let (seen, begin, closed) = (Arc::<Seen>::default(), Arc::new(Begin::new(Side::Server)), Arc::default());
+    let chain = Chain::builder()
+        .element(begin.clone())
+        .element(Heeds(Arc::clone(&closed)))
+        .element(Probe(seen.clone()))
+        .build();
+    // The caller has left, and its connection is being closed again when the close comes.
+    *seen.delay.lock().unwrap() = Duration::from_millis(400);
+    let ctx = Context::new().with_timeout(Duration::from_secs(10));
+    let left = tokio::time::timeout(Duration::from_millis(50), chain.request(request_id("c", ctx))).await;
+    assert!(left.is_err());
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    assert_eq!((seen.inside.load(SeqCst), seen.closes.load(SeqCst)), (0, 0), "it is under way");
+    close(&chain, "c").await.unwrap();
+    assert_eq!((closed.lock().unwrap().as_slice(), seen.closes.load(SeqCst), begin.len()), (&[true][..], 1, 0));
+    // The same for the old branch of one that is asked for anew.
+    let mut connection = chain.request(request("d")).await.unwrap();
+    connection.set_state(State::ReselectRequested);
+    let reselect = tokio::spawn({
+        let chain = chain.clone();
+        async move { chain.request(request_with(connection)).await }
+    });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    close(&chain, "d").await.unwrap();
+    reselect.await.unwrap().unwrap();
+    assert_eq!((closed.lock().unwrap().as_slice(), seen.closes.load(SeqCst), begin.len()), (&[true; 3][..], 3, 0));
+}
