@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 const NAME: &str = "registry";
-/// What one look-up may take.
+/// What one look-up may take, unless the call it is for ends before.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause between look-ups for an endpoint that is expected back.
 const AGAIN: Duration = Duration::from_millis(50);
@@ -42,6 +42,10 @@ impl Finder {
     }
 }
 
+fn within(deadline: Option<Instant>) -> Context {
+    Context { deadline, ..Context::new() }.with_timeout(TIMEOUT)
+}
+
 /// Which connection it is asked for is not known here; what is asked for is.
 fn failed(kind: &str, name: &str, cause: nsm_registry::Error) -> Error {
     let code = cause.code();
@@ -55,9 +59,9 @@ fn wanted(query: &NetworkServiceEndpoint) -> String {
 
 #[async_trait::async_trait]
 impl Registry for Finder {
-    async fn find_ns(&self, query: NetworkService) -> Result<Vec<NetworkService>, Error> {
+    async fn find_ns(&self, query: NetworkService, deadline: Option<Instant>) -> Result<Vec<NetworkService>, Error> {
         let name = query.name.clone();
-        let found = self.services.list(query, Context::new().with_timeout(TIMEOUT)).await;
+        let found = self.services.list(query, within(deadline)).await;
         found.map_err(|cause| failed("service", &name, cause))
     }
 
@@ -71,12 +75,16 @@ impl Registry for Finder {
         Ok(events.scan((), move |(), event| current(event)).filter_map(std::future::ready).boxed())
     }
 
-    async fn find_nse(&self, query: NetworkServiceEndpoint) -> Result<Vec<NetworkServiceEndpoint>, Error> {
+    async fn find_nse(
+        &self,
+        query: NetworkServiceEndpoint,
+        deadline: Option<Instant>,
+    ) -> Result<Vec<NetworkServiceEndpoint>, Error> {
         let named = !query.name.is_empty();
         let patience = self.settled.min(Instant::now() + self.patience);
+        let patience = deadline.map_or(patience, |deadline| patience.min(deadline));
         loop {
-            let ctx = Context::new().with_timeout(TIMEOUT);
-            let found = self.endpoints.list(query.clone(), ctx).await;
+            let found = self.endpoints.list(query.clone(), within(deadline)).await;
             let found = found.map_err(|cause| failed("endpoint", &wanted(&query), cause))?;
             if !found.is_empty() || !named || Instant::now() >= patience {
                 return Ok(found);
@@ -158,17 +166,56 @@ mod tests {
         let memory = || Memory::new(store.clone());
         let finder = Finder::new(Chain::new(vec![Arc::new(memory())]), Chain::new(vec![Arc::new(memory())]))
             .settling(Duration::from_secs(10), Duration::from_secs(3));
-        let (found, ()) = tokio::join!(finder.find_nse(named("a")), async {
+        let (found, ()) = tokio::join!(finder.find_nse(named("a"), None), async {
             tokio::time::sleep(Duration::from_secs(1)).await;
             finder.endpoints.register(Call::new(named("a"), Context::new())).await.unwrap();
         });
         assert_eq!(found.unwrap().len(), 1);
         let before = Instant::now();
-        assert!(finder.find_nse(named("b")).await.unwrap().is_empty());
+        assert!(finder.find_nse(named("b"), None).await.unwrap().is_empty());
         assert!(before.elapsed() >= Duration::from_secs(3));
         tokio::time::sleep(Duration::from_secs(10)).await;
         let before = Instant::now();
-        assert!(finder.find_nse(named("b")).await.unwrap().is_empty());
+        assert!(finder.find_nse(named("b"), None).await.unwrap().is_empty());
         assert!(before.elapsed() < Duration::from_secs(1));
+    }
+
+    /// A registry that does not answer.
+    struct Silent;
+
+    #[async_trait::async_trait]
+    impl<T: nsm_registry::Object> nsm_registry::Element<T> for Silent {
+        fn name(&self) -> &'static str {
+            "silent"
+        }
+
+        async fn find(
+            &self,
+            call: Call<Query<T>>,
+            _: nsm_registry::Next<T>,
+        ) -> Result<nsm_registry::Events<T>, nsm_registry::Error> {
+            call.ctx.ended().await;
+            Err(nsm_registry::Error::deadline("silent", "", "an answer"))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_look_up_takes_longer_than_its_call() {
+        let second = Duration::from_secs(1);
+        let silent = Finder::new(Chain::new(vec![Arc::new(Silent)]), Chain::new(vec![Arc::new(Silent)]));
+        let start = Instant::now();
+        let (services, endpoints) = tokio::join!(
+            silent.find_ns(NetworkService::default(), Some(start + second)),
+            silent.find_nse(named("a"), Some(start + second))
+        );
+        assert_eq!(services.unwrap_err().code(), tonic::Code::DeadlineExceeded);
+        assert_eq!(endpoints.unwrap_err().code(), tonic::Code::DeadlineExceeded);
+        assert_eq!(start.elapsed(), second);
+        // What is expected back is not waited for any longer either.
+        let memory = Chain::new(vec![Arc::new(Memory::new(Arc::new(MemoryStore::default())))]);
+        let finder = Finder::new(Chain::new(vec![]), memory).settling(Duration::from_secs(60), Duration::from_secs(30));
+        let start = Instant::now();
+        assert!(finder.find_nse(named("b"), Some(start + second)).await.unwrap().is_empty());
+        assert!(start.elapsed() <= second + AGAIN, "{:?}", start.elapsed());
     }
 }

@@ -14,7 +14,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 /// A request for the connection `id`.
 pub(crate) fn request_id(id: &str, ctx: Context) -> RequestCall {
@@ -105,11 +105,12 @@ impl Element for Spy {
     }
 }
 
-/// A registry of two lists, and who watches the first.
+/// A registry of two lists, who watches the first, and how long look-ups were to take.
 #[derive(Default)]
 pub(crate) struct MemoryRegistry(
     Mutex<(Vec<NetworkService>, Vec<NetworkServiceEndpoint>)>,
     Mutex<Vec<mpsc::UnboundedSender<NetworkService>>>,
+    Mutex<Vec<Option<Instant>>>,
 );
 
 impl MemoryRegistry {
@@ -131,6 +132,11 @@ impl MemoryRegistry {
         self.1.lock().unwrap().clear();
     }
 
+    /// The deadlines of the look-ups so far.
+    pub(crate) fn deadlines(&self) -> Vec<Option<Instant>> {
+        self.2.lock().unwrap().clone()
+    }
+
     pub(crate) fn add_nse(&self, nse: NetworkServiceEndpoint) {
         self.0.lock().unwrap().1.push(nse);
     }
@@ -144,7 +150,8 @@ type Labels = std::collections::BTreeMap<String, String>;
 
 #[async_trait::async_trait]
 impl Registry for MemoryRegistry {
-    async fn find_ns(&self, query: NetworkService) -> Result<Vec<NetworkService>, Error> {
+    async fn find_ns(&self, query: NetworkService, until: Option<Instant>) -> Result<Vec<NetworkService>, Error> {
+        self.2.lock().unwrap().push(until);
         // Generous on purpose: elements have to look for the exact name themselves.
         Ok(self.0.lock().unwrap().0.iter().filter(|ns| ns.name.contains(&query.name)).cloned().collect())
     }
@@ -159,7 +166,12 @@ impl Registry for MemoryRegistry {
         Ok(futures_util::stream::poll_fn(move |ctx| receiver.poll_recv(ctx)).boxed())
     }
 
-    async fn find_nse(&self, query: NetworkServiceEndpoint) -> Result<Vec<NetworkServiceEndpoint>, Error> {
+    async fn find_nse(
+        &self,
+        query: NetworkServiceEndpoint,
+        until: Option<Instant>,
+    ) -> Result<Vec<NetworkServiceEndpoint>, Error> {
+        self.2.lock().unwrap().push(until);
         let serves = |nse: &NetworkServiceEndpoint| {
             query.network_service_names.iter().all(|name| nse.network_service_names.contains(name))
         };

@@ -5,6 +5,7 @@ use crate::{
     registry::{NetworkServiceEndpoint, Registry, endpoint, service},
 };
 use std::sync::Arc;
+use tokio::time::Instant;
 use tonic::Code;
 
 /// Puts the URL of the endpoint that is named, or all candidates of the service, into the context. Does not wait for
@@ -19,10 +20,10 @@ impl Discover {
         Self(registry)
     }
 
-    async fn candidates(&self, connection: &Connection) -> Result<Candidates, Error> {
+    async fn candidates(&self, connection: &Connection, deadline: Option<Instant>) -> Result<Candidates, Error> {
         let missing = |text: String| Error::new(NAME, &connection.id, text).with_code(Code::NotFound);
         let name = &connection.network_service;
-        let network_service = service(&*self.0, name, &connection.payload)
+        let network_service = service(&*self.0, name, &connection.payload, deadline)
             .await?
             .ok_or_else(|| missing(format!("network service {name} is not found")))?;
         let query = NetworkServiceEndpoint { network_service_names: vec![name.clone()], ..Default::default() };
@@ -30,7 +31,7 @@ impl Discover {
         let alive = |endpoint: &NetworkServiceEndpoint| {
             endpoint.expiration_time.as_ref().is_none_or(|end| clock::from_timestamp(end) > now)
         };
-        let mut found = self.0.find_nse(query).await?;
+        let mut found = self.0.find_nse(query, deadline).await?;
         found.retain(alive);
         let endpoints = self.0.match_endpoints(&network_service, &connection.labels, &found);
         if endpoints.is_empty() {
@@ -39,9 +40,9 @@ impl Discover {
         Ok(Candidates { network_service, endpoints })
     }
 
-    async fn url(&self, connection: &Connection) -> Result<String, Error> {
+    async fn url(&self, connection: &Connection, deadline: Option<Instant>) -> Result<String, Error> {
         let name = &connection.network_service_endpoint_name;
-        let found = endpoint(&*self.0, name, "").await?;
+        let found = endpoint(&*self.0, name, "", deadline).await?;
         found.map(|endpoint| endpoint.url).ok_or_else(|| {
             let text = format!("network service endpoint {name} not found");
             Error::new(NAME, &connection.id, text).with_code(Code::NotFound)
@@ -50,9 +51,9 @@ impl Discover {
 
     async fn find(&self, ctx: &mut Context, connection: &mut Connection) -> Result<(), Error> {
         if !connection.network_service_endpoint_name.is_empty() {
-            ctx.client_url = Some(self.url(connection).await?);
+            ctx.client_url = Some(self.url(connection, ctx.deadline).await?);
         } else {
-            let candidates = self.candidates(connection).await?;
+            let candidates = self.candidates(connection, ctx.deadline).await?;
             connection.payload.clone_from(&candidates.network_service.payload);
             ctx.candidates = Some(Arc::new(candidates));
         }
@@ -76,7 +77,7 @@ impl Element for Discover {
 
     async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
         if call.ctx.client_url.is_none() {
-            match self.url(&call.message).await {
+            match self.url(&call.message, call.ctx.deadline).await {
                 Ok(url) => call.ctx.client_url = Some(url),
                 Err(error) => tracing::info!(%error, "closing without the endpoint's URL"),
             }

@@ -46,10 +46,11 @@ impl DiscoverForwarder {
         &self,
         connection: &Connection,
         sticky: Option<&str>,
+        deadline: Option<Instant>,
     ) -> Result<Vec<NetworkServiceEndpoint>, Error> {
         let missing = |text: String| Error::new(NAME, &connection.id, text).with_code(Code::NotFound);
         let name = &connection.network_service;
-        let network_service = service(&*self.registry, name, "")
+        let network_service = service(&*self.registry, name, "", deadline)
             .await?
             .ok_or_else(|| missing(format!("network service {name} is not found")))?;
         let query = NetworkServiceEndpoint {
@@ -58,7 +59,7 @@ impl DiscoverForwarder {
             url: self.url.clone(),
             ..Default::default()
         };
-        let found = self.registry.find_nse(query).await?;
+        let found = self.registry.find_nse(query, deadline).await?;
         let mut found = self.registry.match_forwarders(&network_service, &connection.labels, &found, &self.service);
         found.retain(|forwarder| sticky.is_none_or(|name| forwarder.name == name));
         match (found.is_empty(), sticky) {
@@ -73,17 +74,18 @@ impl DiscoverForwarder {
         &self,
         connection: &Connection,
         reselect: bool,
+        deadline: Option<Instant>,
     ) -> Result<Vec<NetworkServiceEndpoint>, Error> {
         let before = path::segment(connection, 1).map(|before| before.name.as_str());
         let Some(before) = before.filter(|name| !name.is_empty() && !reselect) else {
-            return self.candidates(connection, None).await;
+            return self.candidates(connection, None, deadline).await;
         };
         if Instant::now() < self.settled
-            && let Ok(found) = self.candidates(connection, Some(before)).await
+            && let Ok(found) = self.candidates(connection, Some(before), deadline).await
         {
             return Ok(found);
         }
-        let mut candidates = self.candidates(connection, None).await?;
+        let mut candidates = self.candidates(connection, None, deadline).await?;
         candidates.sort_by_key(|forwarder| forwarder.name != before);
         Ok(candidates)
     }
@@ -102,9 +104,10 @@ impl Element for DiscoverForwarder {
         if reselect {
             metadata.remove(&self.sticky);
         }
+        let deadline = call.ctx.deadline;
         let candidates = match metadata.get(&self.sticky) {
-            Some(name) => self.candidates(&connection, Some(&name)).await?,
-            None => self.first_or_again(&connection, reselect).await?,
+            Some(name) => self.candidates(&connection, Some(&name), deadline).await?,
+            None => self.first_or_again(&connection, reselect, deadline).await?,
         };
         let mut errors = Vec::new();
         for forwarder in candidates {
@@ -125,7 +128,7 @@ impl Element for DiscoverForwarder {
         let sticky = call.ctx.metadata(NAME, call.id())?.remove(&self.sticky);
         let name = sticky.or_else(|| path::segment(&call.message, 1).map(|forwarder| forwarder.name.clone()));
         if let Some(name) = name.filter(|name| !name.is_empty()) {
-            match endpoint(&*self.registry, &name, &self.url).await {
+            match endpoint(&*self.registry, &name, &self.url, call.ctx.deadline).await {
                 Ok(Some(forwarder)) => call.ctx.client_url = Some(forwarder.url),
                 Ok(None) => tracing::info!(id = call.id(), name, "closing: the forwarder is not registered"),
                 Err(error) => tracing::info!(%error, name, "closing: cannot look up the forwarder"),
@@ -229,6 +232,16 @@ mod tests {
         tokio::time::advance(Duration::from_secs(20)).await;
         request("fwd-2").await.unwrap_err();
         assert_eq!(tried(), ["unix:///fwd-2", "unix:///fwd-1", "unix:///fwd-3"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn look_ups_end_when_the_call_does() {
+        let (chain, _, _, registry) = setup();
+        let ctx = Context::new().with_timeout(Duration::from_secs(1));
+        let deadline = ctx.deadline;
+        chain.request(RequestCall::new(request_with(connection(State::Up, "")).message, ctx.clone())).await.unwrap();
+        chain.close(CloseCall::new(connection(State::Up, ""), ctx)).await.unwrap();
+        assert_eq!(registry.deadlines(), [deadline; 3]);
     }
 
     // Conformance 66

@@ -108,7 +108,7 @@ async fn judge(
         }
         let Some(service) = latest.borrow_and_update().clone() else { continue };
         let found = loop {
-            match endpoint(&*registry, &subject.endpoint, "").await {
+            match endpoint(&*registry, &subject.endpoint, "", None).await {
                 Ok(found) => break found,
                 Err(_) => tokio::time::sleep(RETRY).await,
             }
