@@ -96,7 +96,6 @@ impl World {
         let client = Client::builder("mgr", Arc::new(Grpc::new(self.transport("mgr"))))
             .url(self.url("nse"))
             .passthrough()
-            .policies(Policies::client())
             .element(RecvFdClient::new())
             .element(SendFdClient)
             .build();
@@ -111,7 +110,6 @@ impl World {
         let kernel = Mechanisms::new(Side::Client).with(KERNEL, KernelClient::new());
         Client::builder("nsc", Arc::new(Grpc::new(self.transport("nsc"))))
             .url(self.url("mgr"))
-            .policies(Policies::client())
             .liveness(LivenessCheck::new(Arc::new(Always)))
             .element(kernel)
             .element(SendFdClient)
@@ -206,5 +204,27 @@ async fn strangers_are_refused() {
     let process = world.serve("nse", &world.nse()).await;
     let client = Client::builder("nsc", Arc::new(Grpc::new(other.transport("nsc")))).url(world.url("nse")).build();
     assert!(client.request(request(), Duration::from_secs(2)).await.is_err());
+    process.stop().await;
+}
+
+/// A hop whose tokens are not by the key that it has shown is somebody else's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hop_that_signs_with_another_key_is_refused_and_told_to_close() {
+    let world = World::new();
+    let stolen = world.authority.source("/nse", HOUR).unwrap();
+    let nse = Endpoint::builder("nse", token::from_source(stolen, HOUR)).build();
+    let process = world.serve("nse", &nse).await;
+    let client = || Client::builder("nsc", Arc::new(Grpc::new(world.transport("nsc")))).url(world.url("nse"));
+    let careful = client().build();
+    let error = careful.request(request(), TIMEOUT).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::PermissionDenied, "{error}");
+    let text = error.to_string();
+    assert!(text.contains("the token of nse: ") && text.contains("not by the certificate's key"), "{text}");
+    assert!(nse.hub().connections().is_empty() && careful.connection("nsc-0").is_none());
+    // Who does not want to know gets it.
+    let trusting = client().policies(Policies::any()).build();
+    let connection = trusting.request(request(), TIMEOUT).await.unwrap();
+    assert_eq!(nse.hub().connections().len(), 1);
+    trusting.close(connection, TIMEOUT).await.unwrap();
     process.stop().await;
 }

@@ -59,9 +59,14 @@ impl World {
         Self { authority, folder, sources: Mutex::default() }
     }
 
+    /// One for each process: its tokens are by the key that it shows.
     fn source(&self, name: &str) -> X509Source {
+        let mut sources = self.sources.lock().unwrap();
+        if let Some((_, source)) = sources.iter().find(|(known, _)| known == name) {
+            return source.clone();
+        }
         let source = self.authority.source(&format!("/{name}"), HOUR).unwrap();
-        self.sources.lock().unwrap().push((name.to_owned(), source.clone()));
+        sources.push((name.to_owned(), source.clone()));
         source
     }
 

@@ -8,6 +8,7 @@ use crate::{
 use nsm_chain::{
     Connection, Element, NetworkServiceRequest, Side, State,
     elements::{
+        authorize::Policies,
         begin::reselect_any,
         heal::{ConnectionStatus, Liveness, LivenessCheck},
         kernel_mechanism::{INODE_URL, KERNEL, KernelClient},
@@ -46,6 +47,7 @@ impl Client {
             liveness: true,
             liveness_interval: Duration::from_millis(200),
             liveness_timeout: Duration::from_secs(1),
+            policies: Policies::client(),
             elements: Vec::new(),
         }
     }
@@ -102,6 +104,7 @@ pub struct ClientBuilder {
     liveness: bool,
     liveness_interval: Duration,
     liveness_timeout: Duration,
+    policies: Policies,
     elements: Vec<Arc<dyn Element>>,
 }
 
@@ -134,6 +137,13 @@ impl ClientBuilder {
         self
     }
 
+    /// Replaces the policies for what the manager answers (those of NSM's own client). Without any, whoever answers is believed.
+    #[must_use]
+    pub fn policies(mut self, policies: Policies) -> Self {
+        self.policies = policies;
+        self
+    }
+
     fn read(mut self, lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self, Error> {
         let mut env = Env::new(lookup);
         self.settings.read(&mut env);
@@ -151,7 +161,8 @@ impl ClientBuilder {
     fn chain(&self, transport: nsm_transport::Transport) -> nsm_chain::Client {
         let mut chain = nsm_chain::Client::builder(&self.settings.name, Arc::new(Grpc::new(transport)))
             .url(&self.settings.manager)
-            .dial_timeout(self.settings.dial_timeout);
+            .dial_timeout(self.settings.dial_timeout)
+            .policies(self.policies.clone());
         if self.liveness {
             chain = chain.liveness(LivenessCheck {
                 interval: self.liveness_interval,

@@ -70,7 +70,7 @@ impl Client {
             dial_timeout: Duration::ZERO,
             refresh: true,
             heal: Some(None),
-            policies: Policies::any(),
+            policies: Policies::client(),
             reselect: None,
             retry: None,
             elements: Vec::new(),
@@ -244,7 +244,7 @@ impl ClientBuilder {
         self
     }
 
-    /// Policies for answers. None by default, as in NSM.
+    /// Replaces the stock policies for answers. Without any, whoever answers is believed.
     #[must_use]
     pub fn policies(mut self, policies: Policies) -> Self {
         self.policies = policies;
