@@ -8,8 +8,8 @@ use super::kernel_mechanism::{KERNEL, NAME as INTERFACE};
 use crate::{CloseCall, Connection, Element, Error, Mechanism, Next, RequestCall, State};
 use tonic::Code;
 
-/// Gives each connection an interface name of its own, the same over refreshes and, through [`Names::restore`] or a
-/// name proposed in the request, over restarts.
+/// Gives each connection an interface name of its own, the same over refreshes and, through [`Names::kept_in`], [`Names::restore`] or
+/// a name proposed in the request, over restarts.
 #[derive(Clone, Debug)]
 pub struct InterfaceName(Names);
 
@@ -109,6 +109,37 @@ mod tests {
         other.restore(names.all());
         assert_eq!(other.take("b", None).unwrap(), "nsm-1");
         assert_eq!(Names::new("a-very-long-name", DELAY).take("a", None), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_file_keeps_names_over_restarts_and_frees_what_does_not_come_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("names");
+        let run = || Names::new("nsm-", DELAY).kept_in(&file).unwrap();
+        let names = run();
+        for (id, expected) in [("a", "nsm-0"), ("b with a space", "nsm-1"), ("c", "nsm-2"), ("two\nlines", "nsm-3")] {
+            assert_eq!(names.take(id, None).unwrap(), expected);
+        }
+        // Closed just before the end.
+        names.release("c");
+        drop(names);
+        let names = run();
+        assert_eq!(names.take("new", None).unwrap(), "nsm-3");
+        assert_eq!(names.take("b with a space", None).unwrap(), "nsm-1");
+        tokio::time::advance(DELAY).await;
+        // Neither the closed one nor one that has not come back keeps its name for ever; one that has does.
+        assert_eq!(names.take("d", None).unwrap(), "nsm-0");
+        assert_eq!(names.take("e", None).unwrap(), "nsm-2");
+        assert_eq!(names.take("f", None).unwrap(), "nsm-4");
+        drop(names);
+        assert_eq!(run().all().len(), 5);
+
+        // Nonsense is nobody's name, and a folder that is not there is no obstacle.
+        std::fs::write(&file, "eth0 a\nnsm-0\nnsm-much-too-long b\nnsm-5 c\n").unwrap();
+        assert_eq!(run().all(), [("c".to_owned(), "nsm-5".to_owned())].into());
+        let nowhere = Names::new("nsm-", DELAY).kept_in(folder.path().join("no/names")).unwrap();
+        assert_eq!(nowhere.take("a", None).unwrap(), "nsm-0");
+        assert!(Names::new("nsm-", DELAY).kept_in(folder.path()).is_err(), "a folder cannot be read");
     }
 
     #[tokio::test]
