@@ -213,6 +213,51 @@ async fn the_other_side_may_ask_for_a_refresh_and_change_the_context() {
     assert_eq!((mtu, status.borrow().is_up()), (1400, true));
 }
 
+/// Asks for a refresh while the answer to the first request is on its way up: nobody listens yet.
+struct AsksEarly(Arc<Hop>, AtomicBool);
+
+#[async_trait::async_trait]
+impl crate::Element for AsksEarly {
+    fn name(&self) -> &'static str {
+        "asks early"
+    }
+
+    async fn request(&self, call: crate::RequestCall, next: crate::Next) -> Result<Connection, crate::Error> {
+        let connection = next.request(call).await?;
+        if !self.1.swap(true, SeqCst) {
+            let hub = self.0.hub.lock().unwrap().clone();
+            let mut wish = hub.connections().remove(0);
+            wish.set_state(State::RefreshRequested);
+            hub.notify(&wish);
+        }
+        Ok(connection)
+    }
+}
+
+// Conformance 55
+#[tokio::test(start_paused = true)]
+async fn a_wish_from_before_the_watch_is_granted_and_one_that_cannot_be_is_no_storm() {
+    let hop = Arc::new(Hop::default());
+    let client = Client::builder("nsc", Arc::new(HopConnector(hop.clone())))
+        .url("unix:///mgr")
+        .element(Life)
+        .element(AsksEarly(hop.clone(), AtomicBool::new(false)))
+        .build();
+    client.request(request(), TIMEOUT).await.unwrap();
+    assert_eq!(hop.requests(), 1);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!((hop.requests(), hop.closes()), (2, 0));
+    // The hop wants it and refuses it.
+    hop.refuse.store(true, SeqCst);
+    let hub = hop.hub.lock().unwrap().clone();
+    let mut wish = hub.connections().remove(0);
+    wish.set_state(State::RefreshRequested);
+    hub.notify(&wish);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert!((10..100).contains(&(hop.requests() - 2)), "{}", hop.requests());
+    assert_eq!(hop.closes(), 0);
+}
+
 /// News of an earlier watch do not disturb what a later request has established.
 #[tokio::test(start_paused = true)]
 async fn stale_news_are_dropped() {

@@ -21,6 +21,8 @@ use tonic::Code;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// A connection that is lost within this time of being established is not healed at once: no storm of requests.
 const YOUNG: Duration = Duration::from_secs(1);
+/// Pause before a refresh that the other side has asked for before it was watched.
+const AGAIN: Duration = Duration::from_millis(200);
 /// Attempts to open the monitor stream.
 const OPENINGS: u32 = 3;
 /// ... to here.
@@ -114,6 +116,10 @@ impl Watch {
                         State::Down if deleted => return "the next hop has closed the connection".to_owned(),
                         State::Down => return "the next hop reports it down".to_owned(),
                         State::RefreshRequested => {
+                            if event.r#type() == ConnectionEventType::InitialStateTransfer {
+                                // The wish may be there again because granting it has failed: not at full speed.
+                                tokio::time::sleep(jittered(AGAIN)).await;
+                            }
                             tracing::info!(id = self.connection.id, "the other side asks for a refresh");
                             drop(self.factory.request(EventOptions::default()));
                         }

@@ -68,9 +68,14 @@ impl Hub {
         inner.insert(connection);
     }
 
-    /// Announces something about a connection without remembering it (REFRESH_REQUESTED and the like).
+    /// Announces a wish about a connection (REFRESH_REQUESTED and the like). Who comes to listen later, perhaps because it was still
+    /// busy with the answer, finds it in the initial state, until the connection is updated. Unknown connections stay unknown.
     pub fn notify(&self, connection: &Connection) {
-        lock(&self.0).announce(ConnectionEventType::Update, connection);
+        let mut inner = lock(&self.0);
+        inner.announce(ConnectionEventType::Update, connection);
+        if inner.connections.contains_key(&connection.id) {
+            inner.insert(connection.clone());
+        }
     }
 
     /// Announces the end of a connection.
@@ -252,7 +257,7 @@ impl Stream for Subscription {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Path, PathSegment};
+    use crate::{Path, PathSegment, State};
     use futures_util::{FutureExt, StreamExt};
 
     fn conn(id: &str, service: &str) -> Connection {
@@ -322,6 +327,27 @@ mod tests {
         assert_eq!(hub.subscribers(), 1);
         hub.end();
         assert_eq!(late.next().now_or_never(), Some(None));
+    }
+
+    // Conformance 55
+    #[test]
+    fn a_wish_is_found_by_who_comes_later_until_it_is_granted() {
+        let hub = Hub::new();
+        let state = |hub: &Hub| {
+            let first = hub.subscribe(selector(vec![], &[])).next().now_or_never().unwrap().unwrap();
+            first.connections.into_values().map(|connection| connection.state()).collect::<Vec<_>>()
+        };
+        let mut wish = conn("c", "svc");
+        wish.set_state(State::RefreshRequested);
+        let mut early = hub.subscribe(selector(vec![], &[]));
+        hub.notify(&wish);
+        assert!(state(&hub).is_empty(), "what is closed does not come back");
+        hub.update(conn("c", "svc"));
+        hub.notify(&wish);
+        assert_eq!(state(&hub), [State::RefreshRequested]);
+        hub.update(conn("c", "svc"));
+        assert_eq!(state(&hub), [State::Up]);
+        assert_eq!(std::iter::from_fn(|| next(&mut early)).count(), 5, "each was announced");
     }
 
     /// What is found by ids is what the rules find among all.
