@@ -4,7 +4,7 @@
 
 mod world;
 
-use nsm_chain::{ConnectionEventType, MonitorScopeSelector, NetworkServiceRequest};
+use nsm_chain::{ConnectionEventType, MonitorScopeSelector, NetworkServiceRequest, PathSegment};
 use nsm_proto::{
     connection::monitor_connection_client::MonitorConnectionClient,
     networkservice::network_service_client::NetworkServiceClient,
@@ -98,4 +98,31 @@ async fn what_is_unknown_is_closed_already() {
     let unknown = request("never-seen").connection.unwrap();
     client.close(timed(unknown, Duration::from_secs(1))).await.unwrap();
     assert_eq!(world.seen.closes.load(SeqCst), 0);
+}
+
+/// Ids are the business of who gives them: two clients that chose the same have a connection each.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_clients_with_equal_ids_do_not_collide() {
+    let world = World::start().await;
+    let mut connections = Vec::new();
+    for name in ["nsc-a", "nsc-b"] {
+        let connection = world.raw(name).await.request(request("c")).await.unwrap().into_inner();
+        connections.push((name, connection));
+    }
+    let ours = |n: usize| connections[n].1.path.clone().unwrap().path_segments[1].id.clone();
+    let address = |n: usize| connections[n].1.context.clone().unwrap().ip_context.unwrap().src_ip_addrs;
+    assert_ne!((ours(0), address(0)), (ours(1), address(1)));
+    assert_eq!((world.known(), connections[0].1.id.as_str()), (2, "c"));
+    // Who asks for the id alone hears of both.
+    let link = world.link(&world.source("nsc-a")).await;
+    let mut monitor = MonitorConnectionClient::new(link.with_token());
+    let segment = PathSegment { id: "c".into(), ..Default::default() };
+    let selector = MonitorScopeSelector { path_segments: vec![segment], ..Default::default() };
+    let mut events = monitor.monitor_connections(selector).await.unwrap().into_inner();
+    assert_eq!(events.message().await.unwrap().unwrap().connections.len(), 2);
+    // Each closes its own.
+    for (left, (name, connection)) in [1, 0].into_iter().zip(connections.clone()) {
+        world.raw(name).await.close(connection).await.unwrap();
+        assert_eq!(world.known(), left);
+    }
 }

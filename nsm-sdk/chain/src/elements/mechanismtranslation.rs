@@ -75,6 +75,33 @@ mod tests {
 
     // Conformance 89
     #[tokio::test]
+    async fn what_fails_first_is_not_remembered_and_what_works_is_kept() {
+        let (spy, above) = (Arc::new(Spy::default()), Arc::new(Spy::default()));
+        let chain = Chain::builder()
+            .element(MetadataElement::new())
+            .element(above.clone())
+            .element(MechanismTranslation::new())
+            .element(spy.clone())
+            .element(Vxlan)
+            .build();
+        let connection = || Connection { id: "c".into(), mechanism: mechanism("KERNEL"), ..Default::default() };
+        let outgoing = || spy.last_request().connection.unwrap().mechanism;
+        for fails in [true, false] {
+            spy.fail_requests(fails);
+            assert_eq!(chain.request(request_with(connection())).await.is_err(), fails);
+            assert_eq!(outgoing(), None);
+        }
+        for fails in [true, false] {
+            spy.fail_requests(fails);
+            assert_eq!(chain.request(request_with(connection())).await.is_err(), fails);
+            assert_eq!(outgoing(), mechanism("VXLAN"));
+        }
+        // What was asked for is as it was.
+        assert_eq!(above.last_request().connection.unwrap().mechanism, mechanism("KERNEL"));
+    }
+
+    // Conformance 89
+    #[tokio::test]
     async fn each_side_keeps_its_own() {
         let spy = Arc::new(Spy::default());
         let chain = Chain::builder()

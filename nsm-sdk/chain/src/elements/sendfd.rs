@@ -89,3 +89,35 @@ impl Element for SendFdServer {
         Ok(connection)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Chain, Connector, Context,
+        core::testing::{Hop, HopConnector, Spy, request_id},
+    };
+    use std::sync::Arc;
+
+    /// A transport that carries no descriptors must not be promised any: who waits for one waits until its deadline.
+    #[tokio::test]
+    async fn without_descriptors_urls_stay_as_they_are() {
+        let connector = HopConnector(Arc::new(Hop::default()));
+        let remote = connector.connect("tcp://10.0.0.1:5001", tokio::time::Instant::now()).await.unwrap();
+        assert!(remote.fds().is_none());
+        let url = "file:///proc/thread-self/ns/net";
+        let own = Mechanism { parameters: [(INODE_URL.to_owned(), url.to_owned())].into(), ..Default::default() };
+        let spy = Arc::new(Spy::default());
+        let chain = Chain::builder().element(SendFdServer).element(SendFdClient).element(spy.clone()).build();
+        let mut call = request_id("c", Context { remote: Some(remote), ..Context::new() });
+        call.connection_mut().mechanism = Some(own.clone());
+        call.message.mechanism_preferences = vec![own.clone()];
+        let ctx = call.ctx.clone();
+        let connection = chain.request(call).await.unwrap();
+        let sent = spy.last_request();
+        assert_eq!((&sent.mechanism_preferences[0], sent.connection.unwrap().mechanism.as_ref()), (&own, Some(&own)));
+        assert_eq!(connection.mechanism, Some(own.clone()), "nor towards the caller");
+        chain.close(CloseCall::new(connection, ctx)).await.unwrap();
+        assert_eq!(spy.last_close().mechanism, Some(own));
+    }
+}

@@ -1,7 +1,7 @@
 use super::*;
 use crate::{
-    Chain, CloseCall,
-    core::testing::{Hop, HopConnector, Spy, request_id},
+    Chain, Client, CloseCall,
+    core::testing::{Hop, HopConnector, Spy, request_id, request_with},
     elements::{
         connect::{Connect, ConnectServer},
         metadata::MetadataElement,
@@ -71,6 +71,37 @@ async fn what_cannot_be_reached_is_an_error_but_close_goes_on() {
     chain.close(close()).await.unwrap_err();
     let no_url = request_id("c", Context::new());
     assert_eq!(chain.request(no_url).await.unwrap_err().code(), tonic::Code::Unavailable);
+}
+
+// Conformance 63
+#[tokio::test(start_paused = true)]
+async fn a_remote_that_is_given_is_used_as_it_is_and_stays_its_owners() {
+    for url in [None, Some("unix:///other")] {
+        let hop = Arc::new(Hop::default());
+        let given = HopConnector(hop.clone()).connect("given", Instant::now()).await.unwrap();
+        let builder = Client::builder("nsc", Arc::new(HopConnector(hop.clone()))).remote(given.clone());
+        let client = match url {
+            Some(url) => builder.url(url),
+            None => builder,
+        }
+        .build();
+        let second = Duration::from_secs(1);
+        for _ in 0..2 {
+            let message = request_id("c", Context::new()).message;
+            let connection = client.request(message, second).await.unwrap();
+            client.request(request_with(connection.clone()).message, second).await.unwrap();
+            client.close(connection, second).await.unwrap();
+        }
+        assert_eq!((hop.dialled(), hop.requests(), hop.closes()), (1, 4, 2), "{url:?}");
+        let everywhere = |list: &Mutex<Vec<(String, _)>>| list.lock().unwrap().iter().all(|(url, _)| url == "given");
+        assert!(everywhere(&hop.requests));
+        assert!(hop.closes.lock().unwrap().iter().all(|(url, _)| url == "given"));
+        assert!(given.alive());
+        // It is not this chain's to make anew.
+        hop.restart();
+        client.request(request_id("d", Context::new()).message, second).await.unwrap_err();
+        assert_eq!(hop.dialled(), 1);
+    }
 }
 
 /// Never connects.
