@@ -20,7 +20,7 @@ use nsm_chain::{
     registry::{NetworkService, NetworkServiceEndpoint},
     token,
 };
-use nsm_registry::{NetworkServiceLabels, RegistryClient};
+use nsm_registry::{ClientPolicies, NetworkServiceLabels, RegistryClient};
 use nsm_transport::{Address, Listener, Transport};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tempfile::TempDir;
@@ -66,6 +66,7 @@ impl Endpoint {
             interface: None,
             listen_on: None,
             policies: Policies::server(),
+            registry_policies: ClientPolicies::default(),
             register_services: true,
             unregister: true,
             elements: Vec::new(),
@@ -74,7 +75,7 @@ impl Endpoint {
 
     /// A builder with what the environment says, under the names of NSM's own endpoints: `NSM_NAME`, `NSM_CONNECT_TO`,
     /// `NSM_SERVICE_NAMES`, `NSM_PAYLOAD`, `NSM_LABELS`, `NSM_CIDR_PREFIX`, `NSM_REGISTER_SERVICE`, `NSM_UNREGISTER_ITSELF`,
-    /// `NSM_MAX_TOKEN_LIFETIME`, `NSM_DIAL_TIMEOUT`, `SPIFFE_ENDPOINT_SOCKET`.
+    /// `NSM_REGISTRY_CLIENT_POLICIES`, `NSM_MAX_TOKEN_LIFETIME`, `NSM_DIAL_TIMEOUT`, `SPIFFE_ENDPOINT_SOCKET`.
     ///
     /// # Errors
     /// Every value that cannot be used.
@@ -143,6 +144,7 @@ pub struct EndpointBuilder {
     interface: Option<String>,
     listen_on: Option<String>,
     policies: Policies,
+    registry_policies: ClientPolicies,
     register_services: bool,
     unregister: bool,
     elements: Vec<Arc<dyn Element>>,
@@ -211,6 +213,13 @@ impl EndpointBuilder {
         self
     }
 
+    /// Policies for what the manager answers to its registration, all of them by default.
+    #[must_use]
+    pub fn registry_policies(mut self, policies: ClientPolicies) -> Self {
+        self.registry_policies = policies;
+        self
+    }
+
     fn read(mut self, lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self, Error> {
         let mut env = Env::new(lookup);
         self.settings.read(&mut env);
@@ -219,6 +228,8 @@ impl EndpointBuilder {
         env.text("NSM_PAYLOAD", &mut self.payload);
         env.read("NSM_LABELS", &mut self.labels, labels);
         env.read("NSM_CIDR_PREFIX", &mut self.prefixes, groups);
+        let masks = |text: &str| Ok(ClientPolicies::from_masks(&text.split(',').map(str::trim).collect::<Vec<_>>()));
+        env.read("NSM_REGISTRY_CLIENT_POLICIES", &mut self.registry_policies, masks);
         env.boolean("NSM_REGISTER_SERVICE", &mut self.register_services);
         env.boolean("NSM_UNREGISTER_ITSELF", &mut self.unregister);
         env.finish()?;
@@ -310,6 +321,7 @@ impl EndpointBuilder {
                 .max_token_lifetime(settings.max_token_lifetime)
                 .dial_timeout(settings.dial_timeout)
                 .patience(settings.patience)
+                .policies(self.registry_policies)
                 .build()?;
             self.register(&registry, &registration, &mut failing).await.map(|()| registry)
         };
@@ -367,10 +379,13 @@ mod tests {
             ("NSM_LABELS", "app:icmp,color:red"),
             ("NSM_CIDR_PREFIX", "[172.16.1.0/24,172.16.2.0/24], [fd00::/120]"),
             ("NSM_UNREGISTER_ITSELF", "false"),
+            ("NSM_REGISTRY_CLIENT_POLICIES", "etc/nsm/opa/registry/.*.rego, etc/nsm/opa/client/.*.rego"),
         ]);
         let builder = Endpoint::builder().read(&lookup).unwrap();
         assert_eq!(builder.prefixes.iter().map(Vec::len).collect::<Vec<_>>(), [2, 1]);
         assert!(!builder.unregister && builder.register_services);
+        let signed = ClientPolicies { next_token_signed: true, ..ClientPolicies::none() };
+        assert_eq!(builder.registry_policies, signed);
         let registration = builder.registration("unix:///x".into());
         assert_eq!(registration.network_service_names, ["icmp-responder", "other"]);
         assert_eq!(registration.network_service_labels["other"].labels["color"], "red");

@@ -22,6 +22,7 @@ pub use nsm_chain::{
     registry::{NetworkService, NetworkServiceEndpoint},
     unwind,
 };
+pub use nsm_registry::ClientPolicies;
 
 #[cfg(test)]
 fn test_source() -> nsm_identity::X509Source {

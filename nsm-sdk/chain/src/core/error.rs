@@ -88,6 +88,15 @@ impl Error {
         self
     }
 
+    /// The same with the connection, if it names none and comes from this process.
+    #[must_use]
+    pub fn about(mut self, connection: &str) -> Self {
+        if self.connection.is_empty() && !self.verbatim {
+            connection.clone_into(&mut self.connection);
+        }
+        self
+    }
+
     /// One error for many attempts. Attempts that failed alike are one; one error stays as it is, so that it does not get
     /// longer with every hop that could not help.
     pub(crate) fn many(element: &'static str, connection: &str, what: &str, errors: Vec<Error>) -> Self {

@@ -111,6 +111,7 @@ pub(crate) struct MemoryRegistry(
     Mutex<(Vec<NetworkService>, Vec<NetworkServiceEndpoint>)>,
     Mutex<Vec<mpsc::UnboundedSender<NetworkService>>>,
     Mutex<Vec<Option<Instant>>>,
+    AtomicBool,
 );
 
 impl MemoryRegistry {
@@ -132,6 +133,19 @@ impl MemoryRegistry {
         self.1.lock().unwrap().clear();
     }
 
+    /// Look-ups fail from now on.
+    pub(crate) fn fail(&self) {
+        self.3.store(true, Ordering::SeqCst);
+    }
+
+    fn asked(&self, until: Option<Instant>) -> Result<(), Error> {
+        self.2.lock().unwrap().push(until);
+        match self.3.load(Ordering::SeqCst) {
+            true => Err(Error::new("registry", "", "it cannot be asked")),
+            false => Ok(()),
+        }
+    }
+
     /// The deadlines of the look-ups so far.
     pub(crate) fn deadlines(&self) -> Vec<Option<Instant>> {
         self.2.lock().unwrap().clone()
@@ -151,7 +165,7 @@ type Labels = std::collections::BTreeMap<String, String>;
 #[async_trait::async_trait]
 impl Registry for MemoryRegistry {
     async fn find_ns(&self, query: NetworkService, until: Option<Instant>) -> Result<Vec<NetworkService>, Error> {
-        self.2.lock().unwrap().push(until);
+        self.asked(until)?;
         // Generous on purpose: elements have to look for the exact name themselves.
         Ok(self.0.lock().unwrap().0.iter().filter(|ns| ns.name.contains(&query.name)).cloned().collect())
     }
@@ -171,7 +185,7 @@ impl Registry for MemoryRegistry {
         query: NetworkServiceEndpoint,
         until: Option<Instant>,
     ) -> Result<Vec<NetworkServiceEndpoint>, Error> {
-        self.2.lock().unwrap().push(until);
+        self.asked(until)?;
         let serves = |nse: &NetworkServiceEndpoint| {
             query.network_service_names.iter().all(|name| nse.network_service_names.contains(name))
         };

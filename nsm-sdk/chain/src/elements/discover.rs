@@ -70,7 +70,8 @@ impl Element for Discover {
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
         if call.ctx.client_url.is_none() {
             let RequestCall { message, ctx } = &mut call;
-            self.find(ctx, message.connection.get_or_insert_default()).await?;
+            let connection = message.connection.get_or_insert_default();
+            self.find(ctx, connection).await.map_err(|error| error.about(&connection.id))?;
         }
         next.request(call).await
     }

@@ -106,9 +106,10 @@ impl Element for DiscoverForwarder {
         }
         let deadline = call.ctx.deadline;
         let candidates = match metadata.get(&self.sticky) {
-            Some(name) => self.candidates(&connection, Some(&name), deadline).await?,
-            None => self.first_or_again(&connection, reselect, deadline).await?,
+            Some(name) => self.candidates(&connection, Some(&name), deadline).await,
+            None => self.first_or_again(&connection, reselect, deadline).await,
         };
+        let candidates = candidates.map_err(|error| error.about(&connection.id))?;
         let mut errors = Vec::new();
         for forwarder in candidates {
             let mut attempt = call.clone();
@@ -242,6 +243,9 @@ mod tests {
         chain.request(RequestCall::new(request_with(connection(State::Up, "")).message, ctx.clone())).await.unwrap();
         chain.close(CloseCall::new(connection(State::Up, ""), ctx)).await.unwrap();
         assert_eq!(registry.deadlines(), [deadline; 3]);
+        registry.fail();
+        let error = chain.request(request_with(connection(State::Up, ""))).await.unwrap_err();
+        assert_eq!(error.to_string(), "registry (connection c): it cannot be asked");
     }
 
     // Conformance 66

@@ -97,3 +97,24 @@ async fn round_and_round_for_each_service() {
     assert_eq!(spy.requests() - before, 3);
     assert!(error.to_string().contains("told to fail"), "one cause, as it is: {error}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn look_ups_end_when_the_call_does_and_their_failures_name_the_connection() {
+    let registry = Arc::<MemoryRegistry>::default();
+    registry.add_ns(ns("a"));
+    registry.add_nse(nse("a1", "a", "unix:///a1"));
+    let (chain, _) = chain(&registry);
+    let ctx = crate::Context::new().with_timeout(Duration::from_secs(1));
+    let deadline = ctx.deadline;
+    for endpoint in ["", "a1"] {
+        chain.request(RequestCall::new(request("a", endpoint).message, ctx.clone())).await.unwrap();
+    }
+    let closing = Connection { network_service_endpoint_name: "a1".into(), ..Default::default() };
+    chain.close(CloseCall::new(closing, ctx)).await.unwrap();
+    assert_eq!(registry.deadlines(), [deadline; 4]);
+    registry.fail();
+    for endpoint in ["", "a1"] {
+        let error = chosen(&chain, "a", endpoint).await.unwrap_err();
+        assert_eq!(error.to_string(), "registry (connection c): it cannot be asked");
+    }
+}
