@@ -150,10 +150,10 @@ mod tests {
         let service = NetworkService { name: "svc".into(), ..Default::default() };
         let any = NetworkServiceEndpoint { network_service_names: vec!["svc".into()], ..Default::default() };
         for (error, what) in [
-            (finder.find_ns(service).await.unwrap_err(), "for service svc: "),
+            (finder.find_ns(service, None).await.unwrap_err(), "for service svc: "),
             (finder.watch_ns("svc").await.err().unwrap(), "for service svc: "),
-            (finder.find_nse(named("nse")).await.unwrap_err(), "for endpoint nse: "),
-            (finder.find_nse(any).await.unwrap_err(), "for endpoint of svc: "),
+            (finder.find_nse(named("nse"), None).await.unwrap_err(), "for endpoint nse: "),
+            (finder.find_nse(any, None).await.unwrap_err(), "for endpoint of svc: "),
         ] {
             assert!(error.to_string().contains(what), "{error}");
             assert_eq!(error.code(), tonic::Code::Unavailable);
