@@ -216,7 +216,10 @@ impl World {
     /// No identity.
     pub async fn client(&self, name: &str, manager: &str, lifetime: Duration) -> Result<nsm_chain::Client> {
         let transport = Transport::new(self.source(name).await?)?.with_max_token_lifetime(lifetime);
-        Ok(nsm_chain::Client::builder(name, Arc::new(Grpc::new(transport))).url(manager).element(SendFdClient).build())
+        Ok(nsm_chain::Client::builder(name, Arc::new(Grpc::new(transport).sharing()))
+            .url(manager)
+            .element(SendFdClient)
+            .build())
     }
 
     /// The request for a new connection called `id`.

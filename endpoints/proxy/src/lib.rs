@@ -135,7 +135,7 @@ impl Parts {
     fn client(&self, transport: &Transport, addresses: &Addresses) -> Client {
         let liveness =
             LivenessCheck { misses: DEAD_AFTER, ..LivenessCheck::new(Arc::new(mesh::Probed(self.shared.clone()))) };
-        Client::builder(&self.settings.name, Arc::new(nsm_chain::remote::Grpc::new(transport.clone())))
+        Client::builder(&self.settings.name, Arc::new(nsm_chain::remote::Grpc::new(transport.clone()).sharing()))
             .url(&self.settings.connect_to)
             .dial_timeout(self.settings.dial_timeout.into())
             .liveness(liveness)

@@ -76,7 +76,7 @@ impl Real {
         let keep_alive = KeepAlive { interval: NSP_KEEP_ALIVE, ..KeepAlive::default() };
         let services = transport.clone().with_keep_alive(Some(keep_alive));
         let nsm = transport.with_max_token_lifetime(settings.max_token_lifetime.get());
-        Ok(Self { services, connector: Arc::new(Grpc::new(nsm)) })
+        Ok(Self { services, connector: Arc::new(Grpc::new(nsm).sharing()) })
     }
 }
 

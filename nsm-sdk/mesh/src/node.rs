@@ -159,10 +159,10 @@ impl Node {
         let finder: Lookup = Arc::new(finder.settling(SETTLING, PATIENCE));
 
         let ends = Ends::default();
-        let grpc: Arc<dyn Connector> = Arc::new(Grpc::new(transport));
-        let forwarder = forwarder(&config, tokens.clone(), finder.clone(), grpc.clone(), &ends);
+        let endpoints: Arc<dyn Connector> = Arc::new(Grpc::new(transport.clone()).sharing());
+        let forwarder = forwarder(&config, tokens.clone(), finder.clone(), endpoints, &ends);
         let caller = Caller { peer: peer.clone(), tokens: Some(tokens.clone()) };
-        let hops = InProcess::new(caller, Some(grpc));
+        let hops = InProcess::new(caller, Some(Arc::new(Grpc::new(transport))));
         hops.add(forwarder_url(&config), forwarder.local(peer));
         let manager = manager(&config, tokens, finder, Arc::new(hops), &ends);
         Ok(Self { manager, forwarder, registry, config: Arc::new(config) })
@@ -258,8 +258,8 @@ impl Forwarder {
         let tokens = token::from_source(config.source.clone(), config.max_token_lifetime);
         let (services, endpoints) = registry.readers();
         let finder: Lookup = Arc::new(Finder::new(services, endpoints).settling(SETTLING, PATIENCE));
-        let grpc: Arc<dyn Connector> = Arc::new(Grpc::new(transport));
-        let endpoint = forwarder(&config, tokens, finder, grpc, &Ends::default());
+        let endpoints: Arc<dyn Connector> = Arc::new(Grpc::new(transport).sharing());
+        let endpoint = forwarder(&config, tokens, finder, endpoints, &Ends::default());
         Ok(Self { endpoint, registry, config: Arc::new(config) })
     }
 
@@ -314,10 +314,16 @@ fn manager_client(config: &NodeConfig, hops: Arc<dyn Connector>, receive: RecvFd
 /// Endpoint chain → recvfd → discover → roundrobin → connectioncontext → mechanisms → ends → wire → connect[client chain].
 /// There is no `sendfd` towards the caller: the namespace in its answer is the one the caller has sent, and would lie about
 /// unclaimed.
-fn forwarder(config: &NodeConfig, tokens: Tokens, finder: Lookup, grpc: Arc<dyn Connector>, ends: &Ends) -> Endpoint {
+fn forwarder(
+    config: &NodeConfig,
+    tokens: Tokens,
+    finder: Lookup,
+    endpoints: Arc<dyn Connector>,
+    ends: &Ends,
+) -> Endpoint {
     let receive = RecvFdClient::new();
     let from_caller = RecvFdServer::new().releasing(Some(&receive));
-    let client = forwarder_client(config, grpc, receive, ends);
+    let client = forwarder_client(config, endpoints, receive, ends);
     let mut mechanisms = Mechanisms::new(Side::Server).with(KERNEL, Null).with(NOOP, Null);
     if let Some(ip) = config.tunnel_ip {
         mechanisms = mechanisms.with(VXLAN, VxlanServer::new(ip));
@@ -339,9 +345,9 @@ fn forwarder(config: &NodeConfig, tokens: Tokens, finder: Lookup, grpc: Arc<dyn 
 }
 
 /// Client chain → mechanismtranslation → withoutnamespace → ends → connectioncontext → wire → filtermechanisms → recvfd → sendfd →
-/// the rest of the client chain.
-fn forwarder_client(config: &NodeConfig, grpc: Arc<dyn Connector>, receive: RecvFdClient, ends: &Ends) -> Client {
-    Client::builder(&config.forwarder_name, grpc)
+/// the rest of the client chain. Towards an endpoint only its own namespace is passed, so that `endpoints` may share its sockets.
+fn forwarder_client(config: &NodeConfig, endpoints: Arc<dyn Connector>, receive: RecvFdClient, ends: &Ends) -> Client {
+    Client::builder(&config.forwarder_name, endpoints)
         .passthrough()
         .dial_timeout(config.dial_timeout)
         .element(MechanismTranslation::new())

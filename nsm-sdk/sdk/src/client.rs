@@ -159,7 +159,7 @@ impl ClientBuilder {
     }
 
     fn chain(&self, transport: nsm_transport::Transport) -> nsm_chain::Client {
-        let mut chain = nsm_chain::Client::builder(&self.settings.name, Arc::new(Grpc::new(transport)))
+        let mut chain = nsm_chain::Client::builder(&self.settings.name, Arc::new(Grpc::new(transport).sharing()))
             .url(&self.settings.manager)
             .dial_timeout(self.settings.dial_timeout)
             .policies(self.policies.clone());

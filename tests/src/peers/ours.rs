@@ -174,7 +174,7 @@ impl OurClient {
     /// # Errors
     /// If the identity makes no TLS configuration.
     pub fn new(mesh: &Mesh, identity: &X509Source, name: &str, service: &str, netns: &Netns) -> Result<Self> {
-        let client = Client::builder(name, Arc::new(Grpc::new(Mesh::transport(identity)?)))
+        let client = Client::builder(name, Arc::new(Grpc::new(Mesh::transport(identity)?).sharing()))
             .url(mesh.manager())
             .policies(Policies::client())
             .liveness(LivenessCheck::new(Arc::new(AlwaysAlive)))

@@ -26,22 +26,47 @@ type Service = InterceptedService<Channel, OptionalToken>;
 
 /// Connects to `unix://` and `tcp://` URLs. Each call carries a fresh token for the peer of its connection.
 ///
-/// Over TCP one connection per URL is shared as long as it works. A unix socket is connected to anew each time: its
-/// descriptors belong to one NSM connection and are released with it.
+/// A transport connection is shared by the NSM connections to one URL as long as it works, over TCP always, over a unix socket if
+/// [`Grpc::sharing`] says so.
 pub struct Grpc {
     transport: Transport,
-    pool: Mutex<HashMap<String, Weak<GrpcRemote>>>,
+    sockets: bool,
+    pool: Mutex<HashMap<String, Vec<Weak<GrpcRemote>>>>,
 }
 
+/// NSM connections on one transport connection. Each has up to two calls under way, a monitor stream and a request, and HTTP/2 servers
+/// accept no fewer than 200 at a time unless told otherwise.
+const SHARED_BY: usize = 64;
+
 impl Grpc {
-    /// A connector over this transport.
+    /// A connector over this transport. A unix socket is connected to anew each time: the descriptors that were passed belong to one
+    /// NSM connection and are released with it.
     pub fn new(transport: Transport) -> Self {
-        Self { transport, pool: Mutex::default() }
+        Self { transport, sockets: false, pool: Mutex::default() }
+    }
+
+    /// Unix sockets are shared, too: for a process that passes no descriptors but those of its own network namespace. The receiver
+    /// keeps them until the transport connection ends, so that another's would outlive their connection.
+    #[must_use]
+    pub fn sharing(mut self) -> Self {
+        self.sockets = true;
+        self
     }
 
     fn pooled(&self, url: &str) -> Option<Arc<GrpcRemote>> {
         let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        pool.get(url).and_then(Weak::upgrade).filter(|remote| remote.alive() && remote.current())
+        let free = |remote: &Arc<GrpcRemote>| Arc::strong_count(remote) <= SHARED_BY;
+        let usable = |remote: &Arc<GrpcRemote>| free(remote) && remote.alive() && remote.current();
+        pool.get(url)?.iter().filter_map(Weak::upgrade).find(usable)
+    }
+
+    fn keep(&self, url: &str, remote: &Arc<GrpcRemote>) {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        pool.retain(|_, remotes| {
+            remotes.retain(|remote| remote.strong_count() > 0);
+            !remotes.is_empty()
+        });
+        pool.entry(url.to_owned()).or_default().push(Arc::downgrade(remote));
     }
 }
 
@@ -57,10 +82,8 @@ impl Connector for Grpc {
         let link =
             self.transport.dial(&address, time).await.map_err(|error| failed(error.to_string(), Code::Unavailable))?;
         let remote = Arc::new(GrpcRemote::new(link));
-        if !address.is_unix() {
-            let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-            pool.retain(|_, remote| remote.strong_count() > 0);
-            pool.insert(url.to_owned(), Arc::downgrade(&remote));
+        if self.sockets || !address.is_unix() {
+            self.keep(url, &remote);
         }
         Ok(Remote::new(url, remote))
     }
@@ -154,3 +177,6 @@ impl FdChannel for nsm_transport::FdTransceiver {
         nsm_transport::FdTransceiver::take(self, dev, ino, deadline).await
     }
 }
+
+#[cfg(test)]
+mod tests;
