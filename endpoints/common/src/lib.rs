@@ -9,6 +9,7 @@ mod error;
 pub mod grpc;
 pub mod health;
 pub mod logging;
+pub mod memory;
 mod metrics;
 pub mod names;
 pub mod shutdown;

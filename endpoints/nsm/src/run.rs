@@ -35,6 +35,8 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     let Some(source) = grpc::identity(&settings.spiffe_endpoint_socket, &stop).await else { return Ok(()) };
     health.serving(IDENTITY);
 
+    tokio::spawn(meridio_common::memory::give_back(stop.clone()));
+
     let netns = Netns::current().context("the node's network namespace")?;
     let transport = Transport::new(source.clone())?.with_max_token_lifetime(settings.max_token_lifetime.get());
     if !settings.connect_to.is_empty() {
