@@ -12,14 +12,16 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt as _;
 use meridio_demo::namespace::Namespace;
 use meridio_demo::process::Process;
-use meridio_tests::peers::{GoSdk, Infra, Log, Mesh, OurClient, OurEndpoint, Pings, TOKEN_LIFETIME, installed};
+use meridio_tests::peers::{
+    GoSdk, Infra, Log, Mesh, OurClient, OurEndpoint, Pings, TOKEN_LIFETIME, connections, installed, registered,
+};
 use meridio_tests::scene::turn;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use nsm_chain::{Connection, ConnectionEventType, IpContext, MonitorScopeSelector, PathSegment, PolicyRoute, Route};
 use nsm_identity::X509Source;
-use nsm_kernel::Netns;
 use nsm_kernel::ping;
+use nsm_kernel::{Netns, Rule};
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -174,6 +176,12 @@ async fn interfaces(netns: &Netns) -> Vec<(String, u32)> {
     links
 }
 
+/// Interfaces, rules and routes of a namespace.
+async fn state(netns: &Netns) -> (Vec<(String, u32)>, Vec<Rule>, Vec<nsm_kernel::Route>) {
+    let netlink = netns.netlink().await.unwrap();
+    (interfaces(netns).await, netlink.rules().await.unwrap(), netlink.routes(None).await.unwrap())
+}
+
 async fn answers(netns: &Netns, destination: IpAddr) -> bool {
     for _ in 0..5 {
         if ping::probe(netns, None, destination, Duration::from_secs(1)).await {
@@ -258,6 +266,7 @@ async fn scenario(programs: &Path, cast: Cast) {
     let (client_ns, endpoint_ns) =
         (Netns::named(client_pod.name()).unwrap(), Netns::named(endpoint_pod.name()).unwrap());
 
+    let before = (state(&client_ns).await, state(&endpoint_ns).await);
     let endpoint = match cast.endpoint {
         Side::Rust => Endpoint::Rust(OurEndpoint::start(&mesh, &identity, SERVICE, &endpoint_ns).await.unwrap()),
         Side::Go => {
@@ -281,6 +290,9 @@ async fn scenario(programs: &Path, cast: Cast) {
     assert_eq!((here.len(), there.len()), (1, 1), "{here:?} {there:?}");
 
     refresh_and_monitor(&mut client, &endpoint).await;
+    if let (Client::Rust(first), Side::Go) = (&client, cast.endpoint) {
+        second_connection(first, &client_ns, &endpoint_ns).await;
+    }
     // Each is killed in turn; the data path has nothing to do with any of them.
     let pings = Pings::start(&client_ns, view.others()[0]).await.unwrap();
     for (n, component) in mesh.components().into_iter().enumerate() {
@@ -317,7 +329,11 @@ async fn scenario(programs: &Path, cast: Cast) {
     let closes = endpoint.calls().1;
     client.close().await;
     assert_eq!(endpoint.calls().1, closes + 1);
-    assert_eq!((interfaces(&client_ns).await, interfaces(&endpoint_ns).await), (vec![], vec![]));
+    assert_eq!((state(&client_ns).await, state(&endpoint_ns).await), before, "as before the connection");
+    for url in who_monitors(&mesh, cast) {
+        assert_eq!(connections(&url, &identity, "client-0").await.unwrap(), Vec::<String>::new(), "{url}");
+    }
+    assert_eq!(registered(&mesh, &identity, SERVICE).await.unwrap().len(), 1);
     match endpoint {
         Endpoint::Rust(endpoint) => endpoint.end().await.unwrap(),
         Endpoint::Go(mut endpoint) => {
@@ -325,7 +341,37 @@ async fn scenario(programs: &Path, cast: Cast) {
             endpoint.wait("unregistered").await;
         }
     }
+    assert_eq!(registered(&mesh, &identity, SERVICE).await.unwrap(), Vec::<String>::new());
     println!("{label}: done after {} ms", began.elapsed().as_millis());
+}
+
+/// Who has connections in its memory and tells anybody: NSM's manager tells clients of their own only.
+fn who_monitors(mesh: &Mesh, cast: Cast) -> Vec<String> {
+    match cast.infra {
+        Infra::Ours => vec![mesh.manager()],
+        Infra::Go(_) if cast.client == Side::Go => vec![mesh.socket("forwarder.sock")],
+        Infra::Go(_) => vec![mesh.manager(), mesh.socket("forwarder.sock")],
+    }
+}
+
+/// A client's second connection to the same endpoint, over the same transport connections, comes and goes beside the first one.
+async fn second_connection(first: &OurClient, client_ns: &Netns, endpoint_ns: &Netns) {
+    let before = (interfaces(client_ns).await, interfaces(endpoint_ns).await);
+    let second = first.beside();
+    let view = View::of(persistently(&second).await);
+    for _ in 0..2 {
+        let links = interfaces(client_ns).await;
+        assert_eq!((&links[..1], links.len()), (&before.0[..], 2), "{links:?}");
+        assert_eq!(links[1].0, "nsm-1");
+        assert_eq!(interfaces(endpoint_ns).await.len(), 2);
+        for other in view.others() {
+            assert!(answers(client_ns, other).await, "{other}");
+        }
+        persistently(first).await;
+        persistently(&second).await;
+    }
+    second.close().await.unwrap();
+    assert_eq!((interfaces(client_ns).await, interfaces(endpoint_ns).await), before);
 }
 
 /// Nobody but the client itself refreshes, for longer than tokens and identities live.

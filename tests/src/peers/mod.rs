@@ -7,7 +7,7 @@ mod ours;
 
 pub use log::Log;
 pub use mesh::{Component, GoSdk, Infra, Mesh, TOKEN_LIFETIME, listening};
-pub use ours::{OurClient, OurEndpoint, Pings};
+pub use ours::{OurClient, OurEndpoint, Pings, connections, registered};
 
 use std::path::PathBuf;
 

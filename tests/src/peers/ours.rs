@@ -6,15 +6,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use futures_util::StreamExt as _;
 use nsm_chain::elements::authorize::Policies;
 use nsm_chain::elements::heal::LivenessCheck;
 use nsm_chain::elements::mechanisms::Mechanisms;
 use nsm_chain::elements::sendfd::{SendFdClient, SendFdServer};
 use nsm_chain::remote::Grpc;
 use nsm_chain::{
-    Client, CloseCall, Connection, Element, Endpoint, Error, IpContext, Mechanism, NetworkServiceRequest, Next,
-    PolicyRoute, RequestCall, Route, Side, token,
+    Client, CloseCall, Connection, Element, Endpoint, Error, IpContext, Mechanism, MonitorScopeSelector,
+    NetworkServiceRequest, Next, PathSegment, PolicyRoute, RequestCall, Route, Side, token,
 };
 use nsm_identity::X509Source;
 use nsm_kernel::Netns;
@@ -133,7 +134,7 @@ impl OurEndpoint {
         (self.serve.requests.load(Ordering::SeqCst), self.serve.closes.load(Ordering::SeqCst))
     }
 
-    /// Unregisters and stops.
+    /// Unregisters and stops; see [`registered`].
     ///
     /// # Errors
     /// If the manager does not let it.
@@ -150,6 +151,32 @@ impl Drop for OurEndpoint {
     }
 }
 
+/// Names of the endpoints of `service` that the manager finds.
+///
+/// # Errors
+/// If it cannot be asked.
+pub async fn registered(mesh: &Mesh, identity: &X509Source, service: &str) -> Result<Vec<String>> {
+    let registry =
+        RegistryClient::builder(mesh.manager(), identity.clone()).max_token_lifetime(TOKEN_LIFETIME).build()?;
+    let query = NetworkServiceEndpoint { network_service_names: vec![service.into()], ..Default::default() };
+    let ctx = nsm_registry::Context::new().with_timeout(TIMEOUT);
+    let (_, endpoints) = registry.readers();
+    Ok(endpoints.list(query, ctx).await?.into_iter().map(|endpoint| endpoint.name).collect())
+}
+
+/// Ids of the connections whose path has a segment `id` first, as the manager or forwarder at `url` has them.
+///
+/// # Errors
+/// If it cannot be asked.
+pub async fn connections(url: &str, identity: &X509Source, id: &str) -> Result<Vec<String>> {
+    let client = Client::builder("watcher", Arc::new(Grpc::new(Mesh::transport(identity)?))).url(url).build();
+    let segment = PathSegment { id: id.to_owned(), ..Default::default() };
+    let selector = MonitorScopeSelector { path_segments: vec![segment], ..Default::default() };
+    let mut events = client.monitor(selector).await?;
+    let first = tokio::time::timeout(TIMEOUT, events.next()).await?.context("the monitor has ended")??;
+    Ok(first.connections.into_keys().collect())
+}
+
 struct AlwaysAlive;
 
 #[async_trait::async_trait]
@@ -159,7 +186,7 @@ impl nsm_chain::elements::heal::Liveness for AlwaysAlive {
     }
 }
 
-/// A client with one connection.
+/// One connection, and the client that asks for it.
 pub struct OurClient {
     client: Client,
     id: String,
@@ -182,6 +209,17 @@ impl OurClient {
             .build();
         let (id, service) = (format!("{name}-0"), service.to_owned());
         Ok(Self { client, id, service, netns: netns.clone(), interface: "nsm-0" })
+    }
+
+    /// A second connection of the same client, with an interface of its own.
+    pub fn beside(&self) -> Self {
+        Self {
+            client: self.client.clone(),
+            id: format!("{}-beside", self.id),
+            service: self.service.clone(),
+            netns: self.netns.clone(),
+            interface: "nsm-1",
+        }
     }
 
     /// The client itself.
