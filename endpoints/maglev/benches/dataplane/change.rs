@@ -18,8 +18,8 @@ use crate::programs::Programs;
 use crate::report::{Samples, Section};
 use crate::topology::{FAN, Topology, Way, pin};
 
-/// Longer than the engine holds a retired copy back, so that a change does not wait for an earlier one.
-const CALM: Duration = Duration::from_millis(2_200);
+/// Longer than a grace period of the kernel, so that a change does not wait for an earlier one.
+const CALM: Duration = Duration::from_millis(500);
 /// Packets that follow later than this never do.
 const PATIENCE: Duration = Duration::from_secs(2);
 

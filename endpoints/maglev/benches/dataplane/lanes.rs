@@ -23,24 +23,36 @@ pub(crate) struct Load {
     pub(crate) flows: u32,
     /// Ready targets of the stream.
     pub(crate) targets: u32,
-    /// Every dimension is in use: sources, source ports, byte matches, port translation.
-    pub(crate) everything: bool,
+    /// What the flows are like.
+    pub(crate) kind: Kind,
+}
+
+/// What flows are like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Told apart by their destination port.
+    Plain,
+    /// As well, and every dimension is in use: sources, source ports, byte matches, port translation.
+    Everything,
+    /// As costly to search as flows can be: every second one matches the packet's destination port, the others its source port,
+    /// only the last one both, and all lists of byte matches are in use, each of as many statements as there can be.
+    Adversarial,
 }
 
 impl Load {
     pub(crate) fn new(flows: u32, targets: u32) -> Self {
-        Load { flows, targets, everything: false }
+        Load { flows, targets, kind: Kind::Plain }
     }
 
     /// The combinations of flows and targets, and one with everything.
     pub(crate) fn all(quick: bool) -> Vec<Load> {
         if quick {
             let mut few = Self::few();
-            few.push(Load { everything: true, ..Load::new(1_000, 1_000) });
+            few.push(Load { kind: Kind::Everything, ..Load::new(1_000, 1_000) });
             return few;
         }
         let mut all: Vec<Load> = TARGETS.iter().flat_map(|t| FLOWS.map(|f| Load::new(f, *t))).collect();
-        all.push(Load { flows: 1_000, targets: 1_000, everything: true });
+        all.push(Load { kind: Kind::Everything, ..Load::new(1_000, 1_000) });
         all
     }
 
@@ -51,9 +63,13 @@ impl Load {
 
     /// Name in tables.
     pub(crate) fn name(self) -> String {
-        let everything = if self.everything { ", every dimension" } else { "" };
+        let kind = match self.kind {
+            Kind::Plain => "",
+            Kind::Everything => ", every dimension",
+            Kind::Adversarial => ", as costly as can be",
+        };
         let plural = if self.flows == 1 { "" } else { "s" };
-        format!("{} flow{plural}, {} targets{everything}", self.flows, self.targets)
+        format!("{} flow{plural}, {} targets{kind}", self.flows, self.targets)
     }
 }
 
@@ -145,7 +161,20 @@ fn config(load: Load, fan: bool) -> Config {
             destination_ports: vec![(port, port)],
             ..Flow::default()
         };
-        if load.everything {
+        if load.kind == Kind::Adversarial {
+            // A port that no packet of the bench has.
+            let other = vec![(1, 1)];
+            let list = |n: u32| {
+                let one = |at: u32| Bytes::parse(&format!("udp[{at}:1] & 0x{:x} = 0", 1 + n)).unwrap();
+                (4..8).map(one).collect()
+            };
+            (flow.destination_ports, flow.source_ports, flow.byte_matches) = match n {
+                _ if n + 1 == load.flows => (vec![], vec![], vec![]),
+                _ if n.is_multiple_of(2) => (vec![], other, list(n % 32)),
+                _ => (other, vec![], list(n % 32)),
+            };
+        }
+        if load.kind == Kind::Everything {
             flow.sources = vec!["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()];
             flow.source_ports = vec![(1_024, 65_535)];
             // The length of the bench's datagrams.
@@ -161,7 +190,7 @@ fn config(load: Load, fan: bool) -> Config {
             .map(|(name, n, _)| Stream { name, max_targets: n.clamp(100, FAN), sctp_ports_only: false })
             .collect(),
         flows: (0..load.flows).map(flow).collect(),
-        nats: if load.everything { vec![nat] } else { vec![] },
+        nats: if load.kind == Kind::Everything { vec![nat] } else { vec![] },
     }
 }
 

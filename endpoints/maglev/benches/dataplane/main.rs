@@ -2,9 +2,10 @@
 //!
 //! `sudo tools/bench dataplane [--quick] [PART...]`; parts: tables, packets, program, latency,
 //! connections, throughput, change.
-//! Prints tables, writes `target/bench/dataplane.json`. See [`peer`] for another balancer in the same tables.
+//! Prints tables, then which aims hold; writes `target/bench/dataplane.json`. See [`peer`] for another balancer in the same tables.
 #![allow(clippy::unwrap_used)] // a bench that cannot go on ends with what was in its way
 
+mod aims;
 mod change;
 mod lanes;
 mod peer;

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::Effort;
-use crate::lanes::{Balancer, FIRST_PORT, Load};
+use crate::lanes::{Balancer, FIRST_PORT, Kind, Load};
 use crate::programs::{Programs, packet};
 use crate::report::{Samples, Section, median};
 use crate::topology::{Topology, Way};
@@ -11,7 +11,7 @@ use crate::topology::{Topology, Way};
 /// Runs on one packet: its TTL of 64 must not run out, else another path is measured.
 const REPEAT: u32 = 50;
 /// Where it is measured what the trace costs while it is off.
-const LARGE: Load = Load { flows: 1_000, targets: 1_000, everything: false };
+const LARGE: Load = Load { flows: 1_000, targets: 1_000, kind: Kind::Plain };
 /// TC_ACT_REDIRECT.
 const REDIRECT: u32 = 7;
 
@@ -40,7 +40,11 @@ fn parse_only(programs: &Programs, packets: u16) -> f64 {
 }
 
 pub(crate) fn measure(effort: &Effort, topology: &Topology, balancer: &mut Balancer, programs: &Programs) -> Section {
-    let loads = Load::all(effort.quick);
+    let mut loads = Load::all(effort.quick);
+    if effort.quick {
+        loads.extend([Load::new(10, 1_000), Load::new(2_000, 1_000)]);
+    }
+    loads.push(Load { flows: 2_048, targets: 4, kind: Kind::Adversarial });
     let packets = if effort.quick { 50 } else { 300 };
     let mut parse = Samples::default();
     let mut hits: Vec<Samples> = loads.iter().map(|_| Samples::default()).collect();
@@ -62,17 +66,17 @@ pub(crate) fn measure(effort: &Effort, topology: &Topology, balancer: &mut Balan
     let mut section =
         Section::new("One decision in the program alone", &["program", "ns/packet", "x parse-only", "range"]);
     parse.relate_to_itself();
-    let mut row = |name: &str, s: &Samples| {
+    let mut row = |name: &str, s: &Samples, aim: bool| {
         section.row(
             &[name.to_owned(), format!("{:.0}", s.median()), format!("{:.2}", s.ratio()), s.range()],
-            json!({"program": name, "nanoseconds": s.median(), "ratio": s.ratio(), "ratios": s.ratios}),
+            json!({"program": name, "nanoseconds": s.median(), "ratio": s.ratio(), "ratios": s.ratios, "aim": aim}),
         );
     };
-    row("parse-only", &parse);
+    row("parse-only", &parse, false);
     for (load, samples) in loads.iter().zip(&hits) {
-        row(&load.name(), samples);
+        row(&load.name(), samples, load.kind != Kind::Adversarial);
     }
-    row(&format!("{}, without the trace in the program", LARGE.name()), &without);
+    row(&format!("{}, without the trace in the program", LARGE.name()), &without, false);
     section.note(format!("{size} instructions, {verified} walked by the verifier"));
     section
 }

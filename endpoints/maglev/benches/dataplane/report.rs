@@ -126,12 +126,19 @@ impl Report {
         let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/bench");
         std::fs::create_dir_all(&directory).unwrap();
         let path = directory.join("dataplane.json");
+        let aims = crate::aims::aims(&self.sections);
+        println!("\nAims\n");
+        for aim in &aims {
+            println!("{} {}", if aim.holds { "met   " } else { "MISSED" }, aim.text);
+        }
+        let aims: Vec<Value> = aims.iter().map(|aim| json!({"aim": aim.text, "holds": aim.holds})).collect();
         let all = json!({
             "section": "dataplane",
             "quick": self.quick,
             "seconds": took.as_secs_f64().round(),
             "machine": machine(),
             "parts": self.sections,
+            "aims": aims,
         });
         std::fs::write(&path, serde_json::to_string_pretty(&all).unwrap() + "\n").unwrap();
         println!("\n{:.0} s; written to target/bench/dataplane.json", took.as_secs_f64());

@@ -17,8 +17,18 @@ pub(crate) fn measure(effort: &Effort) -> Section {
     for targets in TARGETS {
         let mut table = Table::new(targets.max(100)).unwrap();
         let rows = table.rows().len();
-        let mut figures: [(&str, Samples, f64); 4] =
-            ["all come", "one leaves", "one comes back", "half leave"].map(|name| (name, Samples::default(), 0.0));
+        // So few that most rows find none of them on their way, but enough to be worth asking one after the other.
+        let few = |skip: usize| (1..=targets).filter(|id| id % 17 == 9).skip(skip);
+        let names = [
+            "all come",
+            "one leaves",
+            "one comes back",
+            "half leave",
+            "1 of 17 stays",
+            "one of these leaves",
+            "it comes back",
+        ];
+        let mut figures: [(&str, Samples, f64); 7] = names.map(|name| (name, Samples::default(), 0.0));
         for _ in 0..effort.rounds * 4 {
             table.set([]);
             for (n, (_, samples, moved)) in figures.iter_mut().enumerate() {
@@ -27,7 +37,9 @@ pub(crate) fn measure(effort: &Effort) -> Section {
                 match n {
                     0 | 2 => table.set(1..=targets),
                     1 => table.set(2..=targets),
-                    _ => table.set((1..=targets).filter(|id| id % 2 == 0)),
+                    3 => table.set((1..=targets).filter(|id| id % 2 == 0)),
+                    5 => table.set(few(1)),
+                    _ => table.set(few(0)),
                 }
                 samples.add(started.elapsed().as_secs_f64() * 1e3);
                 *moved = moved.max(strays(&before, &table) as f64 / rows as f64);
