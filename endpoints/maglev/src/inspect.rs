@@ -1,6 +1,6 @@
 //! What can be asked of a running engine: counters, and test runs of its programs.
 
-use meridio_decision::layout::Counter;
+use meridio_decision::layout::{Counter, FragmentKey};
 use meridio_decision::{Decision, Reason};
 
 use crate::engine::{Engine, failed};
@@ -65,6 +65,16 @@ impl Engine {
     /// The map cannot be written.
     pub fn record(&mut self, on: bool) -> Result<(), Error> {
         self.config.change(|config| config.record = on as u32)
+    }
+
+    /// Forgets where first fragments went, for tests.
+    ///
+    /// # Errors
+    /// The map cannot be read or written.
+    pub fn forget_fragments(&mut self) -> Result<(), Error> {
+        let map = &self.kernel.maps.fragments;
+        let keys = map.keys(FragmentKey::default()).map_err(failed(map))?;
+        keys.iter().try_for_each(|key| map.delete(key).map_err(failed(map)))
     }
 
     /// The last recorded decision of each CPU, as words in the order of [`Decision`]'s fields.

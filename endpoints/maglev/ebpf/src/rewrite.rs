@@ -40,9 +40,9 @@ pub fn age(ctx: &TcContext, network: &Network) -> Result<(), Reason> {
     if network.v6 {
         return store(ctx, 7, &[ttl], RECOMPUTE);
     }
-    // RFC 1624 for a change of 0x0100 in one word.
+    // RFC 1624 for a change of 0x0100 in one word; 0xffff becomes 0, as there.
     let sum = network.checksum as u32 + 0x0100;
-    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = sum + ((sum + 1) >> 16);
     // What the one changes in a sum over the packet, the other changes back.
     let word = (ttl as u32) << 24 | (network.protocol as u32) << 16 | (sum & 0xffff);
     let at = ctx.data() + L2 as usize + 8;

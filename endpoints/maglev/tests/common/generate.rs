@@ -38,13 +38,17 @@ impl Pair {
         Pair { reference: Reference::new(config.clone(), targets.clone()), image }
     }
 
-    /// The reference's answer about a packet, if the host's build gives the same one.
+    /// The reference's answer about a packet, if the host's build gives the same one. Both remember first fragments.
     pub(crate) fn agree(&self, packet: &[u8], v6: bool) -> Result<Answer, String> {
         let expected = self.reference.answer(packet, v6);
-        // Later fragments are the reference's blind spot.
-        self.image.forget_fragments();
         let host = answer(&self.image.decide(packet, if v6 { ETH_IPV6 } else { ETH_IPV4 }), &self.image);
         if host == expected { Ok(expected) } else { Err(format!("the host says {host:?}, the reference {expected:?}")) }
+    }
+
+    /// Forgets where first fragments went.
+    pub(crate) fn forget(&self) {
+        self.reference.forget_fragments();
+        self.image.forget_fragments();
     }
 }
 
@@ -148,13 +152,17 @@ pub(crate) fn config(rng: &mut Rng) -> (Config, BTreeMap<String, Targets>) {
             byte_matches: if n < 40 && rng.chance(15) { vec![byte_match(rng)] } else { vec![] },
         });
     }
-    if !config.vips.is_empty() && rng.chance(40) {
+    for _ in 0..if config.vips.is_empty() { 0 } else { rng.below(6) } {
         config.nats.push(Nat {
-            vips: vec![rng.pick(&config.vips)],
-            protocol: rng.pick(&[Protocol::Tcp, Protocol::Udp, Protocol::Sctp]),
-            port: 80,
-            target_port: 4000,
+            vips: some(rng, &config.vips.clone(), 2),
+            protocol: rng.pick(&protocols),
+            port: rng.pick(&[80, 443, 1000, 4000]),
+            target_port: rng.pick(&[80, 4000, 4001, 5555]),
         });
+        // What is at odds with another one.
+        if !config.faults().is_empty() {
+            config.nats.pop();
+        }
     }
     (config, targets)
 }
@@ -192,7 +200,23 @@ fn l4(rng: &mut Rng, protocol: u8, ports: (u16, u16)) -> Vec<u8> {
         }
         _ => b.extend([0; 8]),
     }
+    match protocol {
+        6 => noise(rng, &mut b, 16, 2),
+        17 => noise(rng, &mut b, 6, 2),
+        _ => noise(rng, &mut b, 8, 4),
+    }
     b
+}
+
+/// A checksum that is 0 or anything: whether it is right plays no part in what becomes of it.
+fn noise(rng: &mut Rng, b: &mut [u8], at: usize, length: usize) {
+    if rng.chance(70) {
+        b[at..at + length].fill_with(|| rng.next() as u8);
+    }
+}
+
+fn ttl(rng: &mut Rng) -> u8 {
+    rng.pick(&[64, 64, 64, 64, 64, 255, 2, 1, 0])
 }
 
 /// IP header around a payload; IPv6 gets `extensions` (with their own next-header chain resolved here).
@@ -207,9 +231,10 @@ fn ip(rng: &mut Rng, src: IpAddr, dst: IpAddr, protocol: u8, payload: &[u8], ext
             let total = (20 + options * 4 + payload.len()) as u16;
             let mut b = vec![0x45 + options as u8, 0];
             b.extend(total.to_be_bytes());
-            b.extend([1, 2]);
+            b.extend([1, rng.below(3) as u8]);
             b.extend(fragment.to_be_bytes());
-            b.extend([64, protocol, 0, 0]);
+            b.extend([ttl(rng), protocol, 0, 0]);
+            noise(rng, &mut b, 10, 2);
             b.extend(s.octets());
             b.extend(d.octets());
             b.extend(vec![1; options * 4]);
@@ -225,7 +250,7 @@ fn ip(rng: &mut Rng, src: IpAddr, dst: IpAddr, protocol: u8, payload: &[u8], ext
                         let field: u16 = rng.pick(&[0x0001, 0x0001, 0x0028, 0x0029, 0x0000]);
                         chain.extend([next, 0]);
                         chain.extend(field.to_be_bytes());
-                        chain.extend([0, 0, 0, 9]);
+                        chain.extend([0, 0, 0, rng.below(3) as u8]);
                     }
                     51 => chain.extend([next, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
                     _ => {
@@ -237,7 +262,7 @@ fn ip(rng: &mut Rng, src: IpAddr, dst: IpAddr, protocol: u8, payload: &[u8], ext
             }
             let mut b = vec![0x60, 0, 0, 0];
             b.extend(((chain.len() + payload.len()) as u16).to_be_bytes());
-            b.extend([extensions.first().copied().unwrap_or(protocol), 64]);
+            b.extend([extensions.first().copied().unwrap_or(protocol), ttl(rng)]);
             b.extend(s.octets());
             b.extend(d.octets());
             b.extend(chain);
@@ -263,7 +288,9 @@ pub(crate) fn packet(rng: &mut Rng) -> (Vec<u8>, bool) {
         vec![]
     };
     let payload = if protocol == 1 || protocol == 58 {
-        icmp(rng, v6, src, dst, (sport, dport))
+        let mut message = icmp(rng, v6, src, dst, (sport, dport));
+        noise(rng, &mut message, 2, 2);
+        message
     } else {
         l4(rng, protocol, (sport, dport))
     };

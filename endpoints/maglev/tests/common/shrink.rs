@@ -10,6 +10,8 @@ use meridio_maglev::{Config, Targets};
 pub(crate) struct Case {
     pub(crate) config: Config,
     pub(crate) targets: BTreeMap<String, Targets>,
+    /// What came before and is remembered: first fragments.
+    pub(crate) before: Vec<(Vec<u8>, bool)>,
     pub(crate) packet: Vec<u8>,
     pub(crate) v6: bool,
 }
@@ -17,6 +19,9 @@ pub(crate) struct Case {
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ready: Vec<_> = self.targets.iter().map(|(s, t)| (s, t.keys().collect::<Vec<_>>())).collect();
+        for (packet, _) in &self.before {
+            writeln!(f, "before: {packet:02x?}")?;
+        }
         write!(f, "{} {:02x?}\nready {ready:?}\n{:#?}", if self.v6 { "IPv6" } else { "IPv4" }, self.packet, self.config)
     }
 }
@@ -46,6 +51,9 @@ fn smaller(case: &Case) -> Vec<Case> {
         change(&mut new);
         out.push(new);
     };
+    for before in without_parts(&case.before) {
+        with(&|c| c.before = before.clone());
+    }
     for flows in without_parts(&case.config.flows) {
         with(&|c| c.config.flows = flows.clone());
     }
