@@ -8,7 +8,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use meridio_maglev::config::Bytes;
 use meridio_maglev::{Config, Engine, Flow, Nat, Options, Protocol, Settings, Stream, Target, Targets};
 
-use crate::topology::{FAN, TARGET, Topology, Way, fan_address, fan_address6};
+use crate::topology::{FAN, TARGET, TARGET6, Topology, Way, fan_address, fan_address6};
 
 /// Numbers of flows and of targets that are compared.
 pub(crate) const FLOWS: [u32; 5] = [1, 10, 100, 1_000, 2_000];
@@ -99,9 +99,11 @@ impl Balancer {
         let fs = BpfFs::new();
         let kernel = Options { trace, ..Options::new(fs.0.path().join("lb")) };
         let (fan, target) = (topology.index("middle", "mbf0"), topology.index("middle", "mbt0"));
-        let hop = |v4: Ipv4Addr, v6: Option<Ipv6Addr>, index| {
-            let v6 = v6.map(|address| (address, index));
-            Target { v4: Some((v4, index)), v6, direct: true, ..Target::default() }
+        let hop = |v4: Ipv4Addr, v6: Ipv6Addr, index| Target {
+            v4: Some((v4, index)),
+            v6: Some((v6, index)),
+            direct: true,
+            ..Target::default()
         };
         let targets = streams()
             .into_iter()
@@ -109,11 +111,7 @@ impl Balancer {
                 let one = |id| {
                     (
                         id,
-                        if in_fan {
-                            hop(fan_address(id), Some(fan_address6(id)), fan)
-                        } else {
-                            hop(TARGET, None, target)
-                        },
+                        if in_fan { hop(fan_address(id), fan_address6(id), fan) } else { hop(TARGET, TARGET6, target) },
                     )
                 };
                 (name, (1..=n).map(one).collect())
@@ -144,12 +142,10 @@ impl Balancer {
 }
 
 fn config(load: Load, fan: bool) -> Config {
-    let vip: Ipv4Net = if fan { Way::Balancer.fan_vip() } else { Way::Balancer.target_vip() }.into();
-    let vip = IpNet::V4(vip);
-    let mut vips = vec![vip];
-    if fan {
-        vips.push(IpNet::V6(Ipv6Net::from(Way::Balancer.fan_vip6())));
-    }
+    let way = Way::Balancer;
+    let (v4, v6) = if fan { (way.fan_vip(), way.fan_vip6()) } else { (way.target_vip(), way.target_vip6()) };
+    let vip = IpNet::V4(Ipv4Net::from(v4));
+    let vips = vec![vip, IpNet::V6(Ipv6Net::from(v6))];
     let stream = format!("{}-{}", if fan { "fan" } else { "target" }, load.targets);
     let flow = |n: u32| {
         let port = FIRST_PORT + n as u16;

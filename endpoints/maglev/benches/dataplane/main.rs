@@ -76,14 +76,17 @@ fn main() {
         }
     }
     sockets::serve(&topology);
-    if wanted("latency") {
-        report.add("latency", sockets::latency(&effort, &topology, &mut balancer, &mut peer));
-    }
-    if wanted("connections") {
-        report.add("connections", sockets::connections(&effort, &topology, &mut balancer, &mut peer));
-    }
-    if wanted("throughput") {
-        report.add("throughput", sockets::throughput(&effort, &topology, &mut balancer, &mut peer));
+    for v6 in [false, true] {
+        let name = |part: &str| if v6 { format!("{part}_ipv6") } else { part.to_owned() };
+        if wanted("latency") {
+            report.add(&name("latency"), sockets::latency(&effort, &topology, &mut balancer, &mut peer, v6));
+        }
+        if wanted("connections") {
+            report.add(&name("connections"), sockets::connections(&effort, &topology, &mut balancer, &mut peer, v6));
+        }
+        if wanted("throughput") {
+            report.add(&name("throughput"), sockets::throughput(&effort, &topology, &mut balancer, &mut peer, v6));
+        }
     }
     if wanted("change") {
         report.add("change", change::measure(&effort, &topology, &mut balancer, &mut programs));

@@ -2,7 +2,7 @@
 //! cables as they are by default.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -14,6 +14,8 @@ use crate::report::{Samples, Section, median, quantile};
 use crate::topology::{Topology, Way, pin};
 
 const LOADS: [(u32, u32); 4] = [(1, 4), (100, 100), (1_000, 1_000), (2_000, 1_000)];
+/// Those of IPv6.
+const LOADS_V6: [(u32, u32); 2] = [(1, 4), (1_000, 1_000)];
 const ECHO: usize = 32;
 const CHUNK: usize = 128 << 10;
 
@@ -29,11 +31,20 @@ fn port(flows: u32) -> u16 {
     FIRST_PORT + flows as u16 - 1
 }
 
+fn title(text: &str, v6: bool) -> String {
+    if v6 { format!("{text}, IPv6") } else { text.to_owned() }
+}
+
+/// Where clients connect to.
+fn vip(way: Way, v6: bool) -> IpAddr {
+    if v6 { way.target_vip6().into() } else { way.target_vip().into() }
+}
+
 /// Starts the servers of the target. They end with the process: their namespace goes with the topology.
 pub(crate) fn serve(topology: &Topology) {
-    for way in [Way::Balancer, Way::Kernel, Way::Peer] {
+    for (way, v6) in [Way::Balancer, Way::Kernel, Way::Peer].into_iter().flat_map(|way| [(way, false), (way, true)]) {
         for port in ports() {
-            let at = SocketAddr::from((way.target_vip(), port));
+            let at = SocketAddr::from((vip(way, v6), port));
             let (udp, tcp) =
                 topology.within("target", || (UdpSocket::bind(at).unwrap(), TcpListener::bind(at).unwrap()));
             std::thread::spawn(move || echo(&udp));
@@ -69,16 +80,19 @@ fn accept(listener: &TcpListener) {
     }
 }
 
-/// A figure of each way, interleaved; the first one is the kernel's. `better`: multiplies so that larger ratios are what is asked for.
+/// A figure of each way, interleaved; the first one is the kernel's. Another balancer is asked for IPv4 only.
 fn interleave(
     effort: &Effort,
     topology: &Topology,
     balancer: &mut Balancer,
     peer: &mut Option<Peer>,
-    what: &str,
-    mut one: impl FnMut(Way, u16) -> Vec<f64>,
+    (what, v6): (&str, bool),
+    mut one: impl FnMut(IpAddr, u16) -> Vec<f64>,
 ) -> Vec<(String, Vec<Samples>)> {
-    let loads: &[(u32, u32)] = if effort.quick { &LOADS[..1] } else { &LOADS };
+    let all: &[(u32, u32)] = if v6 { &LOADS_V6 } else { &LOADS };
+    let loads = if effort.quick { &all[..1] } else { all };
+    let peer = &mut peer.as_mut().filter(|_| !v6);
+    let mut one = |way, port| one(vip(way, v6), port);
     let mut names = vec!["kernel forwarding".to_owned()];
     names.extend(loads.iter().map(|(f, t)| Load::new(*f, *t).name()));
     names.extend(peer.iter().map(|p| format!("{}, 1 flow, 4 targets", p.name)));
@@ -109,7 +123,7 @@ fn interleave(
                 sample.relate(*reference);
             }
         }
-        eprintln!("{what}: round {round} of {}", effort.rounds);
+        eprintln!("{}: round {round} of {}", title(what, v6), effort.rounds);
     }
     all
 }
@@ -120,14 +134,17 @@ pub(crate) fn latency(
     topology: &Topology,
     balancer: &mut Balancer,
     peer: &mut Option<Peer>,
+    v6: bool,
 ) -> Section {
     let count = if effort.quick { 500 } else { 5_000 };
-    let all = interleave(effort, topology, balancer, peer, "latency", |way, port| {
-        let times = topology.within("generator", || exchanges(way.target_vip(), port, count));
+    let all = interleave(effort, topology, balancer, peer, ("latency", v6), |vip, port| {
+        let times = topology.within("generator", || exchanges(vip, port, count));
         vec![median(&times), quantile(&times, 0.99)]
     });
-    let mut section =
-        Section::new("Latency at idle (UDP echo)", &["way", "p50 us", "x kernel", "range", "p99 us", "x kernel"]);
+    let mut section = Section::new(
+        &title("Latency at idle (UDP echo)", v6),
+        &["way", "p50 us", "x kernel", "range", "p99 us", "x kernel"],
+    );
     for (name, samples) in &all {
         let [p50, p99] = samples.as_slice() else { continue };
         section.row(
@@ -147,9 +164,10 @@ pub(crate) fn latency(
 }
 
 /// Times of exchanges, microseconds.
-fn exchanges(vip: Ipv4Addr, port: u16, count: usize) -> Vec<f64> {
+fn exchanges(vip: IpAddr, port: u16, count: usize) -> Vec<f64> {
     pin(0, 0);
-    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    let any: IpAddr = if vip.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).unwrap();
     socket.connect((vip, port)).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
     let mut buffer = [0; ECHO];
@@ -170,12 +188,13 @@ pub(crate) fn connections(
     topology: &Topology,
     balancer: &mut Balancer,
     peer: &mut Option<Peer>,
+    v6: bool,
 ) -> Section {
     let time = Duration::from_millis(if effort.quick { 200 } else { 800 });
-    let all = interleave(effort, topology, balancer, peer, "connections", |way, port| {
-        vec![topology.within("generator", || connects(SocketAddr::from((way.target_vip(), port)), time))]
+    let all = interleave(effort, topology, balancer, peer, ("connections", v6), |vip, port| {
+        vec![topology.within("generator", || connects(SocketAddr::from((vip, port)), time))]
     });
-    rates("TCP connections", "connections/s", 1.0, &all)
+    rates(&title("TCP connections", v6), "connections/s", 1.0, &all)
 }
 
 fn connects(to: SocketAddr, time: Duration) -> f64 {
@@ -200,12 +219,13 @@ pub(crate) fn throughput(
     topology: &Topology,
     balancer: &mut Balancer,
     peer: &mut Option<Peer>,
+    v6: bool,
 ) -> Section {
     let time = Duration::from_millis(if effort.quick { 300 } else { 1_200 });
-    let all = interleave(effort, topology, balancer, peer, "throughput", |way, port| {
-        vec![topology.within("generator", || stream(SocketAddr::from((way.target_vip(), port)), time))]
+    let all = interleave(effort, topology, balancer, peer, ("throughput", v6), |vip, port| {
+        vec![topology.within("generator", || stream(SocketAddr::from((vip, port)), time))]
     });
-    rates("TCP throughput, one stream", "Gbit/s", 1e9, &all)
+    rates(&title("TCP throughput, one stream", v6), "Gbit/s", 1e9, &all)
 }
 
 /// Bits per second that the server says have arrived.

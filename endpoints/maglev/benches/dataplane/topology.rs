@@ -50,6 +50,11 @@ impl Way {
         Ipv4Addr::new(20, 0, self as u8, 2)
     }
 
+    /// The same in IPv6.
+    pub(crate) fn target_vip6(self) -> Ipv6Addr {
+        Ipv6Addr::new(0x2000, 0, 0, self as u16, 0, 0, 0, 2)
+    }
+
     /// The middle's interface.
     pub(crate) fn interface(self) -> String {
         format!("mbx{}", self as u8)
@@ -68,6 +73,8 @@ pub(crate) fn fan_address6(identifier: u32) -> Ipv6Addr {
 
 /// Address of the target.
 pub(crate) const TARGET: Ipv4Addr = Ipv4Addr::new(172, 20, 0, 2);
+/// The same in IPv6.
+pub(crate) const TARGET6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x20, 0, 0, 0, 0, 0, 2);
 
 pub(crate) struct Topology {
     id: String,
@@ -109,19 +116,26 @@ impl Topology {
                 ("middle", &far, &format!("10.0.{way}.2/24")),
             );
             ip(&format!("-n {} route add 20.0.{way}.0/24 via 10.0.{way}.2", topology.name("generator")));
+            ip(&format!("-n {} addr add fd00:10:{way}::1/64 dev {near}", topology.name("generator")));
             ip(&format!("-n {} addr add fd00:10:{way}::2/64 dev {far}", topology.name("middle")));
+            ip(&format!("-n {} -6 route add 2000:0:0:{way}::/64 via fd00:10:{way}::2", topology.name("generator")));
         }
         topology.cable(("middle", "mbf0", "172.16.255.1/16"), ("fan", "mbf1", "172.16.255.2/16"));
         ip(&format!("-n {} addr add fd00:16::1:1/64 dev mbf0", topology.name("middle")));
         topology.cable(("middle", "mbt0", "172.20.0.1/24"), ("target", "mbt1", "172.20.0.2/24"));
+        let (middle, target) = (topology.name("middle"), topology.name("target"));
+        ip(&format!("-n {middle} addr add fd00:20::1/64 dev mbt0"));
+        ip(&format!("-n {target} addr add {TARGET6}/64 dev mbt1"));
         for way in [Way::Balancer, Way::Kernel, Way::Peer] {
-            ip(&format!("-n {} addr add {}/32 dev lo", topology.name("target"), way.target_vip()));
+            ip(&format!("-n {target} addr add {}/32 dev lo", way.target_vip()));
+            ip(&format!("-n {target} addr add {}/128 dev lo", way.target_vip6()));
         }
-        ip(&format!("-n {} route add default via 172.20.0.1", topology.name("target")));
-        let middle = topology.name("middle");
+        ip(&format!("-n {target} route add default via 172.20.0.1"));
+        ip(&format!("-n {target} -6 route add default via fd00:20::1"));
         ip(&format!("-n {middle} route add {}/32 via {}", Way::Kernel.fan_vip(), fan_address(1)));
         ip(&format!("-n {middle} -6 route add {}/128 via {}", Way::Kernel.fan_vip6(), fan_address6(1)));
         ip(&format!("-n {middle} route add {}/32 via {TARGET}", Way::Kernel.target_vip()));
+        ip(&format!("-n {middle} -6 route add {}/128 via {TARGET6}", Way::Kernel.target_vip6()));
         topology.neighbours();
         topology
     }
