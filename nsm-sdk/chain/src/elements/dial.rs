@@ -100,7 +100,9 @@ impl Element for Dial {
         let mut result = self.request_at(remote.clone(), &call, &metadata, &next).await;
         let in_time = call.ctx.time_left().is_none_or(|left| !left.is_zero());
         let refused = result.as_ref().is_err_and(|error| error.code() == Code::PermissionDenied);
-        if result.is_err() && reused && (refused || !remote.alive()) && in_time {
+        // One that is shared may have been there before this connection.
+        let outdated = refused && (remote.distrust() || reused);
+        if result.is_err() && (outdated || reused && !remote.alive()) && in_time {
             // Repeating is safe: the ids make it the same connection.
             tracing::debug!(id, url, refused, "connecting to the next hop anew");
             if let Ok(remote) = self.connect(&url, &call.ctx, &id).await {

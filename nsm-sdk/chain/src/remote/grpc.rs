@@ -57,7 +57,9 @@ impl Grpc {
         let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         let free = |remote: &Arc<GrpcRemote>| Arc::strong_count(remote) <= SHARED_BY;
         let usable = |remote: &Arc<GrpcRemote>| free(remote) && remote.alive() && remote.current();
-        pool.get(url)?.iter().filter_map(Weak::upgrade).find(usable)
+        let found = pool.get(url)?.iter().filter_map(Weak::upgrade).find(usable)?;
+        found.shared.store(true, Ordering::Relaxed);
+        Some(found)
     }
 
     fn keep(&self, url: &str, remote: &Arc<GrpcRemote>) {
@@ -97,6 +99,8 @@ struct GrpcRemote {
     socket: Option<nsm_transport::FdTransceiver>,
     link: Link,
     broken: AtomicBool,
+    shared: AtomicBool,
+    distrusted: AtomicBool,
 }
 
 impl GrpcRemote {
@@ -109,6 +113,8 @@ impl GrpcRemote {
             fds: link.fds.clone().map(FdTransceiver::new),
             link,
             broken: AtomicBool::new(false),
+            shared: AtomicBool::new(false),
+            distrusted: AtomicBool::new(false),
         }
     }
 
@@ -163,7 +169,12 @@ impl RemoteService for GrpcRemote {
     }
 
     fn current(&self) -> bool {
-        self.link.is_current()
+        self.link.is_current() && !self.distrusted.load(Ordering::Relaxed)
+    }
+
+    fn distrust(&self) -> bool {
+        self.distrusted.store(true, Ordering::Relaxed);
+        self.shared.load(Ordering::Relaxed)
     }
 }
 

@@ -39,6 +39,11 @@ pub trait RemoteService: Send + Sync + 'static {
     fn current(&self) -> bool {
         true
     }
+    /// One side has refused the other: the identities of the handshake may be others by now, which only a new handshake shows. It is
+    /// not current any more then. Returns whether it was shared: who has asked for a connection may have been given an old one.
+    fn distrust(&self) -> bool {
+        false
+    }
 }
 
 /// What the other side may take to accept a monitor stream.
@@ -111,6 +116,11 @@ impl Remote {
         self.service.current()
     }
 
+    /// See [`RemoteService::distrust`].
+    pub fn distrust(&self) -> bool {
+        self.service.distrust()
+    }
+
     /// Whether both are the same transport connection.
     pub fn same(&self, other: &Remote) -> bool {
         Arc::ptr_eq(&self.service, &other.service)
@@ -159,5 +169,9 @@ impl<S: RemoteService + ?Sized> RemoteService for Arc<S> {
 
     fn current(&self) -> bool {
         (**self).current()
+    }
+
+    fn distrust(&self) -> bool {
+        (**self).distrust()
     }
 }

@@ -70,3 +70,17 @@ async fn a_broken_one_is_not_given_to_others() {
     assert_eq!(server.accepted().await.len(), 1);
     drop((first, second));
 }
+
+/// Its other side may have another identity by now, which it does not show.
+#[tokio::test]
+async fn one_that_was_refused_is_not_given_to_others() {
+    let (server, grpc) = (Server::new(), Grpc::new(Transport::insecure()).sharing());
+    let alone = server.connect(&grpc, 1).await;
+    assert!(!alone[0].distrust(), "it was made for this one");
+    let shared = server.connect(&grpc, 2).await;
+    assert_eq!(server.accepted().await.len(), 2);
+    assert!(shared.iter().all(|remote| remote.alive() && remote.current()) && shared[1].distrust());
+    assert!(!shared[0].current(), "who has it too moves with the next request");
+    let _again = server.connect(&grpc, 2).await;
+    assert_eq!(server.accepted().await.len(), 1);
+}
