@@ -119,7 +119,9 @@ async fn an_endpoint_and_a_client_meet_ping_part_and_fail_in_one_sentence() {
         [("IDENTITY_WORKLOADS", workloads.to_str().unwrap()), ("IDENTITY_STATE_DIR", state.to_str().unwrap())];
     let _identity = world.start("identity", &node_ns, &meridio, &["identity"], &identity);
     let node = [("NSM_LISTEN_ON", manager.as_str()), ("NSM_STATE_DIR", "")];
-    let _node = world.start("node", &node_ns, &meridio, &["nsm"], &node);
+    let mut running = world.start("node", &node_ns, &meridio, &["nsm"], &node);
+    // Without it the endpoint would rightly warn that there is no manager.
+    running.says("manager and forwarder started");
 
     let settings = [
         ("NSM_NAME", "nse-1"),
