@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
 const HOW: &str = "run:\n  rustup component add rust-src\n  cargo install bpf-linker --version 0.10.4 --no-default-features \
-                   --features rust-llvm-22\n(or `make deps` in the root of the repository)";
+                   --features rust-llvm-22\n(or `make setup` in the root of the repository)";
 
 fn main() {
     let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default());

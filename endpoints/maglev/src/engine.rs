@@ -66,7 +66,7 @@ pub struct Engine {
     retry: Retry,
 }
 
-/// The map entry of a target; `number` is offset from the start of marks.
+/// The map entry of a target. `mark`: firewall mark of its slow path; 0 is that of an entry without a target.
 pub(crate) fn target_entry(target: &Target, mark: u32) -> TargetEntry {
     TargetEntry {
         v4: target.v4.map(|(a, _)| a.octets()).unwrap_or_default(),
@@ -217,8 +217,9 @@ impl Engine {
         Some(self.settings.offset_start + slot.entry.target_base)
     }
 
-    /// Takes a configuration and the ready targets by stream name. Packets see the old or the new one whole, unless streams that
-    /// change have no room beside their old tables all at once: then they change one after the other.
+    /// Takes a configuration and the ready targets by stream name. Packets see the targets of a stream, the old or the new ones, whole:
+    /// first one stream after the other changes, then VIPs, flows and port translations change at once. Streams of another size that
+    /// have no room beside their old tables all together change in turn, each such change as said.
     ///
     /// # Errors
     /// Every fault of the configuration; the previous one goes on forwarding.
@@ -242,7 +243,7 @@ impl Engine {
 
     /// Takes a configuration whose streams have their places.
     fn take(&mut self, config: &Config, targets: &BTreeMap<String, Targets>, placed: Vec<Placed>) -> Result<(), Error> {
-        // Everything that can be refused is found out before anything is written.
+        // Everything that can be refused is found out before anything is written, but want of memory in the kernel.
         let counters = self.plan_counters(config)?;
         let places: HashMap<&str, u32> = config.streams.iter().zip(&placed).map(|(s, p)| (&*s.name, p.slot)).collect();
         let slot = |name: &str| places.get(name).copied().unwrap_or(0);

@@ -34,7 +34,7 @@ impl Reason {
             Reason::Truncated => "the packet ends within a header",
             Reason::Extensions => "more than 8 IPv6 extension headers",
             Reason::FragmentUnknown => {
-                "a later fragment whose first one was not seen in the 2 s before and 200 ms after it"
+                "a later fragment whose first one was not seen in the 2 s before and up to 200 ms after it"
             }
             Reason::FragmentedError => "an ICMP error that is a fragment, or quotes one without ports",
             Reason::QuoteMismatch => "an ICMP error about a packet that did not come from the VIP",

@@ -14,7 +14,7 @@ static SETUP: LazyLock<(X509Source, Vec<u8>)> = LazyLock::new(|| {
     (authority.source("/server", day).expect("an identity"), leaf)
 });
 
-/// Arbitrary bytes hardly ever are a certificate, so half of the inputs are changes of a genuine one: place, place, value.
+// Arbitrary bytes hardly ever are a certificate, so half of the inputs are changes of a genuine one: place, place, value.
 fuzz_target!(|bytes: &[u8]| {
     let (server, genuine) = &*SETUP;
     let shown = match bytes.split_first() {
