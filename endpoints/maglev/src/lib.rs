@@ -43,6 +43,6 @@ pub use live::{Counters, Hits, Live, StreamHits};
 pub use meridio_decision::layout::{Counter, LAYOUT_VERSION, TargetEntry, TraceEvent, trace_flag};
 pub use meridio_decision::packet::Kind;
 pub use meridio_decision::{Decision, ETH_IPV4, ETH_IPV6, NONE, Reason, Verdict};
-pub use owner::own_directory;
+pub use owner::{own_directory, vacant};
 pub use sys::{TestRun, monotonic};
 pub use trace::{Filter, Tracer};

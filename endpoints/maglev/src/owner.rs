@@ -43,6 +43,14 @@ fn cookie() -> io::Result<u64> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
+/// Whether no process runs a load balancer with this directory.
+///
+/// # Errors
+/// [`Error::Held`], with the process; or the directory cannot be read.
+pub fn vacant(directory: &Path) -> Result<(), Error> {
+    Lock::existing(directory).map(drop)
+}
+
 /// Held by the one process that may change the maps of a directory; the kernel lets go of it when the process is gone, however it
 /// went.
 #[derive(Debug)]

@@ -246,7 +246,12 @@ async fn of_two_processes_in_a_pod_the_second_one_waits_and_then_takes_over() {
         assert!(reason.contains(&format!("process {} (", std::process::id())), "{reason}");
         assert_eq!(identifiers(&first, "s"), [1, 2], "not touched");
     }
-    drop(first);
+    // A whole process does not even begin, unless the first one is about to end.
+    let base = directory.0.join("lb");
+    let refused = crate::alone(&base, Duration::from_millis(150)).await.unwrap_err().to_string();
+    assert!(refused.contains(&format!("process {} (", std::process::id())), "{refused}");
+    let (waiting, ending) = (crate::alone(&base, Duration::from_secs(60)), async { drop(first) });
+    tokio::join!(waiting, ending).0.unwrap();
     second.step(&Inputs::default()).await;
     assert!(second.engine.as_ref().unwrap().adopted());
     assert_eq!((identifiers(&second, "s"), second.kept), (vec![1, 2], Some(true)));

@@ -30,6 +30,7 @@ mod settings;
 mod told;
 mod watches;
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -38,6 +39,7 @@ use nsm_kernel::Netns;
 use nsm_registry::RegistryClient;
 use nsm_transport::Transport;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
@@ -51,14 +53,18 @@ pub use settings::Settings;
 /// Time for watchers of the availability to hear the last word.
 const LAST_WORD: Duration = Duration::from_millis(200);
 
+/// How long a process that is about to end is waited for.
+const PREDECESSOR: Duration = Duration::from_secs(5);
+
 /// Runs the load balancer until `stop`. What it has set up in the kernel stays: the next run adopts it.
 ///
 /// # Errors
-/// Faulty settings, or a socket that cannot be made. What the kernel refuses is told by readiness and tried again.
+/// Faulty settings, a socket that cannot be made, or another process that runs the load balancer of this network namespace. What the kernel refuses is told by readiness and tried again.
 pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<()> {
     if settings.remove {
         return removal::remove(&settings).await;
     }
+    alone(&settings.bpf_dir, PREDECESSOR).await?;
     let health = Health::start("Meridio-load-balancer", &settings.health_socket, &stop)?;
     health.register(Probe::Startup, &[]);
     health.register(
@@ -95,6 +101,22 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     told.cancel();
     while tasks.join_next().await.is_some() {}
     result
+}
+
+/// Two processes in one network namespace would take sockets and registrations from each other: the second one ends before it has
+/// touched anything.
+async fn alone(base: &Path, patience: Duration) -> anyhow::Result<()> {
+    let end = Instant::now() + patience;
+    loop {
+        let base = base.to_owned();
+        let vacant = move || meridio_maglev::own_directory(&base).and_then(|own| meridio_maglev::vacant(&own));
+        match tokio::task::spawn_blocking(vacant).await? {
+            Err(error @ meridio_maglev::Error::Held { .. }) if Instant::now() >= end => return Err(error.into()),
+            Err(meridio_maglev::Error::Held { .. }) => tokio::time::sleep(Duration::from_millis(100)).await,
+            // What else is wrong is told by readiness.
+            _ => return Ok(()),
+        }
+    }
 }
 
 /// Everything that needs an identity.
