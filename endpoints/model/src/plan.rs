@@ -152,13 +152,13 @@ fn takes_all(outer: &Flow, inner: &Flow) -> bool {
         && outer.byte_matches.iter().all(|m| inner.byte_matches.contains(m))
 }
 
+/// Whether sources are no constraint: there are none, or all are of length 0, of whichever IP version.
+fn any_source(subnets: &[IpNet]) -> bool {
+    subnets.iter().all(|subnet| subnet.prefix_len() == 0)
+}
+
 fn subnets_cover(outer: &[IpNet], inner: &[IpNet]) -> bool {
-    let everything =
-        |family: usize| outer.iter().any(|o| o.prefix_len() == 0 && usize::from(o.max_prefix_len()) == family);
-    if outer.is_empty() || (everything(32) && everything(128)) {
-        return true;
-    }
-    !inner.is_empty() && inner.iter().all(|i| outer.iter().any(|o| covers(o, i)))
+    any_source(outer) || (!any_source(inner) && inner.iter().all(|i| outer.iter().any(|o| covers(o, i))))
 }
 
 /// Whether some packet matches both.
@@ -166,8 +166,8 @@ fn meets(a: &Flow, b: &Flow) -> bool {
     let ports = |a: &[PortRange], b: &[PortRange]| {
         any_port(a) || any_port(b) || a.iter().any(|x| b.iter().any(|y| x.overlaps(*y)))
     };
-    let subnets = a.source_subnets.is_empty()
-        || b.source_subnets.is_empty()
+    let subnets = any_source(&a.source_subnets)
+        || any_source(&b.source_subnets)
         || a.source_subnets.iter().any(|x| b.source_subnets.iter().any(|y| covers(x, y) || covers(y, x)));
     a.vips.iter().any(|vip| b.vips.contains(vip))
         && a.protocols.iter().any(|p| b.protocols.contains(p))

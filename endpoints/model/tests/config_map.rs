@@ -241,4 +241,13 @@ fn warnings_name_what_has_no_effect() {
         lines.contains(&"flow flow-a-z-tcp: never matches: flow flow-shadow with priority 9 takes all its packets to stream stream-a-ii".to_owned()),
         "{lines:#?}"
     );
+
+    // Sources of length 0 are no constraint, of whichever IP version.
+    assert!(!configuration.flows[0].source_subnets.is_empty());
+    configuration.flows[0].source_subnets.push("fd00::/8".parse().unwrap());
+    if let Some(shadow) = configuration.flows.last_mut() {
+        shadow.source_subnets = vec!["0.0.0.0/0".parse().unwrap()];
+    }
+    let again: Vec<_> = plan::warnings(&configuration).iter().map(ToString::to_string).collect();
+    assert_eq!(again, lines);
 }

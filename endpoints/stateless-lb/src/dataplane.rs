@@ -152,9 +152,8 @@ impl Dataplane {
         });
         let Ok((engine, missing, moved)) = work.await else { return false };
         self.engine = Some(engine);
-        if moved {
-            self.note_detour();
-        }
+        // Also if it has ended by itself and it is not time yet to make another.
+        self.note_detour();
         match missing {
             Ok(missing) if missing.is_empty() => !moved,
             Ok(missing) => {
