@@ -121,21 +121,27 @@ impl Path4 {
         Ok((connection, begin.elapsed()))
     }
 
-    /// Establishes `count` connections, several at a time; a request that fails is repeated, as NSM's clients do. Returns how many did.
+    /// Establishes a connection; a request that fails is repeated, as NSM's clients do. Returns how many failed.
+    async fn persist(&self, client: &Client, id: &str, carrier: Carrier) -> Result<(Connection, usize)> {
+        let mut failed = 0;
+        loop {
+            match self.one(client, id, carrier).await {
+                Ok((connection, _)) => return Ok((connection, failed)),
+                Err(error) if failed == ATTEMPTS => return Err(error),
+                Err(_) => failed += 1,
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Establishes `count` connections, several at a time. Returns how many requests failed.
     async fn establish(&self, client: &Client, count: usize) -> Result<(Vec<Connection>, usize)> {
         let workers = (0..WORKERS).map(|worker| async move {
             let (mut connections, mut failed) = (Vec::new(), 0);
             for number in (worker..count).step_by(WORKERS) {
-                let id = format!("live-{number}");
-                let mut result = self.one(client, &id, Carrier::Veth).await;
-                for _ in 0..ATTEMPTS {
-                    if result.is_err() {
-                        failed += 1;
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                        result = self.one(client, &id, Carrier::Veth).await;
-                    }
-                }
-                connections.push(result?.0);
+                let (connection, failures) = self.persist(client, &format!("live-{number}"), Carrier::Veth).await?;
+                connections.push(connection);
+                failed += failures;
             }
             anyhow::Ok((connections, failed))
         });
@@ -155,27 +161,30 @@ impl Path4 {
         Ok(Latency::of(took))
     }
 
-    /// New connections a second, each closed again, with several under way.
-    async fn new_rate(&self, carrier: Carrier, duration: Duration) -> Result<f64> {
+    /// New connections a second, each closed again, with several under way; and how many requests failed.
+    async fn new_rate(&self, carrier: Carrier, duration: Duration) -> Result<(f64, usize)> {
         let begin = Instant::now();
         let workers = (0..WORKERS).map(|worker| async move {
-            let mut count = 0;
+            let (mut count, mut failed) = (0, 0);
             while begin.elapsed() < duration {
-                let (connection, _) = self.one(&self.client, &format!("rate-{worker}-{count}"), carrier).await?;
+                let id = format!("rate-{worker}-{count}");
+                let (connection, failures) = self.persist(&self.client, &id, carrier).await?;
                 self.client.close(connection, TIMEOUT).await?;
                 count += 1;
+                failed += failures;
             }
-            anyhow::Ok(count)
+            anyhow::Ok((count, failed))
         });
         let counts = futures_util::future::try_join_all(workers).await?;
-        Ok(f64::from(counts.iter().sum::<u32>()) / begin.elapsed().as_secs_f64())
+        let (count, failed) = counts.into_iter().fold((0u32, 0), |(a, b), (count, failed)| (a + count, b + failed));
+        Ok((f64::from(count) / begin.elapsed().as_secs_f64(), failed))
     }
 
     /// Requests a second for connections that exist: what a refresh is.
     async fn refresh_rate(&self, carrier: Carrier, duration: Duration) -> Result<f64> {
         let mut connections = Vec::new();
         for worker in 0..WORKERS {
-            connections.push(self.one(&self.client, &format!("refresh-{worker}"), carrier).await?.0);
+            connections.push(self.persist(&self.client, &format!("refresh-{worker}"), carrier).await?.0);
         }
         let begin = Instant::now();
         let workers = connections.iter().map(|connection| async move {
@@ -233,14 +242,15 @@ async fn rate(other: Option<&Path>, size: &Size) -> Result<Value> {
     for (name, carrier) in [("nothing", Carrier::Nothing), ("veth", Carrier::Veth)] {
         path.sequential(carrier, 20).await?;
         let latency = path.sequential(carrier, size.sequential).await?;
-        let new = path.new_rate(carrier, size.rate).await?;
+        let (new, failed) = path.new_rate(carrier, size.rate).await?;
         let refresh = path.refresh_rate(carrier, size.rate).await?;
         println!(
-            "  {name:<8} new, one at a time: p50 {:>7.2} ms, p99 {:>7.2} ms; {WORKERS} at a time: {new:>7.1}/s with close; refresh {refresh:>8.1}/s",
+            "  {name:<8} new, one at a time: p50 {:>7.2} ms, p99 {:>7.2} ms; {WORKERS} at a time: {new:>7.1}/s with close, {failed} requests failed; refresh {refresh:>8.1}/s",
             ms(latency.p50),
             ms(latency.p99),
         );
-        result[name] = json!({ "latency": latency.json(), "new_per_s": new, "refresh_per_s": refresh });
+        result[name] =
+            json!({ "latency": latency.json(), "new_per_s": new, "failed_requests": failed, "refresh_per_s": refresh });
     }
     let usage = mesh::usage(path.pid)?;
     println!("  manager: {:.1} MiB resident, {:.1} MiB of it its own", mib(usage.resident), mib(usage.anonymous));
