@@ -28,6 +28,9 @@ const FIRST_RATE: f64 = 2e6;
 /// See [`FIRST_RATE`].
 const ATTEMPTS: u32 = 4;
 
+/// Figures of ours between two of plain forwarding.
+const BETWEEN: usize = 2;
+
 /// What one sample has shown.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sample {
@@ -120,15 +123,19 @@ struct Figures {
 }
 
 impl Figures {
-    fn add(&mut self, samples: &[Sample]) -> f64 {
+    fn add(&mut self, samples: &[Sample]) {
         let of = |what: fn(&Sample) -> f64| median(&samples.iter().map(what).collect::<Vec<_>>());
         self.offered.push(of(|s| s.offered));
         self.busy.push(of(|s| s.busy));
         self.idle += samples.iter().filter(|s| !s.saturated()).count() as u32;
-        let rate = of(|s| s.arrived);
-        self.rate.add(rate);
-        rate
+        self.rate.add(of(|s| s.arrived));
     }
+}
+
+/// Packets per second by the last two samples.
+fn around(samples: &[Sample]) -> f64 {
+    let last = &samples[samples.len().saturating_sub(2)..];
+    last.iter().map(|sample| sample.arrived).sum::<f64>() / last.len() as f64
 }
 
 /// Rates of all ways, interleaved, of one IP version.
@@ -148,25 +155,26 @@ pub(crate) fn measure(
     let mut ours: Vec<Figures> = loads.iter().map(|_| Figures::default()).collect();
     let mut theirs = Figures::default();
     for round in 0..effort.rounds {
-        // Plain forwarding before, between and after, so that its median belongs to the same minutes.
-        let mut plain = Vec::new();
-        for (n, load) in loads.iter().enumerate() {
-            if n % 4 == 0 {
-                plain.push(saturate(programs, topology, Way::Kernel, v6, load.flows, time));
+        // Plain forwarding once more after every other figure, which is related to what was forwarded just before and after it: the
+        // speed of a shared machine changes within a round.
+        let mut plain = vec![saturate(programs, topology, Way::Kernel, v6, 1, time)];
+        for (figures, loads) in ours.chunks_mut(BETWEEN).zip(loads.chunks(BETWEEN)) {
+            for (figures, load) in figures.iter_mut().zip(loads) {
+                balancer.configure(*load, true);
+                figures.add(&[saturate(programs, topology, Way::Balancer, v6, load.flows, time)]);
             }
-            balancer.configure(*load, true);
-            ours[n].add(&[saturate(programs, topology, Way::Balancer, v6, load.flows, time)]);
+            let flows = loads.last().map_or(1, |load| load.flows);
+            plain.push(saturate(programs, topology, Way::Kernel, v6, flows, time));
+            figures.iter_mut().for_each(|figures| figures.rate.relate(around(&plain)));
         }
-        plain.push(saturate(programs, topology, Way::Kernel, v6, 1, time));
         if let Some(peer) = peer.as_ref().filter(|_| !v6) {
             let running = peer.start(topology, 4, true);
             theirs.add(&[saturate(programs, topology, Way::Peer, v6, 1, time)]);
             running.stop();
+            plain.push(saturate(programs, topology, Way::Kernel, v6, 1, time));
+            theirs.rate.relate(around(&plain));
         }
-        let plain = kernel.add(&plain);
-        for figures in ours.iter_mut().chain([&mut theirs]) {
-            figures.rate.relate(plain);
-        }
+        kernel.add(&plain);
         eprintln!("packets, {version}: round {} of {}", round + 1, effort.rounds);
     }
     topology.own_core(false);

@@ -3,7 +3,7 @@
 //! Both elements work after `next`, when the answer holds the final context and the wire below has made the link. A refresh with
 //! equal content writes nothing. A failure closes what `next` has made.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use nsm_chain::{
@@ -71,23 +71,28 @@ fn link_routes(own: &[IpNet], other: &[IpNet]) -> Vec<InterfaceRoute> {
 }
 
 /// Routes with their next hop. Without an explicit one it is the first address of the other side in the family, unless a network of
-/// the other side holds the destination: then it is on the link.
-fn gateway_routes(routes: &[Route], other: &[IpNet]) -> Vec<InterfaceRoute> {
+/// the other side holds the destination: then it is on the link. One of the other IP version is an error: the kernel's would name
+/// neither.
+fn gateway_routes(routes: &[Route], other: &[IpNet]) -> Result<Vec<InterfaceRoute>, crate::Error> {
     let with_hop = |route: &Route| {
         let destination = route.prefix.parse::<IpNet>().ok()?.trunc();
         let v6 = matches!(destination, IpNet::V6(_));
         let family: Vec<&IpNet> = other.iter().filter(|n| n.addr().is_ipv6() == v6).collect();
         let on_link = family.iter().any(|n| n.contains(&destination.addr()));
-        let gateway = match route.next_hop.parse().ok() {
+        let gateway = match route.next_hop.parse::<IpAddr>().ok() {
+            Some(gateway) if gateway.is_ipv6() != v6 => {
+                let text = format!("route {destination}: next hop {gateway} is of another IP version");
+                return Some(Err(crate::Error::Invalid(text)));
+            }
             Some(gateway) => Some(gateway),
             None if on_link => None,
             None => family.first().map(|n| n.addr()),
         };
-        Some(InterfaceRoute { destination, gateway })
+        Some(Ok(InterfaceRoute { destination, gateway }))
     };
-    let mut routes: Vec<_> = routes.iter().filter_map(with_hop).collect();
+    let mut routes = routes.iter().filter_map(with_hop).collect::<Result<Vec<_>, _>>()?;
     routes.dedup();
-    routes
+    Ok(routes)
 }
 
 fn ports(text: &str) -> Result<Option<PortRange>, crate::Error> {
@@ -118,14 +123,22 @@ fn protocol(text: &str) -> Result<Option<u8>, crate::Error> {
     }
 }
 
+/// A policy that names no routes takes everything of its source's IP version to the link.
 fn policy(policy: &PolicyRoute) -> Result<Policy, crate::Error> {
     let bad = || crate::Error::Invalid(format!("policy route: source {:?} is no prefix", policy.from));
+    let from = nets(std::slice::from_ref(&policy.from)).first().copied().ok_or_else(bad)?.trunc();
+    let mut routes = gateway_routes(&policy.routes, &[])?;
+    if policy.routes.is_empty() {
+        let any = if from.addr().is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+        let destination = IpNet::new(any, 0).map_err(|_| bad())?;
+        routes.push(InterfaceRoute { destination, gateway: None });
+    }
     Ok(Policy {
-        from: nets(std::slice::from_ref(&policy.from)).first().copied().ok_or_else(bad)?.trunc(),
+        from,
         protocol: protocol(&policy.proto)?,
         sport: ports(&policy.src_port)?,
         dport: ports(&policy.dst_port)?,
-        routes: gateway_routes(&policy.routes, &[]),
+        routes,
     })
 }
 
@@ -146,7 +159,7 @@ pub fn desired(context: &ConnectionContext, side: Side) -> Result<InterfaceConfi
         Side::Client => (destination, source, &ip.dst_routes),
     };
     let mut routes = link_routes(&own, &other);
-    for route in gateway_routes(explicit, &other) {
+    for route in gateway_routes(explicit, &other)? {
         if !routes.iter().any(|r| r.destination == route.destination) {
             routes.push(route);
         }
@@ -293,9 +306,27 @@ mod tests {
             route("x", ""),
         ];
         let hops: Vec<_> =
-            gateway_routes(&routes, &other).into_iter().map(|r| r.gateway.map(|g| g.to_string())).collect();
+            gateway_routes(&routes, &other).unwrap().into_iter().map(|r| r.gateway.map(|g| g.to_string())).collect();
         let some = |s: &str| Some(s.to_string());
         assert_eq!(hops, [some("172.16.1.5"), None, some("1.2.3.4"), some("fd00::1")]);
+        for (prefix, hop) in [("20.0.0.0/8", "fd00::1"), ("2000::/64", "1.2.3.4")] {
+            let error = gateway_routes(&[route("10.0.0.0/8", ""), route(prefix, hop)], &other).unwrap_err();
+            assert_eq!(error.code(), tonic::Code::InvalidArgument);
+            let text = error.to_string();
+            assert!(text.contains(&format!("route {prefix}: next hop {hop}")), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_policy_without_routes_takes_everything() {
+        let all = |from: &str| {
+            let routes = policy(&PolicyRoute { from: from.into(), ..Default::default() }).unwrap().routes;
+            routes.iter().map(|route| (route.destination.to_string(), route.gateway)).collect::<Vec<_>>()
+        };
+        assert_eq!(all("20.0.0.1/32"), [("0.0.0.0/0".to_owned(), None)]);
+        assert_eq!(all("2000::1/128"), [("::/0".to_owned(), None)]);
+        let none = PolicyRoute { from: "20.0.0.1".into(), routes: vec![route("x", "")], ..Default::default() };
+        assert!(policy(&none).unwrap().routes.is_empty(), "only where none were asked for");
     }
 
     #[test]

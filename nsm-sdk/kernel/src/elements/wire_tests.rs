@@ -95,8 +95,14 @@ async fn link(netns: &Netns, name: &str) -> Option<Link> {
     netns.netlink().await.unwrap().link_by_name(name).await.unwrap()
 }
 
+/// Asks again: until the kernel has seen that a new link is up it drops what is sent, and with many namespaces about that takes a while.
 async fn answers(netns: &Netns, ip: &str) -> bool {
-    crate::ping::probe(netns, None, ip.parse().unwrap(), std::time::Duration::from_secs(2)).await
+    for _ in 0..20 {
+        if crate::ping::probe(netns, None, ip.parse().unwrap(), std::time::Duration::from_millis(500)).await {
+            return true;
+        }
+    }
+    false
 }
 
 #[tokio::test]
