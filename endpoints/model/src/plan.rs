@@ -72,7 +72,7 @@ fn flows(configuration: &Configuration, warnings: &mut Vec<Fault>) {
         }
         let of_family = |net: &IpNet| flow.source_subnets.iter().any(|s| s.max_prefix_len() == net.max_prefix_len());
         for vip in flow.vips.iter().filter_map(|name| configuration.vip(name)) {
-            if !flow.source_subnets.is_empty() && !of_family(&vip.address) {
+            if !any_source(&flow.source_subnets) && !of_family(&vip.address) {
                 let reason =
                     format!("its source-subnets have none of the family of vip {}: it matches nothing there", vip.name);
                 warnings.push(Fault::new(object.clone(), reason));
