@@ -36,7 +36,8 @@ struct Cli {
     settings: Settings,
 }
 
-fn run(command: &str) -> String {
+/// Output of a command, which has to succeed.
+pub(crate) fn run(command: &str) -> String {
     let (program, args) = command.split_once(' ').unwrap();
     let out = Command::new(program).args(args.split(' ')).output().unwrap();
     assert!(out.status.success(), "{command}: {}", String::from_utf8_lossy(&out.stderr));

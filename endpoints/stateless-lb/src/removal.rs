@@ -30,7 +30,6 @@ pub(crate) async fn remove(settings: &Settings) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::process::Command;
 
     use clap::Parser;
     use meridio_common::Health;
@@ -40,18 +39,12 @@ mod tests {
     use crate::availability::Availability;
     use crate::dataplane::Dataplane;
     use crate::inputs::{Inputs, Subnet};
+    use crate::namespaces::run;
 
     #[derive(Parser)]
     struct Cli {
         #[command(flatten)]
         settings: Settings,
-    }
-
-    fn run(command: &str) -> String {
-        let (program, args) = command.split_once(' ').unwrap();
-        let out = Command::new(program).args(args.split(' ')).output().unwrap();
-        assert!(out.status.success(), "{command}: {}", String::from_utf8_lossy(&out.stderr));
-        String::from_utf8(out.stdout).unwrap()
     }
 
     /// Everything in the namespace of this thread that a load balancer could have made.
