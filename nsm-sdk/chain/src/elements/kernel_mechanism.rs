@@ -1,9 +1,13 @@
 //! The mechanism KERNEL: an interface in a network namespace.
 
-use crate::{Connection, Element, Error, Key, Mechanism, Next, RequestCall, Side, core::inode_of};
+use crate::{CloseCall, Connection, Element, Error, Key, Mechanism, Next, RequestCall, Side, core::inode_of};
 use rand::{Rng, distr::Alphanumeric};
 use rustix::fs::{Mode, OFlags};
-use std::os::fd::OwnedFd;
+use std::{
+    collections::{BTreeMap, HashMap},
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 /// Type of the mechanism.
 pub const KERNEL: &str = "KERNEL";
@@ -30,10 +34,26 @@ pub fn limit(name: &str) -> &str {
 
 /// A name for an interface to `service`: its first 10 bytes, a dash, and random letters and digits, as NSM names it.
 pub fn random_name(service: &str) -> String {
+    name_from(service, rand::rng().sample_iter(Alphanumeric).map(char::from))
+}
+
+/// The same name for the same service and id, everywhere and always; another one for each `number` (hash: FNV-1a).
+fn name_of(service: &str, id: &str, number: u8) -> String {
+    const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    let mut hash = id.bytes().chain([number]).fold(0xcbf2_9ce4_8422_2325, step);
+    let digits = std::iter::repeat_with(|| {
+        hash = step(hash, 0);
+        char::from(DIGITS[(hash >> 32) as usize % DIGITS.len()])
+    });
+    name_from(service, digits)
+}
+
+fn name_from(service: &str, characters: impl Iterator<Item = char>) -> String {
     let end = (0..=10.min(service.len())).rev().find(|&end| service.is_char_boundary(end)).unwrap_or(0);
     let mut name = format!("{}-", service[..end].replace(['/', ' '], "-"));
     let missing = NAME_LIMIT - name.len();
-    name.extend(rand::rng().sample_iter(Alphanumeric).take(missing).map(char::from));
+    name.extend(characters.take(missing));
     name
 }
 
@@ -56,24 +76,44 @@ pub(crate) fn open(url: &str) -> std::io::Result<OwnedFd> {
 #[derive(Clone, Debug, Default)]
 pub struct KernelClient {
     interface: Option<String>,
+    /// Whose each name is that was made up.
+    given: Arc<Mutex<HashMap<String, String>>>,
 }
 
 impl KernelClient {
-    /// Names interfaces after their service.
+    /// Names interfaces after their service and the id of their connection: the same name after a restart, also of everybody who might
+    /// remember it. (To rename an interface, kernels before 6.2 take it down.)
     pub fn new() -> Self {
         Self::default()
     }
 
     /// Gives each interface this name, cut to 15 bytes.
     pub fn with_name(name: &str) -> Self {
-        Self { interface: Some(limit(name).to_owned()) }
+        Self { interface: Some(limit(name).to_owned()), ..Self::default() }
     }
 
-    fn complete(&self, parameters: &mut std::collections::BTreeMap<String, String>, service: &str) {
-        parameters.insert(INODE_URL.into(), OWN_NETNS.into());
-        if parameters.get(NAME).is_none_or(String::is_empty) {
-            parameters.insert(NAME.into(), self.interface.clone().unwrap_or_else(|| random_name(service)));
-        }
+    fn made_up(&self, service: &str, id: &str) -> String {
+        let mut given = self.given();
+        let free = |name: &String| given.get(name).is_none_or(|other| other == id);
+        let name = (0..ATTEMPTS).map(|number| name_of(service, id, number)).find(free);
+        let name = name.unwrap_or_else(|| random_name(service));
+        given.insert(name.clone(), id.to_owned());
+        name
+    }
+
+    fn given(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// So many names are tried for a connection before one is made up at random.
+const ATTEMPTS: u8 = 16;
+
+/// Own namespace, and the name that `name` makes up if there is none.
+fn complete(parameters: &mut BTreeMap<String, String>, name: impl FnOnce() -> String) {
+    parameters.insert(INODE_URL.into(), OWN_NETNS.into());
+    if parameters.get(NAME).is_none_or(String::is_empty) {
+        parameters.insert(NAME.into(), name());
     }
 }
 
@@ -84,15 +124,31 @@ impl Element for KernelClient {
     }
 
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
-        let service = call.connection().network_service.clone();
+        let (service, id) = (call.connection().network_service.clone(), call.id().to_owned());
         let preferences = &mut call.message.mechanism_preferences;
         if !preferences.iter().any(|preference| preference.r#type == KERNEL) {
             preferences.push(Mechanism { cls: LOCAL.into(), r#type: KERNEL.into(), ..Default::default() });
         }
         for preference in preferences.iter_mut().filter(|preference| preference.r#type == KERNEL) {
-            self.complete(&mut preference.parameters, &service);
+            complete(&mut preference.parameters, || {
+                self.interface.clone().unwrap_or_else(|| self.made_up(&service, &id))
+            });
         }
         next.request(call).await
+    }
+
+    async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
+        let (service, id) = (call.message.network_service.clone(), call.id().to_owned());
+        let result = next.close(call).await;
+        let mut given = self.given();
+        for name in (0..ATTEMPTS).map(|number| name_of(&service, &id, number)) {
+            if given.get(&name) == Some(&id) {
+                given.remove(&name);
+                break;
+            }
+        }
+        drop(given);
+        result
     }
 }
 
@@ -101,7 +157,7 @@ impl Element for KernelClient {
 /// A name that was made up stays with its connection: a forwarder that has forgotten it (restart) finds its interface again.
 #[derive(Clone, Debug)]
 pub struct KernelServer {
-    client: KernelClient,
+    interface: Option<String>,
     given: Key<String>,
 }
 
@@ -114,12 +170,12 @@ impl Default for KernelServer {
 impl KernelServer {
     /// Names interfaces after their service.
     pub fn new() -> Self {
-        Self { client: KernelClient::new(), given: Key::new(Side::Server) }
+        Self { interface: None, given: Key::new(Side::Server) }
     }
 
     /// Gives each interface this name, cut to 15 bytes.
     pub fn with_name(name: &str) -> Self {
-        Self { client: KernelClient::with_name(name), ..Self::new() }
+        Self { interface: Some(limit(name).to_owned()), ..Self::new() }
     }
 }
 
@@ -140,7 +196,7 @@ impl Element for KernelServer {
         if let Some(name) = given.filter(|_| mechanism.parameters.get(NAME).is_none_or(String::is_empty)) {
             mechanism.parameters.insert(NAME.into(), name);
         }
-        self.client.complete(&mut mechanism.parameters, &service);
+        complete(&mut mechanism.parameters, || self.interface.clone().unwrap_or_else(|| random_name(&service)));
         let name = mechanism.parameters.get(NAME).cloned();
         let connection = next.request(call).await?;
         if let (Some(metadata), Some(name)) = (metadata, name) {
@@ -184,6 +240,41 @@ mod tests {
         let given = Mechanism { r#type: KERNEL.into(), parameters: own, ..Default::default() };
         let given = offered(KernelClient::with_name("other"), vec![given]).await;
         assert_eq!((given.len(), given[0].parameters[NAME].as_str()), (1, "nsm-1"));
+    }
+
+    #[tokio::test]
+    async fn a_name_that_was_made_up_is_the_same_after_a_restart_and_nobody_elses() {
+        let run = |client: KernelClient| {
+            let spy = Arc::new(Spy::default());
+            let chain = Chain::builder().element(client).element(spy.clone()).build();
+            async move |id: &str| {
+                let mut call = request_id(id, Context::new());
+                call.connection_mut().network_service = "svc".into();
+                chain.request(call).await.unwrap();
+                let name = spy.last_request().mechanism_preferences[0].parameters[NAME].clone();
+                (chain.clone(), name)
+            }
+        };
+        let (first, second) = (run(KernelClient::new()), run(KernelClient::new()));
+        let (_, name) = first("a").await;
+        assert_eq!((first("a").await.1, second("a").await.1), (name.clone(), name.clone()));
+        assert!(name.starts_with("svc-") && name.len() == NAME_LIMIT && first("b").await.1 != name, "{name}");
+        assert_eq!(name_of("conduit-a-1.trench", "lb-1", 0), "conduit-a--KLqB", "also by another version");
+
+        // Two ids whose names are equal, as among some thousand there are: the later one gets another.
+        let long = "conduit-a-1";
+        let mut names = HashMap::new();
+        let (one, other) =
+            (0..100_000).find_map(|n: u32| Some((names.insert(name_of(long, &n.to_string(), 0), n)?, n))).unwrap();
+        let client = KernelClient::new();
+        let [one, other] = [one, other].map(|n| n.to_string());
+        let shared = client.made_up(long, &one);
+        assert_ne!(client.made_up(long, &other), shared);
+        assert_eq!(client.made_up(long, &one), shared);
+        let connection = Connection { id: one, network_service: long.into(), ..Default::default() };
+        let chain = Chain::builder().element(client.clone()).build();
+        chain.close(CloseCall::new(connection, Context::new())).await.unwrap();
+        assert_eq!(client.made_up(long, &other), shared, "free again");
     }
 
     // Conformance 91
