@@ -2,7 +2,9 @@
 
 use crate::{
     Chain, CloseCall, Connection, ConnectionEvent, Context, FdTransceiver, MonitorScopeSelector, NetworkServiceRequest,
-    RequestCall, elements::monitor::Hub, remote::EventStream,
+    RequestCall,
+    elements::{authorize::Callers, monitor::Hub},
+    remote::EventStream,
 };
 use futures_util::StreamExt;
 use nsm_proto::{
@@ -18,12 +20,20 @@ use tonic::{Request, Response, Status, service::Routes};
 pub struct ChainService {
     chain: Chain,
     hub: Hub,
+    callers: Option<Callers>,
 }
 
 impl ChainService {
     /// Both services of one endpoint.
     pub fn new(chain: Chain, hub: Hub) -> Self {
-        Self { chain, hub }
+        Self { chain, hub, callers: None }
+    }
+
+    /// Only who has a connection may watch it, as far as `callers` knows.
+    #[must_use]
+    pub fn guarded(mut self, callers: Option<Callers>) -> Self {
+        self.callers = callers;
+        self
     }
 
     /// The gRPC server of `networkservice.NetworkService`.
@@ -89,7 +99,16 @@ impl MonitorConnection for ChainService {
         &self,
         request: Request<MonitorScopeSelector>,
     ) -> Result<Response<EventStream>, Status> {
-        let events = self.hub.subscribe(request.into_inner());
+        let peer = context(&request).peer;
+        let selector = request.into_inner();
+        if let Some((callers, peer)) = self.callers.as_ref().zip(peer)
+            && !callers.may_watch(&peer, &selector)
+        {
+            return Err(Status::permission_denied(
+                "no sufficient privileges: none of its connections is to be watched",
+            ));
+        }
+        let events = self.hub.subscribe(selector);
         Ok(Response::new(events.map(Ok::<ConnectionEvent, Status>).boxed()))
     }
 }

@@ -126,3 +126,31 @@ async fn two_clients_with_equal_ids_do_not_collide() {
         assert_eq!(world.known(), left);
     }
 }
+
+// Conformance 26
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guarded_monitor_shows_callers_their_own_connections() {
+    let world = World::start_with(nsm_chain::EndpointBuilder::guarded_monitor).await;
+    let watch = async |name: &str, id: &str| {
+        let link = world.link(&world.source(name)).await;
+        let mut monitor = MonitorConnectionClient::new(link.with_token());
+        let segment = (!id.is_empty()).then(|| PathSegment { id: id.into(), ..Default::default() });
+        let selector = MonitorScopeSelector { path_segments: segment.into_iter().collect(), ..Default::default() };
+        let mut events = monitor.monitor_connections(selector).await.map_err(|status| status.code())?.into_inner();
+        Ok(events.message().await.unwrap().unwrap().connections.len())
+    };
+    assert_eq!(watch("nsc", "c").await, Err(Code::PermissionDenied), "not yet its own");
+    let mut client = world.raw("nsc").await;
+    let connection = client.request(request("c")).await.unwrap().into_inner();
+    assert_eq!(watch("nsc", "c").await, Ok(1));
+    for (name, id) in [("nsc", "d"), ("nsc", ""), ("other", "c")] {
+        assert_eq!(watch(name, id).await, Err(Code::PermissionDenied), "{name} {id:?}");
+    }
+    client.close(connection).await.unwrap();
+    assert_eq!(watch("nsc", "c").await, Err(Code::PermissionDenied), "closed");
+    // To a client that looks for what an earlier run has left, a refusal says that there is nothing.
+    let transport = nsm_transport::Transport::new(world.source("nsc")).unwrap();
+    let client = nsm_chain::Client::builder("nsc", std::sync::Arc::new(nsm_chain::remote::Grpc::new(transport)));
+    let client = client.url(world.address().to_string()).build();
+    assert_eq!(client.find("c").await.unwrap(), None);
+}

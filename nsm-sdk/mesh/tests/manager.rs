@@ -5,6 +5,7 @@
 
 mod sandbox;
 
+use nsm_chain::{Connection, Element, Error, Next, RequestCall};
 use nsm_proto::registry::network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient;
 use nsm_registry::{NetworkServiceEndpoint, RegistryClient};
 use nsm_transport::{Address, Transport};
@@ -12,7 +13,7 @@ use sandbox::*;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
 };
@@ -64,6 +65,44 @@ async fn a_living_data_path_keeps_the_endpoint_a_dead_one_does_not() {
     assert_eq!((second.seen.requests(), endpoint_of(&client, "c").as_deref()), (0, Some("nse-1")));
     alive.store(false, SeqCst);
     moves_to(&client, "c", "nse-2").await;
+}
+
+/// Tells each request another MTU than the one before.
+#[derive(Default)]
+struct Changes(AtomicUsize);
+
+#[async_trait::async_trait]
+impl Element for Changes {
+    fn name(&self) -> &'static str {
+        "changes"
+    }
+
+    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let number = u32::try_from(self.0.fetch_add(1, SeqCst)).unwrap_or_default();
+        call.connection_mut().context.get_or_insert_default().mtu = 1400 + number;
+        next.request(call).await
+    }
+}
+
+// Conformance 55
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wish_of_the_endpoint_reaches_the_client_through_forwarder_and_manager() {
+    let world = World::new();
+    let _registry = world.registry().await;
+    let (manager, _forwarder) = node(&world, "nsmgr").await;
+    let nse = world.endpoint_with("nse", &manager, vec![Arc::new(Changes::default())]).await;
+    nse.register().await;
+    let client = world.client("nsc", &manager, None);
+    let mtu = |connection: &Connection| connection.context.as_ref().map_or(0, |context| context.mtu);
+    assert_eq!(mtu(&client.request(request("c"), TIMEOUT).await.unwrap()), 1400);
+    for again in 1..4 {
+        nse.endpoint.hub().ask_for_refresh();
+        eventually("the client has come again", || async {
+            client.connection("c").is_some_and(|connection| mtu(&connection) == 1400 + again)
+        })
+        .await;
+    }
+    assert_eq!((nse.seen.closes(), nse.endpoint.hub().connections().len()), (0, 1));
 }
 
 // Conformance 45, 67

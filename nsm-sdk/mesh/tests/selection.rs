@@ -6,11 +6,13 @@
 mod sandbox;
 
 use nsm_chain::{
-    Chain, Client, CloseCall, Connection, Element, Error, Next, RequestCall,
+    Chain, Client, Connection, Element,
     elements::{
         connect::ConnectServer,
         ipam::{PointToPoint, Strict},
         mechanismtranslation::MechanismTranslation,
+        replacelabels::ReplaceLabels,
+        replacensename::ReplaceNseName,
     },
     remote::Grpc,
 };
@@ -28,31 +30,6 @@ use std::{
     time::Duration,
 };
 use tokio::time::sleep;
-
-/// Passes connections on to the next stage: other labels, whatever endpoint matches them.
-struct Onward(&'static str);
-
-#[async_trait::async_trait]
-impl Element for Onward {
-    fn name(&self) -> &'static str {
-        "onward"
-    }
-
-    async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
-        let connection = call.connection_mut();
-        let labels = std::mem::replace(&mut connection.labels, [("app".to_owned(), self.0.to_owned())].into());
-        let own = std::mem::take(&mut connection.network_service_endpoint_name);
-        let mut connection = next.request(call).await?;
-        connection.labels = labels;
-        connection.network_service_endpoint_name = own;
-        Ok(connection)
-    }
-
-    async fn close(&self, mut call: CloseCall, next: Next) -> Result<(), Error> {
-        call.message.network_service_endpoint_name = String::new();
-        next.close(call).await
-    }
-}
 
 /// Two stages before the endpoint, each on the other node than the one before; both nodes may be the same one. Returns the names
 /// on the path.
@@ -76,7 +53,8 @@ async fn passthrough(here: &str, there: &str) -> Vec<String> {
                 .passthrough()
                 .url(world.url(&manager.name))
                 .element(MechanismTranslation::new())
-                .element(Onward(stage))
+                .element(ReplaceLabels::new([("app".to_owned(), stage.to_owned())]))
+                .element(ReplaceNseName::new())
                 .element(nsm_chain::elements::kernel_mechanism::KernelClient::new())
                 .element(nsm_chain::elements::sendfd::SendFdClient)
                 .build();

@@ -48,6 +48,7 @@ impl Client {
             liveness_interval: Duration::from_millis(200),
             liveness_timeout: Duration::from_secs(1),
             policies: Policies::client(),
+            together: false,
             elements: Vec::new(),
         }
     }
@@ -105,6 +106,7 @@ pub struct ClientBuilder {
     liveness_interval: Duration,
     liveness_timeout: Duration,
     policies: Policies,
+    together: bool,
     elements: Vec<Arc<dyn Element>>,
 }
 
@@ -144,6 +146,13 @@ impl ClientBuilder {
         self
     }
 
+    /// Refreshes all connections when an endpoint asks that one be refreshed: where they depend on each other.
+    #[must_use]
+    pub fn refresh_together(mut self) -> Self {
+        self.together = true;
+        self
+    }
+
     fn read(mut self, lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self, Error> {
         let mut env = Env::new(lookup);
         self.settings.read(&mut env);
@@ -163,6 +172,9 @@ impl ClientBuilder {
             .url(&self.settings.manager)
             .dial_timeout(self.settings.dial_timeout)
             .policies(self.policies.clone());
+        if self.together {
+            chain = chain.refresh_together();
+        }
         if self.liveness {
             chain = chain.liveness(LivenessCheck {
                 interval: self.liveness_interval,

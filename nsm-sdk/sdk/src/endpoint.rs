@@ -66,6 +66,7 @@ impl Endpoint {
             interface: None,
             listen_on: None,
             policies: Policies::server(),
+            guarded: false,
             registry_policies: ClientPolicies::default(),
             register_services: true,
             unregister: true,
@@ -96,6 +97,12 @@ impl Endpoint {
     /// The connections that it serves now.
     pub fn connections(&self) -> Vec<Connection> {
         self.hub.connections()
+    }
+
+    /// Asks all clients to request their connections again, at once and not only when their tokens near their end: for an endpoint that
+    /// would answer something else now (addresses, routes, labels). What works meanwhile goes on.
+    pub fn ask_for_refresh(&self) {
+        self.hub.ask_for_refresh();
     }
 
     /// Serves until SIGTERM, SIGINT, SIGHUP or SIGQUIT, then stops in order.
@@ -144,6 +151,7 @@ pub struct EndpointBuilder {
     interface: Option<String>,
     listen_on: Option<String>,
     policies: Policies,
+    guarded: bool,
     registry_policies: ClientPolicies,
     register_services: bool,
     unregister: bool,
@@ -213,6 +221,13 @@ impl EndpointBuilder {
         self
     }
 
+    /// Lets callers watch none but their own connections. By default everybody with an identity may watch all, as in NSM.
+    #[must_use]
+    pub fn guarded_monitor(mut self) -> Self {
+        self.guarded = true;
+        self
+    }
+
     /// Policies for what the manager answers to its registration, all of them by default.
     #[must_use]
     pub fn registry_policies(mut self, policies: ClientPolicies) -> Self {
@@ -253,6 +268,9 @@ impl EndpointBuilder {
         let tokens = token::from_source(source, self.settings.max_token_lifetime);
         let kernel = self.interface.as_deref().map_or_else(KernelServer::new, KernelServer::with_name);
         let mut chain = nsm_chain::Endpoint::builder(&self.settings.name, tokens).policies(self.policies.clone());
+        if self.guarded {
+            chain = chain.guarded_monitor();
+        }
         for group in &self.prefixes {
             chain = chain.element(PointToPoint::new(group.iter().copied()));
         }

@@ -27,6 +27,8 @@ pub mod null;
 pub mod policyroute;
 pub mod recvfd;
 pub mod refresh;
+pub mod replacelabels;
+pub mod replacensename;
 pub mod retry;
 pub mod roundrobin;
 pub mod sendfd;

@@ -70,6 +70,7 @@ impl Client {
             dial_timeout: Duration::ZERO,
             refresh: true,
             heal: Some(None),
+            together: false,
             policies: Policies::client(),
             reselect: None,
             retry: None,
@@ -172,7 +173,11 @@ impl Client {
     pub async fn find(&self, id: &str) -> Result<Option<Connection>, Error> {
         let segment = PathSegment { id: id.to_owned(), ..Default::default() };
         let selector = MonitorScopeSelector { path_segments: vec![segment], ..Default::default() };
-        let mut events = self.monitor(selector).await?;
+        let mut events = match self.monitor(selector).await {
+            // Who shows clients nothing but their own connections has none of ours.
+            Err(error) if error.code() == Code::PermissionDenied => return Ok(None),
+            events => events?,
+        };
         let first = tokio::time::timeout(MONITOR_TIMEOUT, events.next()).await;
         let event = match first.map_err(|_| Error::deadline("client", id, "the monitor's initial state"))? {
             Some(event) => event.map_err(|status| Error::remote("client", id, "the monitor", status))?,
@@ -201,6 +206,7 @@ pub struct ClientBuilder {
     dial_timeout: Duration,
     refresh: bool,
     heal: Option<Option<LivenessCheck>>,
+    together: bool,
     policies: Policies,
     reselect: Option<Arc<Reselect>>,
     retry: Option<Retry>,
@@ -241,6 +247,13 @@ impl ClientBuilder {
     #[must_use]
     pub fn liveness(mut self, check: LivenessCheck) -> Self {
         self.heal = Some(Some(check));
+        self
+    }
+
+    /// Refreshes all connections when the other side wishes that one be refreshed: where they depend on each other.
+    #[must_use]
+    pub fn refresh_together(mut self) -> Self {
+        self.together = true;
         self
     }
 
@@ -297,7 +310,10 @@ impl ClientBuilder {
             .element(ClientUrl::new(self.url.clone()))
             .element(ClientConn::new(self.remote))
             // Above dial: a watch needs the remote that dial has left.
-            .maybe(self.heal.map(Heal::new))
+            .maybe(self.heal.map(|check| match self.together {
+                true => Heal::new(check).together(&begin),
+                false => Heal::new(check),
+            }))
             .element(Dial::new(self.connector.clone(), self.dial_timeout))
             .extend(self.elements)
             // Below the application's elements: what they change in an answer was checked before.

@@ -3,7 +3,7 @@
 use crate::{
     Chain, Element, Side,
     elements::{
-        authorize::{AuthorizeServer, Policies},
+        authorize::{AuthorizeServer, Callers, Policies},
         begin::Begin,
         metadata::MetadataElement,
         monitor::{Hub, Monitor},
@@ -36,6 +36,7 @@ pub struct Endpoint {
     name: String,
     chain: Chain,
     hub: Hub,
+    callers: Option<Callers>,
 }
 
 impl Endpoint {
@@ -48,6 +49,7 @@ impl Endpoint {
             policies: Policies::server(),
             keep: None,
             hub: Hub::new(),
+            callers: None,
             elements: Vec::new(),
         }
     }
@@ -69,7 +71,7 @@ impl Endpoint {
 
     /// Its gRPC services.
     pub fn service(&self) -> ChainService {
-        ChainService::new(self.chain.clone(), self.hub.clone())
+        ChainService::new(self.chain.clone(), self.hub.clone()).guarded(self.callers.clone())
     }
 
     /// To be called within this process; see [`crate::remote::InProcess`].
@@ -85,6 +87,7 @@ pub struct EndpointBuilder {
     policies: Policies,
     keep: Option<(Arc<dyn KeepAlive>, Duration)>,
     hub: Hub,
+    callers: Option<Callers>,
     elements: Vec<Arc<dyn Element>>,
 }
 
@@ -93,6 +96,15 @@ impl EndpointBuilder {
     #[must_use]
     pub fn policies(mut self, policies: Policies) -> Self {
         self.policies = policies;
+        self
+    }
+
+    /// Lets callers watch only what they name among their own connections (NSM's policy `service_connection`, which it ships switched
+    /// off). Without it everybody who is known to the trust domain may watch all. Who looks for a connection that is not its own,
+    /// or no longer there, is refused.
+    #[must_use]
+    pub fn guarded_monitor(mut self) -> Self {
+        self.callers = Some(Callers::default());
         self
     }
 
@@ -129,13 +141,13 @@ impl EndpointBuilder {
             .element(Begin::new(Side::Server))
             // Policies want to see the caller's token in the path.
             .element(UpdateToken::new(self.tokens))
-            .element(AuthorizeServer::new(self.policies))
+            .element(AuthorizeServer::new(self.policies).noting(self.callers.clone()))
             .element(MetadataElement::new())
             .element(timeout)
             .element(Monitor::new(self.hub.clone()))
             .element(TrimPath::new(Side::Server))
             .extend(self.elements)
             .build();
-        Endpoint { name: self.name, chain, hub: self.hub }
+        Endpoint { name: self.name, chain, hub: self.hub, callers: self.callers }
     }
 }

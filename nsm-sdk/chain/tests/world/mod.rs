@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub, reason = "shared by tests, each of which uses a part")]
 
 use nsm_chain::{
-    CloseCall, Connection, Element, Endpoint, Error, Mechanism, NetworkServiceRequest, Next, Path, PathSegment,
-    RequestCall, Side,
+    CloseCall, Connection, Element, Endpoint, EndpointBuilder, Error, Mechanism, NetworkServiceRequest, Next, Path,
+    PathSegment, RequestCall, Side,
     elements::{
         ipam::{PointToPoint, Strict},
         mechanisms::Mechanisms,
@@ -74,11 +74,16 @@ pub struct World {
 impl World {
     /// An endpoint "nse" that receives descriptors, knows the mechanism KERNEL and gives addresses.
     pub async fn start() -> Self {
+        Self::start_with(|builder| builder).await
+    }
+
+    /// The same, with something else about it.
+    pub async fn start_with(change: impl FnOnce(EndpointBuilder) -> EndpointBuilder) -> Self {
         let authority = Authority::generate("example.org").unwrap();
         let source = authority.source("/nse", HOUR).unwrap();
         let seen = Arc::<Seen>::default();
         let prefix: ipnet::IpNet = "172.16.0.0/24".parse().unwrap();
-        let endpoint = Endpoint::builder("nse", token::from_source(source.clone(), HOUR))
+        let endpoint = change(Endpoint::builder("nse", token::from_source(source.clone(), HOUR)))
             .element(RecvFdServer::new())
             .element(Mechanisms::new(Side::Server).with("KERNEL", Null))
             .element(Strict::new([prefix]))

@@ -1,7 +1,9 @@
 //! Whether a path is trusted.
 
+mod callers;
 pub mod policy;
 
+pub use callers::Callers;
 pub use policy::{Policies, Policy};
 
 use crate::{CloseCall, Connection, Element, Error, Key, Next, Peer, RequestCall, Side, clock, path, unwind};
@@ -26,17 +28,27 @@ fn check(policies: &Policies, connection: &Connection, segments: usize, peer: &P
 
 /// Checks what callers send: the path up to this process. Calls without a peer come from this process and pass.
 #[derive(Clone, Debug)]
-pub struct AuthorizeServer(Policies);
+pub struct AuthorizeServer {
+    policies: Policies,
+    callers: Option<Callers>,
+}
 
 impl AuthorizeServer {
     /// An element with these policies.
     pub fn new(policies: Policies) -> Self {
-        Self(policies)
+        Self { policies, callers: None }
+    }
+
+    /// Notes in `callers` who has which connection.
+    #[must_use]
+    pub fn noting(mut self, callers: Option<Callers>) -> Self {
+        self.callers = callers;
+        self
     }
 
     fn check(&self, connection: &Connection, peer: Option<&Peer>) -> Result<(), Error> {
         match peer {
-            Some(peer) => check(&self.0, connection, path::index(connection).saturating_add(1), peer),
+            Some(peer) => check(&self.policies, connection, path::index(connection).saturating_add(1), peer),
             None => Ok(()),
         }
     }
@@ -50,12 +62,24 @@ impl Element for AuthorizeServer {
 
     async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
         self.check(&call.connection(), call.ctx.peer.as_ref())?;
-        next.request(call).await
+        let Some((callers, peer)) = self.callers.as_ref().zip(call.ctx.peer.as_ref()) else {
+            return next.request(call).await;
+        };
+        let (callers, peer, id) = (callers.clone(), peer.clone(), call.id().to_owned());
+        let theirs = path::segment(&call.connection(), -1).map_or_else(String::new, |segment| segment.id.clone());
+        let connection = next.request(call).await?;
+        callers.note(&id, &peer, theirs);
+        Ok(connection)
     }
 
     async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
         self.check(&call.message, call.ctx.peer.as_ref())?;
-        next.close(call).await
+        let id = call.id().to_owned();
+        let result = next.close(call).await;
+        if let Some(callers) = &self.callers {
+            callers.forget(&id);
+        }
+        result
     }
 }
 

@@ -53,6 +53,63 @@ async fn servers_check_what_callers_send() {
     open.close(CloseCall::new(denied, ctx())).await.unwrap();
 }
 
+// Conformance 20
+#[tokio::test]
+async fn whose_a_connection_is_is_known_from_its_request_to_its_close() {
+    let (client, server) = sources();
+    let (callers, spy) = (Callers::default(), Arc::new(Spy::default()));
+    let element = AuthorizeServer::new(Policies::any()).noting(Some(callers.clone()));
+    let chain = Chain::builder().element(element).element(spy.clone()).build();
+    let own = |id: &str, theirs: &str| {
+        let segment = |id: &str| PathSegment { id: id.into(), ..Default::default() };
+        let path = Path { index: 1, path_segments: vec![segment(theirs), segment(id)] };
+        Connection { id: id.into(), path: Some(path), ..Default::default() }
+    };
+    let ctx = |source: &X509Source| Context { peer: Some(peer(source)), ..Context::new() };
+    let request = async |source: &X509Source, connection: Connection| {
+        let mut call = request_with(connection);
+        call.ctx = ctx(source);
+        chain.request(call).await.map(drop)
+    };
+    let may = |source: &X509Source, id: &str| {
+        let path_segments = vec![PathSegment { id: id.into(), ..Default::default() }];
+        let selector = crate::MonitorScopeSelector { path_segments, ..Default::default() };
+        callers.may_watch(&peer(source), &selector)
+    };
+    spy.fail_requests(true);
+    request(&client, own("1", "a")).await.unwrap_err();
+    assert!(callers.is_empty(), "what fails at first is nobody's");
+    spy.fail_requests(false);
+    request(&client, own("1", "a")).await.unwrap();
+    request(&server, own("2", "b")).await.unwrap();
+    assert!(may(&client, "a") && !may(&client, "b") && !may(&client, "1") && may(&server, "b"));
+    spy.fail_requests(true);
+    request(&client, own("1", "a")).await.unwrap_err();
+    assert!(may(&client, "a"), "a refresh that fails changes nothing");
+    // Also if it is this process that closes, which nobody calls.
+    chain.close(CloseCall::new(own("1", "a"), Context::new())).await.unwrap();
+    chain.close(CloseCall::new(own("2", "b"), ctx(&server))).await.unwrap();
+    assert!(callers.is_empty());
+
+    // Nothing is left of any number of operations.
+    use rand::{Rng, SeedableRng};
+    let mut random = rand::rngs::SmallRng::seed_from_u64(20);
+    for _ in 0..5000 {
+        let number: u32 = random.random();
+        let (id, theirs) = ((number % 7).to_string(), format!("t{}", number >> 8 & 3));
+        let source = if number & 1 == 0 { &client } else { &server };
+        spy.fail_requests(number >> 16 & 3 == 0);
+        match number >> 4 & 3 {
+            0 => drop(chain.close(CloseCall::new(own(&id, &theirs), ctx(source))).await),
+            _ => drop(request(source, own(&id, &theirs)).await),
+        }
+    }
+    for id in 0..7 {
+        chain.close(CloseCall::new(own(&id.to_string(), ""), ctx(&client))).await.unwrap();
+    }
+    assert!(callers.is_empty(), "{callers:?}");
+}
+
 /// Sets the remote, as dial would.
 struct To(Remote);
 

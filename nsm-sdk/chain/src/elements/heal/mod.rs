@@ -12,8 +12,12 @@ mod watch;
 
 pub use status::{ConnectionStatus, StatusSender};
 
+use super::begin::Begin;
 use crate::{CloseCall, Connection, Element, Error, Key, Next, REMOTE, RequestCall, Side, State, Task};
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
 use watch::{Gate, Watch};
 
 /// Whether the data path of a connection works.
@@ -59,6 +63,7 @@ impl LivenessCheck {
 pub struct Heal {
     key: Key<Option<Watching>>,
     check: Option<LivenessCheck>,
+    together: Option<Weak<Begin>>,
 }
 
 struct Watching {
@@ -71,7 +76,15 @@ const NAME: &str = "heal";
 impl Heal {
     /// An element that trusts the control plane alone, or one that asks the data path too.
     pub fn new(check: Option<LivenessCheck>) -> Self {
-        Self { key: Key::new(Side::Client), check }
+        Self { key: Key::new(Side::Client), check, together: None }
+    }
+
+    /// A wish of the other side that one connection be refreshed counts for all connections of `begin`: for clients whose connections
+    /// depend on each other.
+    #[must_use]
+    pub fn together(mut self, begin: &Arc<Begin>) -> Self {
+        self.together = Some(Arc::downgrade(begin));
+        self
     }
 
     fn start(&self, call: &RequestCall, connection: Connection, generation: u64, proven: bool) -> Result<(), Error> {
@@ -86,6 +99,7 @@ impl Heal {
             generation,
             proven,
             check: self.check.clone(),
+            together: self.together.clone(),
             gate: gate.clone(),
             status,
         };

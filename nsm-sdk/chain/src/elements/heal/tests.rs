@@ -213,6 +213,37 @@ async fn the_other_side_may_ask_for_a_refresh_and_change_the_context() {
     assert_eq!((mtu, status.borrow().is_up()), (1400, true));
 }
 
+// Conformance 55
+#[tokio::test(start_paused = true)]
+async fn a_wish_about_one_connection_refreshes_all_that_belong_together() {
+    for together in [true, false] {
+        let hop = Arc::new(Hop::default());
+        let builder = Client::builder("nsc", Arc::new(HopConnector(hop.clone()))).url("unix:///mgr").element(Life);
+        let client = if together { builder.refresh_together().build() } else { builder.build() };
+        for id in ["a", "b", "c"] {
+            let mut request = request();
+            request.connection.as_mut().unwrap().id = id.into();
+            client.request(request, TIMEOUT).await.unwrap();
+        }
+        settle().await;
+        let hub = hop.hub.lock().unwrap().clone();
+        let mut wish = hub.connections().remove(0);
+        wish.set_state(State::RefreshRequested);
+        hub.notify(&wish);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let again = hop.requests() - 3;
+        assert_eq!((again, hop.closes()), (if together { 3 } else { 1 }, 0));
+        // One that cannot be granted bothers nobody else.
+        hop.refuse.store(true, SeqCst);
+        hub.notify(&wish);
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        let requests = hop.requests.lock().unwrap();
+        let id = &wish.path.as_ref().unwrap().path_segments[0].id;
+        let of_another = |id: &str| requests[3 + again..].iter().any(|(_, r)| r.connection.as_ref().unwrap().id != id);
+        assert!(requests.len() > 3 + again && !of_another(id), "{together}");
+    }
+}
+
 /// Asks for a refresh while the answer to the first request is on its way up: nobody listens yet.
 struct AsksEarly(Arc<Hop>, AtomicBool);
 

@@ -2,14 +2,15 @@
 
 use super::{ConnectionStatus, LivenessCheck, StatusSender};
 use crate::{
-    Connection, ConnectionEventType, EventFactory, EventOptions, Remote, State, elements::monitor::selector,
+    Connection, ConnectionEventType, EventFactory, EventOptions, Fired, Remote, State,
+    elements::{begin::Begin, monitor::selector},
     remote::EventStream,
 };
 use futures_util::StreamExt;
 use rand::Rng;
 use std::{
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU8, Ordering},
     },
     time::Duration,
@@ -56,6 +57,8 @@ pub(super) struct Watch {
     /// The data path has answered before.
     pub(super) proven: bool,
     pub(super) check: Option<LivenessCheck>,
+    /// Whose other connections are refreshed with this one.
+    pub(super) together: Option<Weak<Begin>>,
     pub(super) gate: Gate,
     pub(super) status: Option<Arc<StatusSender>>,
 }
@@ -121,7 +124,7 @@ impl Watch {
                                 tokio::time::sleep(jittered(AGAIN)).await;
                             }
                             tracing::info!(id = self.connection.id, "the other side asks for a refresh");
-                            drop(self.factory.request(EventOptions::default()));
+                            self.refresh();
                         }
                         State::Up | State::ReselectRequested => self.changed(news),
                     }
@@ -131,6 +134,21 @@ impl Watch {
                 Err(code) => return format!("lost sight of {}: {code:?}", self.remote.url()),
             }
         }
+    }
+
+    /// Requests the connection again and, where they belong together, the other ones once that has worked.
+    fn refresh(&self) {
+        let (own, together) = (self.factory.clone(), self.together.clone());
+        let refreshed = own.request(EventOptions::default());
+        // Not in this task, which ends with the request.
+        tokio::spawn(async move {
+            let Ok(Fired::Connection(_)) = refreshed.await else { return };
+            let Some(begin) = together.and_then(|begin| begin.upgrade()) else { return };
+            for id in begin.ids().into_iter().filter(|id| id != own.id()) {
+                // One that is not established has nothing to refresh and skips it.
+                drop(begin.factory(&id).map(|other| other.request(EventOptions::default())));
+            }
+        });
     }
 
     /// Tells the application of a context that was changed by the other side.

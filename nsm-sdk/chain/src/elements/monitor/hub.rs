@@ -1,7 +1,7 @@
 //! Connections of one endpoint, and who wants to hear of them.
 
 use super::selector::matches;
-use crate::{Connection, ConnectionEvent, ConnectionEventType, Key, MonitorScopeSelector, Side};
+use crate::{Connection, ConnectionEvent, ConnectionEventType, Key, MonitorScopeSelector, Side, State};
 use futures_util::Stream;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -75,6 +75,14 @@ impl Hub {
         inner.announce(ConnectionEventType::Update, connection);
         if inner.connections.contains_key(&connection.id) {
             inner.insert(connection.clone());
+        }
+    }
+
+    /// Asks the clients of all connections to request them again: something that they have been told is not so any more.
+    pub fn ask_for_refresh(&self) {
+        for mut connection in self.connections() {
+            connection.set_state(State::RefreshRequested);
+            self.notify(&connection);
         }
     }
 
