@@ -1,6 +1,6 @@
 //! This proxy as an NSM endpoint for the targets of its node.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,10 +8,12 @@ use anyhow::Context;
 use meridio_common::{Backoff, Health};
 use meridio_proto::nsm::registry::{Destination, Match, NetworkService, NetworkServiceEndpoint, NetworkServiceLabels};
 use nsm_chain::Endpoint;
+use nsm_chain::elements::monitor::Hub;
 use nsm_registry::RegistryClient;
 use nsm_transport::{Address, Listener, Transport};
 use tokio_util::sync::CancellationToken;
 
+use crate::inputs::Shared;
 use crate::settings::Settings;
 
 /// Label that ties a target to the proxy of its own node.
@@ -35,6 +37,24 @@ fn endpoint(settings: &Settings, url: String) -> NetworkServiceEndpoint {
         network_service_labels: BTreeMap::from([(settings.service_name.clone(), NetworkServiceLabels { labels })]),
         url,
         ..NetworkServiceEndpoint::default()
+    }
+}
+
+/// Asks the targets to come again whenever the bridge's addresses, which are their gateways, have changed: by themselves they would
+/// come with their next refresh, hours later.
+pub(crate) async fn announce(hub: Hub, shared: Shared, stop: CancellationToken) {
+    let mut inputs = shared.subscribe();
+    let mut told = BTreeSet::new();
+    loop {
+        let bridge = inputs.borrow_and_update().bridge.clone();
+        if !bridge.is_empty() && bridge != told {
+            hub.ask_for_refresh();
+            told = bridge;
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = inputs.changed() => if changed.is_err() { return },
+        }
     }
 }
 
@@ -96,5 +116,40 @@ async fn register(
             }
         }
         backoff.wait().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::StreamExt;
+    use nsm_chain::{Connection, ConnectionEventType, MonitorScopeSelector, State};
+
+    #[tokio::test(start_paused = true)]
+    async fn targets_come_again_when_their_gateways_have_changed() {
+        let (hub, shared, stop) = (Hub::new(), Shared::new(), CancellationToken::new());
+        let announcing = tokio::spawn(announce(hub.clone(), shared.clone(), stop.clone()));
+        let bridge = |text: &str| {
+            let net = text.parse().unwrap();
+            shared.change(|inputs| inputs.bridge = [net].into());
+        };
+        bridge("172.16.1.1/24");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        for id in ["a", "b"] {
+            hub.update(Connection { id: id.into(), ..Connection::default() });
+        }
+        let mut events = hub.subscribe(MonitorScopeSelector::default());
+        assert_eq!(events.next().await.unwrap().r#type(), ConnectionEventType::InitialStateTransfer);
+        // Something else changes: nobody is bothered.
+        shared.change(|inputs| inputs.ports = ["nsm".to_owned()].into());
+        assert!(tokio::time::timeout(Duration::from_secs(1), events.next()).await.is_err());
+        bridge("172.16.2.1/24");
+        for id in ["a", "b"] {
+            let event = events.next().await.unwrap();
+            assert_eq!(event.connections[id].state(), State::RefreshRequested);
+        }
+        assert!(tokio::time::timeout(Duration::from_secs(1), events.next()).await.is_err(), "once");
+        stop.cancel();
+        announcing.await.unwrap();
     }
 }

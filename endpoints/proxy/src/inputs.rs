@@ -29,7 +29,7 @@ pub(crate) struct Inputs {
     pub(crate) bridge: BTreeSet<IpNet>,
     /// Load balancers by endpoint name.
     pub(crate) balancers: BTreeMap<String, Balancer>,
-    /// Next hops found in the table at start, in use until they are known by name or stop answering.
+    /// Next hops found in the table at start, in use until load balancers are known by name.
     pub(crate) inherited: BTreeSet<IpAddr>,
     /// Addresses that answer probes.
     pub(crate) answering: BTreeSet<IpAddr>,
@@ -44,6 +44,30 @@ impl Inputs {
     pub(crate) fn probed(&self) -> BTreeSet<IpAddr> {
         let known = self.balancers.values().flat_map(|balancer| balancer.addresses.iter().copied());
         known.chain(self.inherited.iter().copied()).collect()
+    }
+
+    /// Takes down what the probes say of an address.
+    pub(crate) fn judge(&mut self, address: IpAddr, answering: bool) {
+        if answering {
+            self.silent.remove(&address);
+            self.answering.insert(address);
+        } else {
+            self.answering.remove(&address);
+            self.silent.insert(address);
+        }
+        self.outgrow();
+    }
+
+    /// Forgets what was found at start and is known by name now, or is silent where one that is known by name answers. Until there is
+    /// such a one, silence proves nothing: a process that has just begun may be too busy to hear answers, and without its next hops the
+    /// data path is broken for certain.
+    pub(crate) fn outgrow(&mut self) {
+        let named: BTreeSet<IpAddr> = self.balancers.values().flat_map(|b| b.addresses.iter().copied()).collect();
+        let replaced = |address: &IpAddr| {
+            let same = |other: &&IpAddr| other.is_ipv4() == address.is_ipv4();
+            self.silent.contains(address) && named.intersection(&self.answering).any(|other| same(&other))
+        };
+        self.inherited.retain(|address| !named.contains(address) && !replaced(address));
     }
 }
 

@@ -22,6 +22,7 @@ mod mesh;
 mod probe;
 mod routing;
 mod settings;
+mod store;
 mod vips;
 
 use std::sync::Arc;
@@ -47,6 +48,7 @@ use crate::inputs::Shared;
 use crate::ipam::Addresses;
 use crate::mesh::Mesh;
 use crate::settings::Families;
+use crate::store::Store;
 
 pub use settings::Settings;
 
@@ -118,13 +120,15 @@ impl Parts {
         let mesh = Mesh {
             client: self.client(&transport, &addresses),
             registry: registry.clone(),
-            shared,
+            shared: shared.clone(),
+            store: Store::open(&settings.state_dir, &settings.name),
             service: settings.network_service_name.clone(),
             name: settings.name.clone(),
             request_timeout: settings.request_timeout.into(),
         };
         tasks.spawn(mesh.run(stop.clone()));
         let endpoint = self.endpoint(&addresses);
+        tasks.spawn(endpoint::announce(endpoint.hub().clone(), shared, stop.clone()));
         let served = endpoint::run(settings, &endpoint, transport, registry, health, stop.clone()).await;
         // An endpoint that cannot serve ends the proxy, and with it all tasks.
         stop.cancel();

@@ -17,11 +17,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::inputs::Shared;
 use crate::ipcontext;
+use crate::store::Store;
 
 /// A load balancer that is neither registered nor answering is given up after so long.
-const FORGET: Duration = Duration::from_secs(30);
+pub(crate) const FORGET: Duration = Duration::from_secs(30);
 /// Time for closing the connections at the end (spec 6.1), all at once.
 const CLOSE: Duration = Duration::from_secs(5);
+
+/// A connection that only this process remembers is asked for so many times; perhaps what it holds is refused.
+const TRIES: u32 = 20;
 
 /// The mesh's client side.
 #[derive(Clone)]
@@ -29,6 +33,7 @@ pub(crate) struct Mesh {
     pub(crate) client: Client,
     pub(crate) registry: RegistryClient,
     pub(crate) shared: Shared,
+    pub(crate) store: Store,
     /// Network service of the load balancers.
     pub(crate) service: String,
     /// Name of this pod: connection ids begin with it.
@@ -80,15 +85,16 @@ impl Mesh {
     async fn keep(self, endpoint: String, stop: CancellationToken) {
         let id = format!("{}-{}-{endpoint}", self.name, self.service);
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        let mut tries = TRIES;
         let connected = async {
-            while let Err(error) = self.connect(&id, &endpoint).await {
+            while let Err(error) = self.connect(&id, &endpoint, &mut tries).await {
                 tracing::warn!(load_balancer = endpoint, %error, "no connection, trying again");
                 backoff.wait().await;
             }
         };
         tokio::select! {
             () = stop.cancelled() => return,
-            () = self.gone(&endpoint) => return self.forget(&endpoint),
+            () = self.gone(&endpoint) => return self.forget(&id, &endpoint),
             () = connected => {}
         }
         let mut status = self.client.watch(&id);
@@ -103,7 +109,7 @@ impl Mesh {
                 changed = status.changed() => if changed.is_err() { break },
             }
         }
-        self.forget(&endpoint);
+        self.forget(&id, &endpoint);
         if let Some(connection) = self.client.connection(&id)
             && let Err(error) = self.client.close(connection, CLOSE).await
         {
@@ -111,10 +117,16 @@ impl Mesh {
         }
     }
 
-    /// Requests the connection; one that an earlier run of this process had is taken up again as it is, link and all.
-    async fn connect(&self, id: &str, endpoint: &str) -> Result<(), nsm_chain::Error> {
-        let mut request = match self.client.find(id).await? {
-            Some(found) => self.take_up(found),
+    /// Requests the connection; one that an earlier run of this process had is taken up again as it is, link and all. If the manager
+    /// does not know it, which was perhaps restarted too, then as it was noted, unless that was tried in vain.
+    async fn connect(&self, id: &str, endpoint: &str, tries: &mut u32) -> Result<(), nsm_chain::Error> {
+        let mut known = self.client.find(id).await?;
+        if known.is_none() && *tries > 0 {
+            *tries -= 1;
+            known = self.store.connection(id);
+        }
+        let mut request = match known {
+            Some(known) => self.take_up(known),
             None => self.fresh(id),
         };
         let connection = request.connection.get_or_insert_default();
@@ -146,6 +158,9 @@ impl Mesh {
 
     fn note(&self, endpoint: &str, status: &ConnectionStatus) {
         let Some(connection) = status.connection() else { return };
+        if status.is_up() {
+            self.store.note(connection);
+        }
         let ip = connection.context.as_ref().and_then(|context| context.ip_context.as_ref());
         let addresses = ip.map(|ip| ip.dst_ip_addrs.iter().filter_map(|text| ipcontext::address(text)).collect());
         let interface = connection.mechanism.as_ref().and_then(|mechanism| mechanism.parameters.get("name")).cloned();
@@ -162,13 +177,13 @@ impl Mesh {
             {
                 inputs.ports.remove(&old);
             }
-            // What was found in the table at the start has a name now.
-            let known = balancer.addresses.clone();
-            inputs.inherited.retain(|address| !known.contains(address));
+            // What was found in the table at the start may have a name now.
+            inputs.outgrow();
         });
     }
 
-    fn forget(&self, endpoint: &str) {
+    fn forget(&self, id: &str, endpoint: &str) {
+        self.store.forget(id);
         self.shared.change(|inputs| {
             if let Some(balancer) = inputs.balancers.remove(endpoint) {
                 inputs.ports.retain(|port| Some(port) != balancer.interface.as_ref());

@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::inputs::Shared;
+use crate::mesh::FORGET;
 
 /// How an address is judged from its probes in a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,22 +99,16 @@ async fn probe(shared: Shared, pinger: Arc<Pinger>, address: IpAddr, interval: D
         ticks.tick().await;
         let answer = pinger.probe(address, interval).await;
         let Some(answering) = judgement.note(answer, misses) else { continue };
+        if interval * judgement.missed >= FORGET {
+            // Nobody has vouched for it by name in all this time either.
+            shared.change(|inputs| _ = inputs.inherited.remove(&address));
+        }
         let before = shared.get();
         if before.answering.contains(&address) == answering && before.silent.contains(&address) != answering {
             continue;
         }
         tracing::info!(load_balancer = %address, answering, "probe");
-        shared.change(|inputs| {
-            if answering {
-                inputs.silent.remove(&address);
-                inputs.answering.insert(address);
-            } else {
-                inputs.answering.remove(&address);
-                inputs.silent.insert(address);
-                // Nobody vouches for it by name, and it is dead: forget it.
-                inputs.inherited.remove(&address);
-            }
-        });
+        shared.change(|inputs| inputs.judge(address, answering));
     }
 }
 

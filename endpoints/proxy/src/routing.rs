@@ -44,7 +44,8 @@ impl RoutingPlan {
 ///
 /// What the data path says (the link is there, probes are answered) counts more than what the control plane says
 /// (registered, up): a load balancer that only the control plane has lost stays if there is no better one, and if no
-/// probe is answered at all, the probes are believed less than the links.
+/// probe is answered at all, the probes are believed less than the links. What was in use when the proxy began stays beside what it
+/// has connected to until one of these has answered.
 pub(crate) fn next_hops(inputs: &Inputs, links: &BTreeSet<String>, v6: bool) -> BTreeSet<IpAddr> {
     let of_family = |addresses: &BTreeSet<IpAddr>| -> Vec<IpAddr> {
         addresses.iter().copied().filter(|address| address.is_ipv6() == v6).collect()
@@ -61,8 +62,11 @@ pub(crate) fn next_hops(inputs: &Inputs, links: &BTreeSet<String>, v6: bool) -> 
     };
 
     let good = alive(pick(&|balancer| balancer.registered && balancer.up));
-    if !good.is_empty() {
+    if good.iter().any(|address| inputs.answering.contains(address)) {
         return good;
+    }
+    if !good.is_empty() {
+        return &good | &alive(inherited);
     }
     let known = pick(&|_| true);
     let any = &known | &inherited;

@@ -70,6 +70,9 @@ pub struct Settings {
     /// Probes in a row without an answer after which a load balancer is no next hop.
     #[arg(long, env = "NSM_PROBE_MISSES", default_value_t = 3)]
     pub probe_misses: u32,
+    /// Directory where connections to load balancers are noted, for a restart of proxy and NSM at once; empty: nowhere.
+    #[arg(long, env = "NSM_STATE_DIR", default_value = "/run/meridio")]
+    pub state_dir: String,
     /// Keep-alive interval towards NSP and IPAM.
     #[arg(long, env = "NSM_GRPC_KEEPALIVE_TIME", default_value = "30s")]
     pub grpc_keepalive_time: GoDuration,

@@ -75,7 +75,27 @@ fn next_hops_found_at_start_serve_until_the_first_one_is_known() {
     inputs.balancers = full.balancers;
     inputs.silent.clear();
     inputs.balancers.remove("lb-1");
+    assert_eq!(hops(&inputs, &links).len(), 2, "it has a name, and has not answered yet");
+    inputs.judge(ip("172.16.0.6"), true);
     assert_eq!(hops(&inputs, &links), [ip("172.16.0.6")]);
+}
+
+#[test]
+fn silence_alone_takes_nothing_that_was_found_at_start() {
+    let (full, links) = two();
+    let all = ["172.16.0.4", "172.16.0.6", "fd00::4", "fd00::6"].map(ip);
+    let mut inputs = Inputs { inherited: all.into(), ..Inputs::default() };
+    all.iter().for_each(|address| inputs.judge(*address, false));
+    assert_eq!(hops(&inputs, &links).len(), 2, "a proxy that has just begun may hear nothing");
+    assert_eq!(inputs.probed(), all.into(), "and goes on asking");
+    // One comes back by name, and answers over IPv4.
+    inputs.balancers.insert("lb-2".into(), full.balancers["lb-2"].clone());
+    inputs.outgrow();
+    assert_eq!(inputs.inherited, ["172.16.0.4", "fd00::4"].map(ip).into());
+    inputs.judge(ip("172.16.0.6"), true);
+    assert_eq!(inputs.inherited, [ip("fd00::4")].into(), "what is silent beside it is dead");
+    assert_eq!(hops(&inputs, &links), [ip("172.16.0.6")]);
+    assert_eq!(next_hops(&inputs, &links, true), [ip("fd00::4"), ip("fd00::6")].into());
 }
 
 #[test]
