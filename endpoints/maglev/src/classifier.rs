@@ -41,16 +41,6 @@ const _: () = assert!(PREFIXES <= DST_CLASSES);
 /// Source prefixes; see [`PREFIXES`].
 const SOURCES: usize = SOURCE_PREFIXES - 1;
 
-fn vector(bits: &Bits) -> Vector {
-    let mut v = Vector { summary: 0, words: *bits };
-    for (n, word) in bits.iter().enumerate() {
-        if *word != 0 {
-            v.summary |= 1 << n;
-        }
-    }
-    v
-}
-
 fn set(bits: &mut Bits, flow: usize) {
     bits[flow / 64] |= 1 << (flow % 64);
 }
@@ -136,7 +126,7 @@ fn byte_lists(c: &mut Classifier, flows: &[&Flow]) -> Result<(), Error> {
             *to = from.entry();
         }
         c.byte_lists.push(entry);
-        c.vectors.insert(BYTES_BASE + n as u32, vector(&bits));
+        c.vectors.insert(BYTES_BASE + n as u32, Vector::new(bits));
     }
     Ok(())
 }
@@ -156,11 +146,11 @@ fn protocols(c: &mut Classifier, flows: &[&Flow]) {
                 set(&mut bits, n);
             }
         }
-        c.vectors.insert(PROTO_BASE + class, vector(&bits));
+        c.vectors.insert(PROTO_BASE + class, Vector::new(bits));
     }
     let mut all = [0; WORDS];
     (0..flows.len()).for_each(|n| set(&mut all, n));
-    c.vectors.insert(PROTO_BASE + class::PING, vector(&all));
+    c.vectors.insert(PROTO_BASE + class::PING, Vector::new(all));
 }
 
 fn destinations(c: &mut Classifier, config: &Config, flows: &[&Flow]) -> Result<(), Error> {
@@ -186,7 +176,7 @@ fn destinations(c: &mut Classifier, config: &Config, flows: &[&Flow]) -> Result<
                 set(&mut bits, n);
             }
         }
-        c.vectors.insert(DST_BASE + next, vector(&bits));
+        c.vectors.insert(DST_BASE + next, Vector::new(bits));
         c.vips.insert(key(prefix), next);
         for nat in &config.nats {
             if nat.vips.iter().any(|vip| vip.contains(prefix)) {
@@ -221,7 +211,7 @@ fn sources(c: &mut Classifier, flows: &[&Flow]) -> Result<(), Error> {
         .collect();
     let mut unconstrained = [0; WORDS];
     any.iter().enumerate().filter(|(_, any)| **any).for_each(|(n, _)| set(&mut unconstrained, n));
-    c.vectors.insert(SRC_BASE, vector(&unconstrained));
+    c.vectors.insert(SRC_BASE, Vector::new(unconstrained));
     let prefixes: BTreeSet<IpNet> = per_flow.iter().flatten().copied().collect();
     if prefixes.is_empty() {
         return Ok(());
@@ -244,7 +234,7 @@ fn sources(c: &mut Classifier, flows: &[&Flow]) -> Result<(), Error> {
         if class as usize >= SRC_CLASSES {
             return Err(Error::config("source prefixes", format!("more than {SRC_CLASSES} different sets of flows")));
         }
-        c.vectors.insert(SRC_BASE + class, vector(&bits));
+        c.vectors.insert(SRC_BASE + class, Vector::new(bits));
         c.sources.insert(key(&prefix), class);
     }
     Ok(())
@@ -265,7 +255,7 @@ fn ports(c: &mut Classifier, flows: &[&[(u16, u16)]], map: &mut PortMap, base: u
             end.entry(high as u32 + 1).or_default().push(n);
         }
     }
-    c.vectors.insert(base, vector(&unconstrained));
+    c.vectors.insert(base, Vector::new(unconstrained));
     let mut classes: HashMap<Bits, u16> = HashMap::from([(unconstrained, 0)]);
     let borders: BTreeSet<u32> = begin.keys().chain(end.keys()).copied().collect();
     let mut bits = unconstrained;
@@ -284,7 +274,7 @@ fn ports(c: &mut Classifier, flows: &[&[(u16, u16)]], map: &mut PortMap, base: u
             return Err(Error::config(what, format!("more than {PORT_CLASSES} different sets of flows")));
         }
         class = *classes.entry(bits).or_insert(next as u16);
-        c.vectors.insert(base + class as u32, vector(&bits));
+        c.vectors.insert(base + class as u32, Vector::new(bits));
         from = border.min(65_536);
     }
     Ok(())

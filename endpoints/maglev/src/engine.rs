@@ -19,7 +19,7 @@ use crate::grace::Retired;
 use crate::kernel::{Kernel, Options, remove_pins};
 use crate::owner::Lock;
 use crate::steps::{Placed, place, within};
-use crate::sys::{RawMap, text};
+use crate::sys::{RawMap, monotonic, text};
 use crate::table::Table;
 use crate::write::{write_generation, write_rows};
 
@@ -332,6 +332,7 @@ impl Engine {
         write_rows(&self.kernel.maps.rows, slot.entry.chunk[new], slot.table.rows())?;
         // Two writes: first what describes the copy that nobody reads, then the one byte that packets go by.
         slot.entry.ready[new] = !ready.is_empty() as u32;
+        slot.entry.written[new] = monotonic();
         self.kernel.maps.streams.set(&number, &slot.entry).map_err(failed(&self.kernel.maps.streams))?;
         let mut switched = slot.entry;
         switched.active = new as u32;

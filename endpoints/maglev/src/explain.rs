@@ -119,7 +119,7 @@ fn prefix(key: &PrefixKey) -> Option<IpNet> {
 }
 
 fn has(vector: Option<&Vector>, flow: u32) -> bool {
-    vector.is_some_and(|v| v.words.get(flow as usize / 64).is_some_and(|w| w & (1 << (flow % 64)) != 0))
+    vector.is_some_and(|v| v.word(flow as usize / 64) & (1 << (flow % 64)) != 0)
 }
 
 fn protocol_name(number: u8) -> String {

@@ -16,7 +16,7 @@ use aya::programs::links::LinkOrder;
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
-use meridio_decision::layout::{CHUNK_ROWS, DEFAULT_CHUNKS, LAYOUT_VERSION};
+use meridio_decision::layout::{CHUNK_ROWS, DEFAULT_CHUNKS, HOP_ENTRIES, LAYOUT_VERSION};
 
 use crate::error::Error;
 use crate::grace::Grace;
@@ -130,6 +130,7 @@ impl Kernel {
         let check_mtu = since(5, 12) as u32;
         // Before 6.2 the kernel also tells link addresses of neighbours that have failed.
         let direct = since(6, 2) as u32;
+        let (cpus, hops) = (cpus()?, direct * HOP_ENTRIES);
         let trace = options.trace as u32;
         let mut loader = EbpfLoader::new();
         let loader = loader
@@ -137,6 +138,7 @@ impl Kernel {
             .override_global("HAS_CHECK_MTU", &check_mtu, true)
             .override_global("HAS_DIRECT", &direct, true)
             .override_global("HAS_TRACE", &trace, true)
+            .map_max_entries("HOPS", (cpus as u32).saturating_mul(hops).max(1))
             .map_max_entries("ROWS", options.chunks);
         let mut ebpf = match &options.object {
             Some(path) => loader.load_file(path),
@@ -152,7 +154,7 @@ impl Kernel {
             chunks: max_entries(&maps.rows.fd).map_err(|e| Error::Map { name: "ROWS", reason: e.to_string() })?,
             maps,
             grace: Arc::new(Grace::new()?),
-            cpus: cpus()?,
+            cpus,
             first: HashMap::new(),
             ebpf,
             _lock: lock,

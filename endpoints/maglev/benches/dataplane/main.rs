@@ -1,6 +1,6 @@
 //! Figures of the data plane, all of one run, as ratios to plain kernel forwarding on the same topology.
 //!
-//! `sudo tools/bench dataplane [--quick] [PART...]`; parts: tables, packets, program, latency,
+//! `sudo tools/bench dataplane [--quick] [--rounds=N] [PART...]`; parts: tables, packets, program, latency,
 //! connections, throughput, change.
 //! Prints tables, then which aims hold; writes `target/bench/dataplane.json`. See [`peer`] for another balancer in the same tables.
 #![allow(clippy::unwrap_used)] // a bench that cannot go on ends with what was in its way
@@ -37,15 +37,16 @@ pub(crate) struct Effort {
 }
 
 fn main() {
-    let (mut quick, mut parts) = (false, Vec::new());
+    let (mut quick, mut rounds, mut parts) = (false, None, Vec::new());
     for argument in std::env::args().skip(1) {
         match argument.as_str() {
             // cargo bench says so to every bench.
             "--bench" => {}
             "--quick" => quick = true,
+            option if option.starts_with("--rounds=") => rounds = option["--rounds=".len()..].parse().ok().filter(|n| *n > 0),
             part if PARTS.contains(&part) => parts.push(part.to_owned()),
             other => {
-                eprintln!("{other:?}: not --quick, and not one of {}", PARTS.join(", "));
+                eprintln!("{other:?}: neither --quick nor --rounds=N, and not one of {}", PARTS.join(", "));
                 std::process::exit(64);
             }
         }
@@ -55,7 +56,7 @@ fn main() {
         std::process::exit(1);
     }
     let wanted = |part: &str| parts.is_empty() || parts.iter().any(|p| p == part);
-    let effort = Effort { rounds: if quick { 2 } else { 5 }, quick };
+    let effort = Effort { rounds: rounds.unwrap_or(if quick { 2 } else { 5 }), quick };
     let started = Instant::now();
     let mut report = Report::new(quick);
 

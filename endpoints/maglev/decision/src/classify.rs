@@ -68,21 +68,14 @@ impl<'a> Dimensions<'a> {
         self.proto.summary & self.dst.summary & self.src.summary & self.dport.summary & self.sport.summary
     }
 
+    /// Flows of a word that all summaries have.
     #[inline(always)]
-    fn word(&self, index: usize) -> u64 {
-        word(self.proto, index)
-            & word(self.dst, index)
-            & word(self.src, index)
-            & word(self.dport, index)
-            & word(self.sport, index)
-    }
-}
-
-#[inline(always)]
-fn word(vector: &Vector, index: usize) -> u64 {
-    match vector.words.get(index) {
-        Some(word) => *word,
-        None => 0,
+    fn word(&self, index: usize, below: u64) -> u64 {
+        self.proto.word_of(index, below)
+            & self.dst.word_of(index, below)
+            & self.src.word_of(index, below)
+            & self.dport.word_of(index, below)
+            & self.sport.word_of(index, below)
     }
 }
 
@@ -113,7 +106,7 @@ impl Matched {
 /// Judges one flow; on the host only. `excluded`: flows of its word whose byte matches do not hold.
 pub(crate) fn judge(dimensions: &Dimensions<'_>, excluded: u64, kind: Kind, flags: u32, flow: u32) -> Matched {
     let (index, bit) = ((flow / 64) as usize, 1u64 << (flow % 64));
-    let has = |vector: &Vector| word(vector, index) & bit != 0;
+    let has = |vector: &Vector| vector.word(index) & bit != 0;
     let ping = matches!(kind, Kind::Ping);
     let source_port = ping || (matches!(kind, Kind::Ports) && flags & flag::SOURCE_PORTS == 0);
     Matched {
@@ -126,11 +119,16 @@ pub(crate) fn judge(dimensions: &Dimensions<'_>, excluded: u64, kind: Kind, flag
     }
 }
 
-/// Index of the lowest bit set; the value is not 0. By hand because eBPF has no such instruction and LLVM's
+/// All bits below the lowest one set; the value is not 0.
+#[inline(always)]
+fn bits_below(value: u64) -> u64 {
+    core::hint::black_box(value & value.wrapping_neg()).wrapping_sub(1)
+}
+
+/// How many bits are set: of those below another one, its index. By hand because eBPF has no such instruction and LLVM's
 /// replacement may read a table.
 #[inline(always)]
-fn lowest(value: u64) -> u32 {
-    let below = core::hint::black_box(value & value.wrapping_neg()).wrapping_sub(1);
+fn ones(below: u64) -> u32 {
     let a = below - ((below >> 1) & 0x5555_5555_5555_5555);
     let b = (a & 0x3333_3333_3333_3333) + ((a >> 2) & 0x3333_3333_3333_3333);
     let c = (b + (b >> 4)) & 0x0f0f_0f0f_0f0f_0f0f;
@@ -145,14 +143,15 @@ pub(crate) fn search<T: Tables>(dimensions: &Dimensions<'_>, tables: &T, asked: 
         if summary == 0 {
             return None;
         }
-        let index = lowest(summary) & (WORDS as u32 - 1);
+        let below = bits_below(summary);
+        let index = ones(below) & (WORDS as u32 - 1);
         summary &= summary - 1;
-        let mut bits = dimensions.word(index as usize);
+        let mut bits = dimensions.word(index as usize, below);
         if asked.lists != 0 {
             bits &= !asked.excluded(tables, index as usize);
         }
         if bits != 0 {
-            return Some(index * 64 + (lowest(bits) & 63));
+            return Some(index * 64 + (ones(bits_below(bits)) & 63));
         }
     }
     None
@@ -264,7 +263,7 @@ impl Asked {
                 break;
             }
             let Some(flows) = tables.vector(self.base + n) else { break };
-            excluded |= word(flows, index) & ((self.missed >> n & 1) as u64).wrapping_neg();
+            excluded |= flows.word(index) & ((self.missed >> n & 1) as u64).wrapping_neg();
         }
         excluded
     }

@@ -120,6 +120,8 @@ pub struct Scratch {
     pub class: u32,
     /// Generation of the classifier that was asked.
     pub generation: u32,
+    /// When the copy of the stream's targets was written (see [`StreamEntry::written`]); set with a target.
+    pub written: u64,
     prefix: PrefixKey,
     /// What the fragments of the packet have in common; set for fragments only.
     pub fragment: FragmentKey,
@@ -237,7 +239,7 @@ fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scr
     let rows = CHUNK_ROWS as u32;
     let (chunk, within) = if row < rows { (base, row) } else { (base + row / rows, row % rows) };
     let identifier = tables.row(chunk, within).unwrap_or(0) as u32;
-    to_target(&mut s.decision, stream, copy, identifier)?;
+    to_target(s, stream, copy, identifier)?;
     if flags & flag::NAT != 0 && matches!(s.transport.kind, Kind::Ports) {
         let port = translation(tables, s, 0, s.transport.dport);
         if port != 0 && s.transport.protocol == protocol::SCTP && s.transport.first_fragment {
@@ -272,12 +274,13 @@ pub const fn target_index(base: u32, identifier: u32, copy: u32) -> u32 {
 }
 
 #[inline(always)]
-fn to_target(decision: &mut Decision, stream: &StreamEntry, copy: u32, identifier: u32) -> Result<(), Reason> {
+fn to_target(s: &mut Scratch, stream: &StreamEntry, copy: u32, identifier: u32) -> Result<(), Reason> {
     if identifier == 0 || identifier > stream.max_targets {
         return Err(Reason::NoTarget);
     }
-    decision.identifier = identifier;
-    decision.target = target_index(stream.target_base, identifier, copy);
+    s.decision.identifier = identifier;
+    s.decision.target = target_index(stream.target_base, identifier, copy);
+    s.written = if copy == 0 { stream.written[0] } else { stream.written[1] };
     Ok(())
 }
 
@@ -302,7 +305,7 @@ fn later_fragment<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), Reason> 
     s.decision.counter = first.counter;
     let stream = tables.stream(first.slot).ok_or(Reason::Internal)?;
     let copy = tables.active(stream) & 1;
-    to_target(&mut s.decision, stream, copy, first.identifier)?;
+    to_target(s, stream, copy, first.identifier)?;
     // It may have left since; no other target could make sense of the rest.
     match tables.target(s.decision.target) {
         Some(target) if target.mark != 0 => Ok(()),

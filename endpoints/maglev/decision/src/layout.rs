@@ -5,7 +5,7 @@
 
 /// Version of the map layout. Pinned maps live in a directory of this name, so an upgraded process never reads
 /// maps that mean something else.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 /// Flows that one classifier can hold; more is an error of the configuration.
 pub const MAX_FLOWS: usize = 2048;
@@ -24,6 +24,9 @@ pub const MAX_TARGETS: usize = 32_768;
 pub const CHUNK_ROWS: usize = 65_600;
 /// Chunks of the row map unless the loader is told otherwise (128 KiB each).
 pub const DEFAULT_CHUNKS: usize = 128;
+
+/// Next hops that each CPU remembers; a power of two. Targets that share a place find out about their next hops more often.
+pub const HOP_ENTRIES: u32 = 4096;
 
 /// Dimension of the classifier: IP protocol class.
 pub const PROTO_CLASSES: usize = 8;
@@ -119,18 +122,52 @@ pub struct Config {
 }
 
 /// A set of flows as bits, ordered by priority: bit 0 of word 0 is the flow that wins over all others.
+///
+/// It fills whole cache lines, and most packets need the first one only: few flows have a port, so that the first word with
+/// any is the one that is asked for.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Vector {
     /// Bit `i` is set when `words[i]` is not zero.
     pub summary: u64,
+    /// The first word that is not zero once more; 0: none is.
+    pub first: u64,
     /// The flows.
     pub words: [u64; WORDS],
+    /// Explicit padding.
+    pub pad: [u64; 6],
 }
 
 impl Default for Vector {
     fn default() -> Self {
-        Vector { summary: 0, words: [0; WORDS] }
+        Vector::new([0; WORDS])
+    }
+}
+
+impl Vector {
+    /// The flows whose bits are set.
+    pub fn new(words: [u64; WORDS]) -> Self {
+        let mut vector = Vector { summary: 0, first: 0, words, pad: [0; 6] };
+        for (n, word) in words.iter().enumerate().rev().filter(|(_, word)| **word != 0) {
+            vector.summary |= 1 << n;
+            vector.first = *word;
+        }
+        vector
+    }
+
+    /// A word; 0 beyond the last one.
+    #[inline(always)]
+    pub fn word(&self, index: usize) -> u64 {
+        match self.words.get(index) {
+            Some(word) => *word,
+            None => 0,
+        }
+    }
+
+    /// The word of a summary's bit, which this vector's has, too. `below`: all bits below that one.
+    #[inline(always)]
+    pub(crate) fn word_of(&self, index: usize, below: u64) -> u64 {
+        if self.summary & below == 0 { self.first } else { self.word(index) }
     }
 }
 
@@ -199,6 +236,8 @@ pub struct StreamEntry {
     pub flags: u32,
     /// Counts swaps, for observers.
     pub swaps: u32,
+    /// When each copy was written, monotonic clock, ns: what was found out about its targets is known by it.
+    pub written: [u64; 2],
 }
 
 /// One target in one copy of its stream.

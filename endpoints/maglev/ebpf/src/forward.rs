@@ -6,14 +6,10 @@ use aya_ebpf::{
     helpers::generated::{bpf_check_mtu, bpf_fib_lookup, bpf_jiffies64, bpf_redirect_neigh, bpf_redirect_peer},
     programs::TcContext,
 };
-use meridio_decision::{
-    Decision, Reason,
-    layout::TargetEntry,
-    packet::{Network, Transport},
-};
+use meridio_decision::{Reason, Scratch, layout::TargetEntry, packet::Network};
 
 use crate::{
-    maps::{HOP_ENTRIES, HOPS, Hop, TARGETS},
+    maps::{Hop, TARGETS},
     rewrite,
     skb::L2,
 };
@@ -37,35 +33,46 @@ const USED: u64 = 1_250;
 
 /// What is done with the packet, and why.
 #[inline(always)]
-pub fn forward(
-    ctx: &TcContext,
-    decision: &Decision,
-    network: &Network,
-    transport: &Transport,
-) -> Result<(i32, Reason), Reason> {
-    let target = TARGETS.get(decision.target).ok_or(Reason::Internal)?;
-    let ifindex = if network.v6 { target.ifindex6 } else { target.ifindex4 };
-    if ifindex == 0 {
-        return Err(Reason::NoAddress);
+pub fn forward(ctx: &TcContext, s: &Scratch) -> Result<(i32, Reason), Reason> {
+    let (network, index) = (&s.network, s.decision.target);
+    let place = Hop::place(index, network.v6);
+    // SAFETY: a constant that the loader sets before the program is loaded.
+    let has_direct = unsafe { (&raw const HAS_DIRECT).read_volatile() };
+    let mut hop = None;
+    if has_direct != 0 && !network.options && network.ttl > 1 {
+        // SAFETY: only this CPU uses it, and the program does not nest on one CPU.
+        hop = Hop::of(place).map(|hop| unsafe { &mut *hop });
     }
-    if decision.nat_port != 0 {
-        rewrite::destination(ctx, network, transport, decision.nat_port as u16)?;
-    }
-    if !network.options && network.ttl > 1 {
-        // SAFETY: a constant that the loader sets before the program is loaded.
-        let has_direct = unsafe { (&raw const HAS_DIRECT).read_volatile() };
-        if has_direct != 0
-            && target.direct != 0
-            && let Some(hop) = hop(ctx, decision, network, target, ifindex)
+    // Most packets need nothing of the target but this: it would be two cache lines more.
+    let mut known = hop.as_ref().is_some_and(|hop| hop.place == place && hop.written == s.written);
+    if !known {
+        let target = TARGETS.get(index).ok_or(Reason::Internal)?;
+        let ifindex = if network.v6 { target.ifindex6 } else { target.ifindex4 };
+        if ifindex == 0 {
+            return Err(Reason::NoAddress);
+        }
+        if target.direct != 0
+            && let Some(hop) = &mut hop
         {
-            rewrite::age(ctx, network)?;
-            if rewrite::link(ctx, &hop.link) {
-                // SAFETY: a helper with plain arguments.
-                return Ok((unsafe { bpf_redirect_peer(ifindex, 0) } as i32, Reason::Redirected));
-            }
-            return Err(Reason::Helper);
+            known = hop.take(target, ifindex, place, s);
         }
     }
+    if s.decision.nat_port != 0 {
+        rewrite::destination(ctx, network, &s.transport, s.decision.nat_port as u16)?;
+    }
+    if known
+        && let Some(hop) = hop
+        && usable(ctx, network.v6, hop)
+    {
+        rewrite::age(ctx, network)?;
+        if rewrite::link(ctx, &hop.link) {
+            // SAFETY: a helper with plain arguments.
+            return Ok((unsafe { bpf_redirect_peer(hop.ifindex, 0) } as i32, Reason::Redirected));
+        }
+        return Err(Reason::Helper);
+    }
+    let target = TARGETS.get(index).ok_or(Reason::Internal)?;
+    let ifindex = if network.v6 { target.ifindex6 } else { target.ifindex4 };
     if let Some(reason) = slow(ctx, network, target, ifindex) {
         // SAFETY: writes a field of the context that TC programs may write.
         unsafe { (*ctx.skb.skb).mark = target.mark };
@@ -101,39 +108,46 @@ fn words(a: &[u8; 16]) -> [u32; 4] {
     ]
 }
 
-/// The link address for a packet that can go straight into the other end of a veth pair, past the queue between the two ends.
-/// `None`: it takes the usual way, because the link address is not known, or the packet may be too large, or it is time
-/// for the kernel to check the neighbour entry.
+/// Now, in ticks of the kernel.
 #[inline(always)]
-fn hop<'a>(
-    ctx: &TcContext,
-    decision: &Decision,
-    network: &Network,
-    target: &TargetEntry,
-    ifindex: u32,
-) -> Option<&'a Hop> {
-    let place = (decision.target & !1) | network.v6 as u32;
-    let hop = HOPS.get_ptr_mut(place & (HOP_ENTRIES - 1))?;
-    // SAFETY: a per-CPU value that only this program uses, and it does not nest on one CPU; and a helper without arguments.
-    let (hop, now) = unsafe { (&mut *hop, bpf_jiffies64()) };
-    let address = if network.v6 {
-        let [a, b, c, d] = words(&target.v6);
-        [(a as u64) << 32 | b as u64, (c as u64) << 32 | d as u64]
-    } else {
-        [0, u32::from_ne_bytes(target.v4) as u64]
-    };
-    if hop.address[1] != address[1] || hop.address[0] != address[0] || hop.ifindex != ifindex {
-        // Its first packet goes past the neighbour entry.
-        (hop.address, hop.ifindex, hop.read, hop.used) = (address, ifindex, now.wrapping_sub(BELIEVED), now);
-        return None;
+fn ticks() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_jiffies64() }
+}
+
+impl Hop {
+    /// Takes over what the target's entry says; `false`: this is another next hop, whose first packet goes past the neighbour entry.
+    #[inline(always)]
+    fn take(&mut self, target: &TargetEntry, ifindex: u32, place: u32, s: &Scratch) -> bool {
+        let address = if s.network.v6 {
+            let [a, b, c, d] = words(&target.v6);
+            [(a as u64) << 32 | b as u64, (c as u64) << 32 | d as u64]
+        } else {
+            [0, u32::from_ne_bytes(target.v4) as u64]
+        };
+        let same = self.address[1] == address[1] && self.address[0] == address[0] && self.ifindex == ifindex;
+        (self.place, self.written) = (place, s.written);
+        if !same {
+            let now = ticks();
+            (self.address, self.ifindex, self.read, self.used) = (address, ifindex, now.wrapping_sub(BELIEVED), now);
+        }
+        same
     }
+}
+
+/// Whether a packet can go straight into the other end of a veth pair, past the queue between the two ends. Else it takes the
+/// usual way: the link address is not known, or the packet may be too large, or it is time for the kernel to check the
+/// neighbour entry.
+#[inline(always)]
+fn usable(ctx: &TcContext, v6: bool, hop: &mut Hop) -> bool {
+    let now = ticks();
     if now.wrapping_sub(hop.read) >= BELIEVED {
         if now.wrapping_sub(hop.used) >= USED {
             hop.used = now;
-            return None;
+            return false;
         }
-        if !look(ctx, network, target, hop) {
-            return None;
+        if !look(ctx, v6, hop) {
+            return false;
         }
         hop.read = now;
     }
@@ -142,24 +156,24 @@ fn hop<'a>(
     if super_packet {
         let mut mtu = 0u32;
         // SAFETY: the helper writes one u32.
-        let result = unsafe { bpf_check_mtu(ctx.as_ptr().cast(), ifindex, &raw mut mtu, 0, CHECK_MTU_SEGS) };
-        return if result == 0 { Some(hop) } else { None };
+        return unsafe { bpf_check_mtu(ctx.as_ptr().cast(), hop.ifindex, &raw mut mtu, 0, CHECK_MTU_SEGS) } == 0;
     }
-    if ctx.len().wrapping_sub(L2) <= hop.mtu { Some(hop) } else { None }
+    ctx.len().wrapping_sub(L2) <= hop.mtu
 }
 
 /// Reads the neighbour entry; `false`: there is none, or not a valid one.
 #[inline(always)]
-fn look(ctx: &TcContext, network: &Network, target: &TargetEntry, hop: &mut Hop) -> bool {
+fn look(ctx: &TcContext, v6: bool, hop: &mut Hop) -> bool {
     // SAFETY: plain numbers, for which zero is a value.
     let mut look: FibLookup = unsafe { core::mem::zeroed() };
     look.ifindex = hop.ifindex;
-    if network.v6 {
+    let [high, low] = hop.address;
+    if v6 {
         look.family = AF_INET6;
-        look.__bindgen_anon_4.ipv6_dst = words(&target.v6);
+        look.__bindgen_anon_4.ipv6_dst = [(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32];
     } else {
         look.family = AF_INET;
-        look.__bindgen_anon_4.ipv4_dst = u32::from_ne_bytes(target.v4);
+        look.__bindgen_anon_4.ipv4_dst = low as u32;
     }
     let size = core::mem::size_of::<FibLookup>() as i32;
     let flags = BPF_FIB_LOOKUP_DIRECT | BPF_FIB_LOOKUP_OUTPUT;

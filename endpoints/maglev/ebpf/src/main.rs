@@ -72,7 +72,7 @@ fn act(ctx: &TcContext, scratch: &Scratch, size: Size) -> (i32, u32) {
         }
         return (TC_ACT_SHOT, decision.reason);
     }
-    match forward::forward(ctx, decision, &scratch.network, &scratch.transport) {
+    match forward::forward(ctx, scratch) {
         Ok((action, reason)) => {
             count(&TARGET_HITS, decision.target / 2, size);
             (action, reason as u32)

@@ -1,13 +1,15 @@
 //! The maps, and the decision's view of them. All are pinned: they outlive the process that loaded them.
 
 use aya_ebpf::{
-    helpers::bpf_ktime_get_ns,
+    helpers::{bpf_ktime_get_ns, generated::bpf_get_smp_processor_id},
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 use meridio_decision::{Decision, Scratch, Tables, layout::*};
 
 const NO_PREALLOC: u32 = 1;
+/// The values begin at a page, so that one that fills cache lines lies in no others.
+const ALIGNED: u32 = 1 << 10;
 /// A [`PrefixKey`] without its length, as the map's type wants it.
 type Prefix = [u8; 20];
 
@@ -20,7 +22,7 @@ pub static SOURCES: LpmTrie<Prefix, u32> = LpmTrie::pinned(2 * SOURCE_PREFIXES a
 #[map]
 pub static PORTS: Array<PortMap> = Array::pinned(4, 0);
 #[map]
-pub static VECTORS_MAP: Array<Vector> = Array::pinned(2 * VECTORS, 0);
+pub static VECTORS_MAP: Array<Vector> = Array::pinned(2 * VECTORS, ALIGNED);
 #[map]
 pub static FLOWS: Array<FlowEntry> = Array::pinned(2 * MAX_FLOWS as u32, 0);
 #[map]
@@ -58,9 +60,11 @@ pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
 /// The same for the egress program, which may interrupt the ingress one.
 #[map]
 pub static EGRESS_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
-/// What was found out about next hops in other network namespaces. Not pinned: it is found out again at once.
+/// What each CPU has found out about next hops in other network namespaces, [`HOP_ENTRIES`] for each: in one piece, because of a
+/// per-CPU array the pointer to the value would be one more cache line to read. The loader knows how many CPUs there are.
+/// Not pinned: it is found out again at once.
 #[map]
-pub static HOPS: PerCpuArray<Hop> = PerCpuArray::with_max_entries(HOP_ENTRIES, 0);
+pub static HOPS: Array<Hop> = Array::with_max_entries(HOP_ENTRIES, ALIGNED);
 #[map]
 pub static LAST: PerCpuArray<Decision> = PerCpuArray::pinned(1, 0);
 /// Names of streams (by slot) and of flows (by counter), so that a new process knows what it adopted.
@@ -69,26 +73,41 @@ pub static STREAM_NAMES: Array<[u8; 128]> = Array::pinned(MAX_STREAMS as u32, 0)
 #[map]
 pub static FLOW_NAMES: Array<[u8; 128]> = Array::pinned(2 * MAX_FLOWS as u32, 0);
 
-/// Entries of [`HOPS`]; a power of two. Targets that share one find out about their next hops more often.
-pub const HOP_ENTRIES: u32 = 4096;
-
-/// A next hop as the kernel's neighbour entry says.
+/// A next hop as the kernel's neighbour entry says: one cache line.
 #[repr(C)]
 pub struct Hop {
-    /// The next hop: its address, and its interface.
-    pub address: [u64; 2],
-    /// See above; 0: nothing is known.
+    /// The target that it belongs to, and the IP version: see [`Hop::place`].
+    pub place: u32,
+    /// Interface; 0: nothing is known.
     pub ifindex: u32,
-    /// MTU of the interface.
-    pub mtu: u32,
+    /// Which copy of the targets it was taken from: [`StreamEntry::written`].
+    pub written: u64,
+    /// Address of the next hop.
+    pub address: [u64; 2],
     /// When the neighbour entry was read, in ticks of the kernel.
     pub read: u64,
     /// When a packet last went past the entry, so that the kernel checks it.
     pub used: u64,
     /// Link addresses, destination and source, as they lie in a packet.
     pub link: [u32; 3],
-    /// Explicit padding.
-    pub pad: u32,
+    /// MTU of the interface.
+    pub mtu: u32,
+}
+
+impl Hop {
+    /// Number of a target's next hop of an IP version. Of the two copies of the target one is in use.
+    #[inline(always)]
+    pub fn place(target: u32, v6: bool) -> u32 {
+        (target & !1) | v6 as u32
+    }
+
+    /// Where this CPU keeps what it knows about the next hop of a place.
+    #[inline(always)]
+    pub fn of(place: u32) -> Option<*mut Hop> {
+        // SAFETY: a helper without arguments.
+        let cpu = unsafe { bpf_get_smp_processor_id() };
+        HOPS.get_ptr_mut(cpu * HOP_ENTRIES + (place & (HOP_ENTRIES - 1)))
+    }
 }
 
 /// The maps as the decision sees them.
