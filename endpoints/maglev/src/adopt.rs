@@ -45,7 +45,7 @@ impl Engine {
             self.slots.insert(slot, Slot { stream, entry, table, targets, unsure: [false; 2], retired });
             self.next_slot = (slot + 1) % MAX_STREAMS as u32;
         }
-        let generation = self.config.get().active & 1;
+        let generation = self.config.get().generation();
         for index in 0..2 * MAX_FLOWS as u32 {
             let names = &self.kernel.maps.flow_names;
             let name = untext(&names.get(&index, [0u8; 128]).map_err(failed(names))?.unwrap_or([0; 128]));

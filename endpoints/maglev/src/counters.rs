@@ -69,7 +69,7 @@ impl Engine {
 
     /// Counters of the flows that packets are matched with, as the maps say: an earlier process may have written them.
     fn live_counters(&self) -> Result<HashSet<u32>, Error> {
-        let generation = self.config.get().active & 1;
+        let generation = self.config.get().generation();
         if let Some(classifier) = &self.generations[generation as usize] {
             return Ok(classifier.flows.iter().map(|flow| flow.counter).collect());
         }

@@ -362,7 +362,7 @@ impl Engine {
 
     /// Writes flows to the generation that is not in use and switches to it.
     fn switch_classifier(&mut self, classifier: Classifier, counters: &Plan) -> Result<(), Error> {
-        let new = 1 - (self.config.get().active & 1);
+        let new = 1 - self.config.get().generation();
         self.retired.wait(&self.kernel.grace)?;
         self.take_counters(counters)?;
         let before = self.generations[new as usize].take();
@@ -370,7 +370,6 @@ impl Engine {
         self.config.change(|config| config.flags[new as usize] = classifier.flags)?;
         self.config.change(|config| {
             config.version = LAYOUT_VERSION;
-            config.active = new;
             config.switches = config.switches.wrapping_add(1);
         })?;
         self.retired = Retired::now(&self.kernel.grace);

@@ -146,7 +146,7 @@ impl Tables for Image {
         (0, self.classifier.flags)
     }
 
-    fn destination(&self, key: &PrefixKey) -> Option<u32> {
+    fn destination(&self, key: &PrefixKey, _switches: u32) -> Option<u32> {
         longest(&self.classifier.vips, key)
     }
 

@@ -16,7 +16,7 @@ use aya::programs::links::LinkOrder;
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
-use meridio_decision::layout::{CHUNK_ROWS, DEFAULT_CHUNKS, HOP_ENTRIES, LAYOUT_VERSION};
+use meridio_decision::layout::{CHUNK_ROWS, DEFAULT_CHUNKS, HOP_ENTRIES, LAYOUT_VERSION, REMEMBERED};
 
 use crate::error::Error;
 use crate::grace::Grace;
@@ -130,7 +130,8 @@ impl Kernel {
         let check_mtu = since(5, 12) as u32;
         // Before 6.2 the kernel also tells link addresses of neighbours that have failed.
         let direct = since(6, 2) as u32;
-        let (cpus, hops) = (cpus()?, direct * HOP_ENTRIES);
+        let cpus = cpus()?;
+        let each = |entries: u32| (cpus as u32).saturating_mul(entries).max(1);
         let trace = options.trace as u32;
         let mut loader = EbpfLoader::new();
         let loader = loader
@@ -138,7 +139,8 @@ impl Kernel {
             .override_global("HAS_CHECK_MTU", &check_mtu, true)
             .override_global("HAS_DIRECT", &direct, true)
             .override_global("HAS_TRACE", &trace, true)
-            .map_max_entries("HOPS", (cpus as u32).saturating_mul(hops).max(1))
+            .map_max_entries("HOPS", each(direct * HOP_ENTRIES))
+            .map_max_entries("DESTINATIONS", each(REMEMBERED))
             .map_max_entries("ROWS", options.chunks);
         let mut ebpf = match &options.object {
             Some(path) => loader.load_file(path),

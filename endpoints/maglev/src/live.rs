@@ -167,7 +167,7 @@ impl Live {
                 });
             }
         }
-        let generation = self.config()?.active & 1;
+        let generation = self.config()?.generation();
         for index in 0..self.flow_count(generation)? {
             let place = generation * MAX_FLOWS as u32 + index;
             let flow = self.read(&self.maps.flows, place, FlowEntry::default())?;

@@ -75,7 +75,7 @@ fn read(live: &Live, config: &Config, entries: &[(u32, StreamEntry)]) -> Result<
 }
 
 fn classifier(live: &Live, config: &Config) -> Result<Classifier, Error> {
-    let generation = config.active & 1;
+    let generation = config.generation();
     let mut c = Classifier {
         flags: config.flags[generation as usize],
         vips: prefixes(&live.maps.vips, generation)?,

@@ -43,7 +43,9 @@ fn main() {
             // cargo bench says so to every bench.
             "--bench" => {}
             "--quick" => quick = true,
-            option if option.starts_with("--rounds=") => rounds = option["--rounds=".len()..].parse().ok().filter(|n| *n > 0),
+            option if option.starts_with("--rounds=") => {
+                rounds = option["--rounds=".len()..].parse().ok().filter(|n| *n > 0)
+            }
             part if PARTS.contains(&part) => parts.push(part.to_owned()),
             other => {
                 eprintln!("{other:?}: neither --quick nor --rounds=N, and not one of {}", PARTS.join(", "));

@@ -68,14 +68,23 @@ impl<'a> Dimensions<'a> {
         self.proto.summary & self.dst.summary & self.src.summary & self.dport.summary & self.sport.summary
     }
 
-    /// Flows of a word that all summaries have.
     #[inline(always)]
-    fn word(&self, index: usize, below: u64) -> u64 {
-        self.proto.word_of(index, below)
-            & self.dst.word_of(index, below)
-            & self.src.word_of(index, below)
-            & self.dport.word_of(index, below)
-            & self.sport.word_of(index, below)
+    fn word(&self, index: usize) -> u64 {
+        self.proto.word(index)
+            & self.dst.word(index)
+            & self.src.word(index)
+            & self.dport.word(index)
+            & self.sport.word(index)
+    }
+
+    /// As [`Dimensions::word`], of the first word of the summary. Of a vector with one word only its first cache line is read.
+    #[inline(always)]
+    fn first(&self, index: usize, below: u64) -> u64 {
+        self.proto.first(index, below)
+            & self.dst.first(index, below)
+            & self.src.first(index, below)
+            & self.dport.first(index, below)
+            & self.sport.first(index, below)
     }
 }
 
@@ -122,36 +131,58 @@ pub(crate) fn judge(dimensions: &Dimensions<'_>, excluded: u64, kind: Kind, flag
 /// All bits below the lowest one set; the value is not 0.
 #[inline(always)]
 fn bits_below(value: u64) -> u64 {
-    core::hint::black_box(value & value.wrapping_neg()).wrapping_sub(1)
+    (value & value.wrapping_neg()).wrapping_sub(1)
 }
 
-/// How many bits are set: of those below another one, its index. By hand because eBPF has no such instruction and LLVM's
-/// replacement may read a table.
+/// A sequence in which each six bits in a row occur once (de Bruijn), so that a single bit times it has its index in the six highest
+/// bits, in other words.
+const SEQUENCE: u64 = 0x03f7_9d71_b4cb_0a89;
+static INDEX: [u8; 64] = {
+    let mut table = [0; 64];
+    let mut n = 0;
+    while n < 64 {
+        table[(SEQUENCE.wrapping_mul(1 << n) >> 58) as usize] = n as u8;
+        n += 1;
+    }
+    table
+};
+
+/// Index of the lowest bit set, 0 to 63; the value is not 0. By hand because eBPF has no such instruction. The black box
+/// keeps the compiler from finding out what this is: what it has for it is longer.
 #[inline(always)]
-fn ones(below: u64) -> u32 {
-    let a = below - ((below >> 1) & 0x5555_5555_5555_5555);
-    let b = (a & 0x3333_3333_3333_3333) + ((a >> 2) & 0x3333_3333_3333_3333);
-    let c = (b + (b >> 4)) & 0x0f0f_0f0f_0f0f_0f0f;
-    ((c.wrapping_mul(0x0101_0101_0101_0101)) >> 56) as u32
+fn lowest(value: u64) -> u32 {
+    let bit = core::hint::black_box(value & value.wrapping_neg());
+    INDEX[(bit.wrapping_mul(SEQUENCE) >> 58) as usize] as u32
 }
 
 /// Index of the flow that the packet belongs to. `asked`: lists of byte matches in use, and which of them do not hold.
 #[inline(always)]
 pub(crate) fn search<T: Tables>(dimensions: &Dimensions<'_>, tables: &T, asked: &Asked) -> Option<u32> {
     let mut summary = dimensions.summary();
+    if summary == 0 {
+        return None;
+    }
+    // Nearly always it is in the first word: this goes before the loop, which is costly to prepare.
+    if asked.lists == 0 {
+        let index = lowest(summary) & (WORDS as u32 - 1);
+        let bits = dimensions.first(index as usize, bits_below(summary));
+        if bits != 0 {
+            return Some(index * 64 + lowest(bits));
+        }
+        summary &= summary - 1;
+    }
     for _ in 0..WORDS {
         if summary == 0 {
             return None;
         }
-        let below = bits_below(summary);
-        let index = ones(below) & (WORDS as u32 - 1);
+        let index = lowest(summary) & (WORDS as u32 - 1);
         summary &= summary - 1;
-        let mut bits = dimensions.word(index as usize, below);
+        let mut bits = dimensions.word(index as usize);
         if asked.lists != 0 {
             bits &= !asked.excluded(tables, index as usize);
         }
         if bits != 0 {
-            return Some(index * 64 + (ones(bits_below(bits)) & 63));
+            return Some(index * 64 + lowest(bits));
         }
     }
     None

@@ -11,10 +11,11 @@ pub const FRAGMENT_LIFETIME: u64 = 2_000_000_000;
 
 /// The tables of a load balancer: maps in the kernel, vectors on the host.
 pub trait Tables {
-    /// Generation in use and its flags (see [`flag`]).
+    /// Switches so far, of which the lowest bit is the generation in use, and its flags (see [`flag`]).
     fn generation(&self) -> (u32, u32);
-    /// Destination class of the longest prefix around `address`; [`NOT_A_VIP`] or `None`: not ours.
-    fn destination(&self, key: &PrefixKey) -> Option<u32>;
+    /// Destination class of the longest prefix around the address; [`NOT_A_VIP`] or `None`: not ours. `switches`: those by which the
+    /// generation of the key was found.
+    fn destination(&self, key: &PrefixKey, switches: u32) -> Option<u32>;
     /// Source class of the longest prefix around the address.
     fn source(&self, key: &PrefixKey) -> Option<u32>;
     /// Class of a destination port ([`PORT_CLASS`]), and whether it may be translated ([`PORT_TRANSLATED`]).
@@ -120,6 +121,8 @@ pub struct Scratch {
     pub class: u32,
     /// Generation of the classifier that was asked.
     pub generation: u32,
+    /// Switches by which it was found.
+    switches: u32,
     /// When the copy of the stream's targets was written (see [`StreamEntry::written`]); set with a target.
     pub written: u64,
     prefix: PrefixKey,
@@ -130,6 +133,15 @@ pub struct Scratch {
     asked: Asked,
 }
 
+impl Scratch {
+    /// Fixes the generation that this packet uses, see [`Tables::generation`].
+    #[inline(always)]
+    pub fn enter(&mut self, switches: u32) {
+        self.switches = switches;
+        self.generation = switches & 1;
+    }
+}
+
 /// Decides about a packet that arrived from outside; the answer is in `s.decision`.
 #[inline(always)]
 pub fn decide<P: Packet, T: Tables>(packet: &P, tables: &T, ethertype: u16, s: &mut Scratch) {
@@ -137,8 +149,8 @@ pub fn decide<P: Packet, T: Tables>(packet: &P, tables: &T, ethertype: u16, s: &
     if !packet::network(packet, ethertype, 0, &mut s.network) {
         return;
     }
-    let (generation, flags) = tables.generation();
-    s.generation = generation;
+    let (switches, flags) = tables.generation();
+    s.enter(switches);
     if !vip_class(tables, s, End::Destination) {
         return;
     }
@@ -180,7 +192,7 @@ pub fn vip_class<T: Tables>(tables: &T, s: &mut Scratch, end: End) -> bool {
         End::Source => s.network.src,
         End::QuotedDestination => s.quoted.dst,
     };
-    match tables.destination(&s.prefix) {
+    match tables.destination(&s.prefix, s.switches) {
         None | Some(NOT_A_VIP) => false,
         Some(class) => {
             s.class = class;
@@ -230,9 +242,10 @@ fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scr
         return Err(Reason::NoTarget);
     }
     let sctp_ports_only = stream.flags & stream_flag::SCTP_PORTS_ONLY != 0;
-    let src = if s.transport.quote != 0 { &s.quoted.dst } else { &s.network.src };
+    // By value: behind a reference nothing is known of their alignment, and they would be read byte by byte.
+    let src = if s.transport.quote != 0 { s.quoted.dst } else { s.network.src };
     let t = &s.transport;
-    let hash = hash::key(src, &s.network.dst, t.protocol, t.sport, t.dport, sctp_ports_only);
+    let hash = hash::key(src, s.network.dst, t.protocol, t.sport, t.dport, sctp_ports_only);
     let row = hash::row(hash, stream.rows);
     s.decision.row = row;
     let base = if copy == 0 { stream.chunk[0] } else { stream.chunk[1] };

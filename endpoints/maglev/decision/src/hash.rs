@@ -12,14 +12,14 @@ const fn mix(hash: u64, word: u64) -> u64 {
 }
 
 #[inline(always)]
-fn halves(a: &[u8; 16]) -> (u64, u64) {
-    let whole = u128::from_be_bytes(*a);
+fn halves(a: [u8; 16]) -> (u64, u64) {
+    let whole = u128::from_be_bytes(a);
     ((whole >> 64) as u64, whole as u64)
 }
 
 /// Hash of a packet's key. It has no seed that differs between load balancers, so that all of them agree.
 #[inline(always)]
-pub fn key(src: &[u8; 16], dst: &[u8; 16], proto: u8, sport: u16, dport: u16, sctp_ports_only: bool) -> u32 {
+pub fn key(src: [u8; 16], dst: [u8; 16], proto: u8, sport: u16, dport: u16, sctp_ports_only: bool) -> u32 {
     let ports = ((proto as u64) << 32) | ((sport as u64) << 16) | dport as u64;
     let mut h = mix(0x6d65_7269_6469_6f31, ports);
     if !(sctp_ports_only && proto == protocol::SCTP) {

@@ -28,6 +28,9 @@ pub const DEFAULT_CHUNKS: usize = 128;
 /// Next hops that each CPU remembers; a power of two. Targets that share a place find out about their next hops more often.
 pub const HOP_ENTRIES: u32 = 4096;
 
+/// Destinations that each CPU remembers; a power of two.
+pub const REMEMBERED: u32 = 256;
+
 /// Dimension of the classifier: IP protocol class.
 pub const PROTO_CLASSES: usize = 8;
 /// Dimension of the classifier: destination prefix.
@@ -103,22 +106,28 @@ pub mod stream_flag {
     pub const SCTP_PORTS_ONLY: u32 = 1;
 }
 
-/// The one entry of the configuration map. A switch of generation changes one byte (`active`).
+/// The one entry of the configuration map.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Config {
-    /// Generation of the classifier that packets use: 0 or 1.
-    pub active: u32,
+    /// Switches of the classifier so far; the lowest bit is the generation that packets use. One number, so that a packet which
+    /// reads it once knows both: what is remembered of a generation is known by it.
+    pub switches: u32,
     /// Flags of each generation, see [`flag`].
     pub flags: [u32; 2],
     /// [`LAYOUT_VERSION`] once the maps hold a complete configuration, else 0.
     pub version: u32,
     /// Not 0: the program records each decision for tests.
     pub record: u32,
-    /// Counts switches of the classifier, for observers.
-    pub switches: u32,
     /// Interface towards the process that holds fragments which arrive before their first one; 0: nobody does.
     pub hold: u32,
+}
+
+impl Config {
+    /// Generation of the classifier that packets use: 0 or 1.
+    pub const fn generation(&self) -> u32 {
+        self.switches & 1
+    }
 }
 
 /// A set of flows as bits, ordered by priority: bit 0 of word 0 is the flow that wins over all others.
@@ -164,9 +173,9 @@ impl Vector {
         }
     }
 
-    /// The word of a summary's bit, which this vector's has, too. `below`: all bits below that one.
+    /// The word of a bit that the summary has. `below`: all bits below that one.
     #[inline(always)]
-    pub(crate) fn word_of(&self, index: usize, below: u64) -> u64 {
+    pub(crate) fn first(&self, index: usize, below: u64) -> u64 {
         if self.summary & below == 0 { self.first } else { self.word(index) }
     }
 }

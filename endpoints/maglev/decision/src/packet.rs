@@ -53,6 +53,10 @@ pub mod protocol {
     pub const SCTP: u8 = 132;
 }
 
+/// What one less in an IPv6 hop limit adds to a sum over the packet's 16-bit words as they lie in memory (RFC 1071): its word
+/// begins at an even offset, and the hop limit is the lower byte.
+pub const AGED: u32 = !1u16.to_be() as u32;
+
 /// Extension headers that are walked; a longer chain is refused.
 pub const MAX_EXTENSIONS: usize = 8;
 
@@ -421,4 +425,31 @@ fn quoted<P: Packet>(packet: &P, outer: &Network, inner: &mut Network, t: &mut T
         _ => {}
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::AGED;
+
+    fn sum(words: &[[u8; 2]]) -> u32 {
+        let mut sum: u32 = words.iter().map(|word| u16::from_ne_bytes(*word) as u32).sum();
+        while sum >> 16 != 0 {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        sum
+    }
+
+    #[test]
+    fn a_sum_over_the_packet_follows_its_hop_limit() {
+        for hop_limit in 1..=u8::MAX {
+            for next_header in [0, 6, 17, 58, 132, 255] {
+                let packet = |hop_limit| [[0x60, 0x01], [0, 0], [0, 20], [next_header, hop_limit], [0xfd, 0x3f]];
+                let (before, after) = (sum(&packet(hop_limit)), sum(&packet(hop_limit - 1)));
+                let followed = before + AGED;
+                let followed = (followed & 0xffff) + (followed >> 16);
+                // 0 and 0xffff are the same sum.
+                assert_eq!(followed % 0xffff, after % 0xffff, "{next_header} {hop_limit}");
+            }
+        }
+    }
 }

@@ -22,7 +22,7 @@ macro_rules! numbers {
 
 fn described() -> String {
     let mut text = String::new();
-    text += &shape!(Config { active, flags, version, record, switches, hold });
+    text += &shape!(Config { switches, flags, version, record, hold });
     text += &shape!(Vector { summary, first, words, pad });
     text += &shape!(ByteMatch { protocol, size, offset, mask, value });
     text += &shape!(ByteList { statements });
@@ -72,7 +72,7 @@ fn described() -> String {
 
 /// What version 5 means.
 const VERSION_5: &str = "\
-Config 28: active 0, flags 4, version 12, record 16, switches 20, hold 24
+Config 24: switches 0, flags 4, version 12, record 16, hold 20
 Vector 320: summary 0, first 8, words 16, pad 272
 ByteMatch 12: protocol 0, size 1, offset 2, mask 4, value 8
 ByteList 48: statements 0

@@ -40,7 +40,7 @@ pub fn meridio_ingress(ctx: TcContext) -> i32 {
     let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return TC_ACT_SHOT };
     // SAFETY: a per-CPU value that only this program uses, and it does not nest on one CPU.
     let scratch = unsafe { &mut *scratch };
-    decide(&Skb(&ctx), &Maps, ethertype, scratch);
+    decide(&Skb(&ctx), &Maps { remember: true }, ethertype, scratch);
     record(&scratch.decision);
     if scratch.decision.verdict == Verdict::Pass as u32 {
         return TC_ACT_UNSPEC;

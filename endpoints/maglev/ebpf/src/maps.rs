@@ -65,6 +65,10 @@ pub static EGRESS_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(
 /// Not pinned: it is found out again at once.
 #[map]
 pub static HOPS: Array<Hop> = Array::with_max_entries(HOP_ENTRIES, ALIGNED);
+/// What each CPU remembers of the VIPs, [`REMEMBERED`] destinations for each: the loader knows how many CPUs there are. To walk through
+/// the prefixes costs several times as much.
+#[map]
+pub static DESTINATIONS: Array<Remembered> = Array::with_max_entries(REMEMBERED, ALIGNED);
 #[map]
 pub static LAST: PerCpuArray<Decision> = PerCpuArray::pinned(1, 0);
 /// Names of streams (by slot) and of flows (by counter), so that a new process knows what it adopted.
@@ -110,8 +114,26 @@ impl Hop {
     }
 }
 
+/// What the map of VIPs has said about an address.
+#[repr(C)]
+pub struct Remembered {
+    /// Address, as it lies in memory.
+    address: [u64; 2],
+    /// See [`PrefixKey::space`].
+    space: u32,
+    /// Switches of the classifier at that time; after another one it is asked again.
+    switches: u32,
+    /// Destination class; [`NOT_A_VIP`].
+    class: u32,
+    /// Not 0: this is an answer, not an empty place.
+    known: u32,
+}
+
 /// The maps as the decision sees them.
-pub struct Maps;
+pub struct Maps {
+    /// Destinations are remembered. Only for one program: two of them may be at it on one CPU.
+    pub remember: bool,
+}
 
 impl Tables for Maps {
     #[inline(always)]
@@ -119,19 +141,37 @@ impl Tables for Maps {
         let Some(config) = CONFIG.get_ptr(0) else { return (0, 0) };
         // SAFETY: the pointer is into a map value; volatile because user space switches it at any time.
         unsafe {
-            let active = (&raw const (*config).active).read_volatile() & 1;
-            let flags = if active == 0 {
+            let switches = (&raw const (*config).switches).read_volatile();
+            let flags = if switches & 1 == 0 {
                 (&raw const (*config).flags[0]).read_volatile()
             } else {
                 (&raw const (*config).flags[1]).read_volatile()
             };
-            (active, flags)
+            (switches, flags)
         }
     }
 
     #[inline(always)]
-    fn destination(&self, key: &PrefixKey) -> Option<u32> {
-        VIPS.get(prefix(key)).copied()
+    fn destination(&self, key: &PrefixKey, switches: u32) -> Option<u32> {
+        if !self.remember {
+            return VIPS.get(prefix(key)).copied();
+        }
+        let [a, b] = halves(key.address);
+        // The last two bytes are what VIPs differ in.
+        let index = ((b >> 56) ^ (b >> 51)) as u32 & (REMEMBERED - 1);
+        // SAFETY: a helper without arguments; and a value that only this CPU uses, for one program that does not nest.
+        let found = unsafe {
+            let cpu = bpf_get_smp_processor_id();
+            DESTINATIONS.get_ptr_mut(cpu * REMEMBERED + index).map(|found| &mut *found)
+        };
+        let Some(found) = found else { return VIPS.get(prefix(key)).copied() };
+        let same = found.address[1] == b && found.address[0] == a && found.space == key.space;
+        if same && found.switches == switches && found.known != 0 {
+            return Some(found.class);
+        }
+        let class = VIPS.get(prefix(key)).copied().unwrap_or(NOT_A_VIP);
+        *found = Remembered { address: [a, b], space: key.space, switches, class, known: 1 };
+        Some(class)
     }
 
     #[inline(always)]
@@ -214,6 +254,13 @@ impl Tables for Maps {
         // SAFETY: a helper without arguments.
         unsafe { bpf_ktime_get_ns() }
     }
+}
+
+/// An address in words as they lie in memory.
+#[inline(always)]
+fn halves(address: [u8; 16]) -> [u64; 2] {
+    let whole = u128::from_ne_bytes(address);
+    [whole as u64, (whole >> 64) as u64]
 }
 
 #[inline(always)]

@@ -2,7 +2,7 @@
 
 use aya_ebpf::{
     EbpfContext,
-    helpers::generated::{bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_store_bytes},
+    helpers::generated::{bpf_csum_diff, bpf_csum_update, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_store_bytes},
     programs::TcContext,
 };
 use meridio_decision::{
@@ -16,6 +16,9 @@ use crate::{
     maps::{EGRESS_SCRATCH, Maps, REASONS, Size, count},
     skb::{L2, Skb},
 };
+
+/// What leaves is looked up without a memory of VIPs.
+const MAPS: Maps = Maps { remember: false };
 
 /// The checksum may be 0 for "none" and must not become 0 (UDP).
 const MANGLED_0: u64 = 0x20;
@@ -38,7 +41,17 @@ fn store<const N: usize>(ctx: &TcContext, offset: u32, bytes: &[u8; N], flags: u
 pub fn age(ctx: &TcContext, network: &Network) -> Result<(), Reason> {
     let ttl = network.ttl - 1;
     if network.v6 {
-        return store(ctx, 7, &[ttl], RECOMPUTE);
+        let at = ctx.data() + L2 as usize + 6;
+        if at + 2 > ctx.data_end() {
+            return store(ctx, 7, &[ttl], RECOMPUTE);
+        }
+        // SAFETY: within the packet, as just checked; alignment as in `Skb::read_usual`. And a helper with plain arguments,
+        // which changes nothing where the network card has made no sum.
+        unsafe {
+            (at as *mut u16).write(u16::from_ne_bytes([network.protocol, ttl]));
+            bpf_csum_update(ctx.skb.skb, packet::AGED);
+        }
+        return Ok(());
     }
     // RFC 1624 for a change of 0x0100 in one word; 0xffff becomes 0, as there.
     let sum = network.checksum as u32 + 0x0100;
@@ -169,7 +182,7 @@ fn is_icmp(skb: &Skb<'_>, v4: bool) -> bool {
 #[inline(always)]
 pub fn outgoing(ctx: &TcContext, ethertype: u16) {
     let skb = Skb(ctx);
-    let (generation, flags) = Maps.generation();
+    let (switches, flags) = MAPS.generation();
     let nat = flags & flag::NAT != 0;
     if !nat && !is_icmp(&skb, ethertype == ETH_IPV4) {
         return;
@@ -177,7 +190,7 @@ pub fn outgoing(ctx: &TcContext, ethertype: u16) {
     let Some(scratch) = EGRESS_SCRATCH.get_ptr_mut(0) else { return };
     // SAFETY: a per-CPU value that only this program uses, and it does not nest on one CPU.
     let s = unsafe { &mut *scratch };
-    s.generation = generation;
+    s.enter(switches);
     if !packet::network(&skb, ethertype, 0, &mut s.network)
         || packet::transport(&skb, &s.network, &mut s.quoted, &mut s.transport).is_err()
     {
@@ -187,11 +200,11 @@ pub fn outgoing(ctx: &TcContext, ethertype: u16) {
         let _ = error(ctx, s, nat);
         return;
     }
-    if !nat || !matches!(s.transport.kind, Kind::Ports) || !vip_class(&Maps, s, End::Source) {
+    if !nat || !matches!(s.transport.kind, Kind::Ports) || !vip_class(&MAPS, s, End::Source) {
         return;
     }
     let from = s.transport.sport;
-    let to = translation(&Maps, s, 1, from);
+    let to = translation(&MAPS, s, 1, from);
     if to != 0 {
         let _ = port(ctx, &s.network, &s.transport, 0, from, to);
     }
@@ -200,12 +213,12 @@ pub fn outgoing(ctx: &TcContext, ethertype: u16) {
 /// An ICMP error that leaves, about a packet that came from outside.
 #[inline(always)]
 fn error(ctx: &TcContext, s: &mut Scratch, nat: bool) -> Result<(), Reason> {
-    if !vip_class(&Maps, s, End::QuotedDestination) {
+    if !vip_class(&MAPS, s, End::QuotedDestination) {
         return Ok(());
     }
     if nat && matches!(s.transport.kind, Kind::Ports) {
         let from = s.transport.sport;
-        let to = translation(&Maps, s, 1, from);
+        let to = translation(&MAPS, s, 1, from);
         if to != 0 {
             quoted_port(ctx, &s.network, &s.transport, 2, from, to)?;
         }
