@@ -150,8 +150,8 @@ impl Tables for Image {
         longest(&self.classifier.vips, key)
     }
 
-    fn source(&self, key: &PrefixKey) -> Option<u32> {
-        longest(&self.classifier.sources, key)
+    fn source(&self, key: &PrefixKey, _switches: u32) -> u32 {
+        longest(&self.classifier.sources, key).unwrap_or(0)
     }
 
     fn dport(&self, _generation: u32, port: u16) -> u32 {

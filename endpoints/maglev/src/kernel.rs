@@ -16,7 +16,9 @@ use aya::programs::links::LinkOrder;
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
-use meridio_decision::layout::{CHUNK_ROWS, DEFAULT_CHUNKS, HOP_ENTRIES, LAYOUT_VERSION, REMEMBERED};
+use meridio_decision::layout::{
+    CHUNK_ROWS, CLIENTS_REMEMBERED, DEFAULT_CHUNKS, DESTINATIONS_REMEMBERED, HOP_ENTRIES, LAYOUT_VERSION,
+};
 
 use crate::error::Error;
 use crate::grace::Grace;
@@ -140,7 +142,8 @@ impl Kernel {
             .override_global("HAS_DIRECT", &direct, true)
             .override_global("HAS_TRACE", &trace, true)
             .map_max_entries("HOPS", each(direct * HOP_ENTRIES))
-            .map_max_entries("DESTINATIONS", each(REMEMBERED))
+            .map_max_entries("DESTINATIONS", each(DESTINATIONS_REMEMBERED))
+            .map_max_entries("CLIENTS", each(CLIENTS_REMEMBERED))
             .map_max_entries("ROWS", options.chunks);
         let mut ebpf = match &options.object {
             Some(path) => loader.load_file(path),

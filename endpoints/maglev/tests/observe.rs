@@ -98,7 +98,11 @@ fn counters_trace_and_live_tables_tell_what_the_program_did() {
                 totals[0] += 1;
                 continue;
             }
-            let event = tracer.next(SOON).unwrap().unwrap_or_else(|| panic!("no event of {}", context()));
+            let event = tracer.next(SOON).unwrap().unwrap_or_else(|| {
+                let live = Live::open(&fs.path()).unwrap();
+                let on = live.trace_deadline().unwrap().checked_sub(meridio_maglev::monotonic());
+                panic!("no event of {}; the trace is on for {on:?} ns, result {}, {explained:?}", context(), run.result)
+            });
             let reason = Reason::from_number(event.reason).unwrap();
             let by = tally.reasons.entry(reason.name()).or_default();
             *by = (by.0 + 1, by.1 + bytes.len() as u64);

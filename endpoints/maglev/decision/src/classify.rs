@@ -17,13 +17,14 @@ impl<'a> Dimensions<'a> {
     #[inline(always)]
     pub(crate) fn of<T: Tables>(
         tables: &'a T,
-        generation: u32,
+        switches: u32,
         flags: u32,
         dst_class: u32,
         transport: &Transport,
         prefix: &PrefixKey,
     ) -> Option<Self> {
         let kind = transport.kind;
+        let generation = switches & 1;
         let base = generation * VECTORS;
         let dst = tables.vector(base + DST_BASE + dst_class)?;
         let proto_class = match kind {
@@ -36,7 +37,7 @@ impl<'a> Dimensions<'a> {
             _ => class::OTHER,
         };
         let src_vector = if flags & flag::SOURCES != 0 {
-            let class = tables.source(prefix).unwrap_or(0);
+            let class = tables.source(prefix, switches);
             tables.vector(base + SRC_BASE + class)?
         } else {
             dst
@@ -137,6 +138,7 @@ fn bits_below(value: u64) -> u64 {
 /// A sequence in which each six bits in a row occur once (de Bruijn), so that a single bit times it has its index in the six highest
 /// bits, in other words.
 const SEQUENCE: u64 = 0x03f7_9d71_b4cb_0a89;
+#[allow(clippy::indexing_slicing)] // at compile time: six bits are an index of 64
 static INDEX: [u8; 64] = {
     let mut table = [0; 64];
     let mut n = 0;
@@ -152,7 +154,7 @@ static INDEX: [u8; 64] = {
 #[inline(always)]
 fn lowest(value: u64) -> u32 {
     let bit = core::hint::black_box(value & value.wrapping_neg());
-    INDEX[(bit.wrapping_mul(SEQUENCE) >> 58) as usize] as u32
+    INDEX.get((bit.wrapping_mul(SEQUENCE) >> 58) as usize).copied().unwrap_or(0) as u32
 }
 
 /// Index of the flow that the packet belongs to. `asked`: lists of byte matches in use, and which of them do not hold.
@@ -163,15 +165,16 @@ pub(crate) fn search<T: Tables>(dimensions: &Dimensions<'_>, tables: &T, asked: 
         return None;
     }
     // Nearly always it is in the first word: this goes before the loop, which is costly to prepare.
-    if asked.lists == 0 {
-        let index = lowest(summary) & (WORDS as u32 - 1);
-        let bits = dimensions.first(index as usize, bits_below(summary));
-        if bits != 0 {
-            return Some(index * 64 + lowest(bits));
-        }
-        summary &= summary - 1;
+    let index = lowest(summary) & (WORDS as u32 - 1);
+    let mut bits = dimensions.first(index as usize, bits_below(summary));
+    if asked.lists != 0 {
+        bits &= !asked.excluded(tables, index as usize);
     }
-    for _ in 0..WORDS {
+    if bits != 0 {
+        return Some(index * 64 + lowest(bits));
+    }
+    summary &= summary - 1;
+    for _ in 1..WORDS {
         if summary == 0 {
             return None;
         }

@@ -16,8 +16,8 @@ pub trait Tables {
     /// Destination class of the longest prefix around the address; [`NOT_A_VIP`] or `None`: not ours. `switches`: those by which the
     /// generation of the key was found.
     fn destination(&self, key: &PrefixKey, switches: u32) -> Option<u32>;
-    /// Source class of the longest prefix around the address.
-    fn source(&self, key: &PrefixKey) -> Option<u32>;
+    /// Source class of the longest prefix around the address; 0: none is. `switches`: as above.
+    fn source(&self, key: &PrefixKey, switches: u32) -> u32;
     /// Class of a destination port ([`PORT_CLASS`]), and whether it may be translated ([`PORT_TRANSLATED`]).
     fn dport(&self, generation: u32, port: u16) -> u32;
     /// Class of a source port.
@@ -225,7 +225,7 @@ fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scr
         s.prefix.address = if s.transport.quote != 0 { s.quoted.dst } else { s.network.src };
     }
     let dimensions =
-        Dimensions::of(tables, s.generation, flags, s.class, &s.transport, &s.prefix).ok_or(Reason::Internal)?;
+        Dimensions::of(tables, s.switches, flags, s.class, &s.transport, &s.prefix).ok_or(Reason::Internal)?;
     if !s.asked.ask(packet, tables, s.generation, flags, &s.transport, s.network.usual()) {
         return Err(Reason::Internal);
     }
@@ -275,7 +275,7 @@ pub fn matched<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch, fl
     if !s.asked.ask(packet, tables, s.generation, flags, &s.transport, s.network.usual()) {
         return None;
     }
-    let dimensions = Dimensions::of(tables, s.generation, flags, s.class, &s.transport, &s.prefix)?;
+    let dimensions = Dimensions::of(tables, s.switches, flags, s.class, &s.transport, &s.prefix)?;
     let excluded = s.asked.excluded(tables, (flow / 64) as usize);
     Some(judge(&dimensions, excluded, s.transport.kind, flags, flow))
 }

@@ -29,7 +29,9 @@ pub const DEFAULT_CHUNKS: usize = 128;
 pub const HOP_ENTRIES: u32 = 4096;
 
 /// Destinations that each CPU remembers; a power of two.
-pub const REMEMBERED: u32 = 256;
+pub const DESTINATIONS_REMEMBERED: u32 = 256;
+/// Sources that each CPU remembers; a power of two.
+pub const CLIENTS_REMEMBERED: u32 = 1024;
 
 /// Dimension of the classifier: IP protocol class.
 pub const PROTO_CLASSES: usize = 8;

@@ -26,7 +26,7 @@ static HAS_CHECK_MTU: u32 = 1;
 static HAS_DIRECT: u32 = 0;
 
 /// Ticks of the kernel (1 to 10 ms each) for which what a neighbour entry says is believed.
-const BELIEVED: u64 = 4;
+const BELIEVED: u64 = 8;
 /// Ticks after which a packet goes past the neighbour entry. The direct way only reads it, and an entry that nobody
 /// uses is never found to be wrong; one that is used is not checked before some 30 s either (`base_reachable_time`).
 const USED: u64 = 1_250;

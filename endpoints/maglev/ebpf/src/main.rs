@@ -18,7 +18,7 @@ use aya_ebpf::{
 use maps::{CONFIG, FLOW_DROPS, FLOW_HITS, LAST, Maps, REASONS, SCRATCH, STREAM_DROPS, Size, TARGET_HITS, count};
 use meridio_decision::{
     Decision, ETH_IPV4, ETH_IPV6, NONE, Reason, Scratch, Verdict, decide,
-    layout::{MAX_REASONS, MAX_STREAMS},
+    layout::{Config, MAX_REASONS, MAX_STREAMS},
 };
 use skb::{L2, Skb, ethertype};
 
@@ -37,18 +37,18 @@ pub fn meridio_ingress(ctx: TcContext) -> i32 {
     if ethertype != ETH_IPV4 && ethertype != ETH_IPV6 {
         return TC_ACT_UNSPEC;
     }
-    let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return TC_ACT_SHOT };
+    let (Some(config), Some(scratch)) = (CONFIG.get_ptr(0), SCRATCH.get_ptr_mut(0)) else { return TC_ACT_SHOT };
     // SAFETY: a per-CPU value that only this program uses, and it does not nest on one CPU.
     let scratch = unsafe { &mut *scratch };
-    decide(&Skb(&ctx), &Maps { remember: true }, ethertype, scratch);
-    record(&scratch.decision);
+    decide(&Skb(&ctx), &Maps { config, remember: true }, ethertype, scratch);
+    record(config, &scratch.decision);
     if scratch.decision.verdict == Verdict::Pass as u32 {
         return TC_ACT_UNSPEC;
     }
     // SAFETY: reads of the context's fields.
     let segments = unsafe { (*ctx.skb.skb).gso_segs };
     let size = Size { segments: if segments == 0 { 1 } else { segments }, bytes: ctx.len().wrapping_sub(L2) };
-    let (action, reason) = act(&ctx, scratch, size);
+    let (action, reason) = act(&ctx, config, scratch, size);
     count(&REASONS, reason, size);
     if action == TC_ACT_SHOT {
         dropped(&scratch.decision, reason, size);
@@ -59,14 +59,14 @@ pub fn meridio_ingress(ctx: TcContext) -> i32 {
 
 /// What is done to a packet for a VIP, and the number of the reason.
 #[inline(always)]
-fn act(ctx: &TcContext, scratch: &Scratch, size: Size) -> (i32, u32) {
+fn act(ctx: &TcContext, config: *const Config, scratch: &Scratch, size: Size) -> (i32, u32) {
     let decision = &scratch.decision;
     if decision.counter != NONE {
         count(&FLOW_HITS, decision.counter, size);
     }
     if decision.verdict == Verdict::Drop as u32 {
         if decision.reason == Reason::FragmentUnknown as u32
-            && let Some(action) = hold(ctx)
+            && let Some(action) = hold(ctx, config)
         {
             return (action, Reason::FragmentHeld as u32);
         }
@@ -95,8 +95,7 @@ fn dropped(decision: &Decision, reason: u32, size: Size) {
 /// Hands a fragment that came before its first one to user space, which sends it through here again when it knows more;
 /// `None`: nobody holds it, or has held it already.
 #[inline(always)]
-fn hold(ctx: &TcContext) -> Option<i32> {
-    let config = CONFIG.get_ptr(0)?;
+fn hold(ctx: &TcContext, config: *const Config) -> Option<i32> {
     // SAFETY: the pointer is into a map value; volatile because user space changes it at any time.
     let hold = unsafe { (&raw const (*config).hold).read_volatile() };
     // SAFETY: reads of the context's fields.
@@ -109,9 +108,9 @@ fn hold(ctx: &TcContext) -> Option<i32> {
 }
 
 #[inline(always)]
-fn record(decision: &Decision) {
-    let Some(config) = CONFIG.get(0) else { return };
-    if config.record != 0
+fn record(config: *const Config, decision: &Decision) {
+    // SAFETY: the pointer is into a map value.
+    if unsafe { (*config).record } != 0
         && let Some(last) = LAST.get_ptr_mut(0)
     {
         // SAFETY: a per-CPU value of this type.

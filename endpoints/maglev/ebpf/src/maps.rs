@@ -65,10 +65,13 @@ pub static EGRESS_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(
 /// Not pinned: it is found out again at once.
 #[map]
 pub static HOPS: Array<Hop> = Array::with_max_entries(HOP_ENTRIES, ALIGNED);
-/// What each CPU remembers of the VIPs, [`REMEMBERED`] destinations for each: the loader knows how many CPUs there are. To walk through
-/// the prefixes costs several times as much.
+/// What each CPU remembers of destinations and of sources, so many of each: the loader knows how many CPUs there are. To walk
+/// through the prefixes costs several times as much.
 #[map]
-pub static DESTINATIONS: Array<Remembered> = Array::with_max_entries(REMEMBERED, ALIGNED);
+pub static DESTINATIONS: Array<Remembered> = Array::with_max_entries(DESTINATIONS_REMEMBERED, ALIGNED);
+/// See above.
+#[map]
+pub static CLIENTS: Array<Remembered> = Array::with_max_entries(CLIENTS_REMEMBERED, ALIGNED);
 #[map]
 pub static LAST: PerCpuArray<Decision> = PerCpuArray::pinned(1, 0);
 /// Names of streams (by slot) and of flows (by counter), so that a new process knows what it adopted.
@@ -114,7 +117,7 @@ impl Hop {
     }
 }
 
-/// What the map of VIPs has said about an address.
+/// What a map of prefixes has said about an address.
 #[repr(C)]
 pub struct Remembered {
     /// Address, as it lies in memory.
@@ -123,7 +126,7 @@ pub struct Remembered {
     space: u32,
     /// Switches of the classifier at that time; after another one it is asked again.
     switches: u32,
-    /// Destination class; [`NOT_A_VIP`].
+    /// Class; of a destination also [`NOT_A_VIP`].
     class: u32,
     /// Not 0: this is an answer, not an empty place.
     known: u32,
@@ -131,14 +134,16 @@ pub struct Remembered {
 
 /// The maps as the decision sees them.
 pub struct Maps {
-    /// Destinations are remembered. Only for one program: two of them may be at it on one CPU.
+    /// The one entry of [`CONFIG`].
+    pub config: *const Config,
+    /// Destinations and sources are remembered. Only for one program: two of them may be at it on one CPU.
     pub remember: bool,
 }
 
 impl Tables for Maps {
     #[inline(always)]
     fn generation(&self) -> (u32, u32) {
-        let Some(config) = CONFIG.get_ptr(0) else { return (0, 0) };
+        let config = self.config;
         // SAFETY: the pointer is into a map value; volatile because user space switches it at any time.
         unsafe {
             let switches = (&raw const (*config).switches).read_volatile();
@@ -156,27 +161,18 @@ impl Tables for Maps {
         if !self.remember {
             return VIPS.get(prefix(key)).copied();
         }
-        let [a, b] = halves(key.address);
-        // The last two bytes are what VIPs differ in.
-        let index = ((b >> 56) ^ (b >> 51)) as u32 & (REMEMBERED - 1);
-        // SAFETY: a helper without arguments; and a value that only this CPU uses, for one program that does not nest.
-        let found = unsafe {
-            let cpu = bpf_get_smp_processor_id();
-            DESTINATIONS.get_ptr_mut(cpu * REMEMBERED + index).map(|found| &mut *found)
-        };
-        let Some(found) = found else { return VIPS.get(prefix(key)).copied() };
-        let same = found.address[1] == b && found.address[0] == a && found.space == key.space;
-        if same && found.switches == switches && found.known != 0 {
-            return Some(found.class);
-        }
-        let class = VIPS.get(prefix(key)).copied().unwrap_or(NOT_A_VIP);
-        *found = Remembered { address: [a, b], space: key.space, switches, class, known: 1 };
-        Some(class)
+        Some(remembered(&DESTINATIONS, DESTINATIONS_REMEMBERED, key, switches, || {
+            VIPS.get(prefix(key)).copied().unwrap_or(NOT_A_VIP)
+        }))
     }
 
     #[inline(always)]
-    fn source(&self, key: &PrefixKey) -> Option<u32> {
-        SOURCES.get(prefix(key)).copied()
+    fn source(&self, key: &PrefixKey, switches: u32) -> u32 {
+        let ask = || SOURCES.get(prefix(key)).copied().unwrap_or(0);
+        if !self.remember {
+            return ask();
+        }
+        remembered(&CLIENTS, CLIENTS_REMEMBERED, key, switches, ask)
     }
 
     #[inline(always)]
@@ -254,6 +250,23 @@ impl Tables for Maps {
         // SAFETY: a helper without arguments.
         unsafe { bpf_ktime_get_ns() }
     }
+}
+
+/// The answer of a map of prefixes, from memory if this CPU has asked it since the last switch. `places`: a power of two.
+#[inline(always)]
+fn remembered(map: &Array<Remembered>, places: u32, key: &PrefixKey, switches: u32, ask: impl Fn() -> u32) -> u32 {
+    let [a, b] = halves(key.address);
+    let index = ((a ^ b).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u32 & (places - 1);
+    // SAFETY: a helper without arguments; and a value that only this CPU uses, for one program that does not nest.
+    let found = unsafe { map.get_ptr_mut(bpf_get_smp_processor_id() * places + index).map(|found| &mut *found) };
+    let Some(found) = found else { return ask() };
+    let same = found.address[1] == b && found.address[0] == a && found.space == key.space;
+    if same && found.switches == switches && found.known != 0 {
+        return found.class;
+    }
+    let class = ask();
+    *found = Remembered { address: [a, b], space: key.space, switches, class, known: 1 };
+    class
 }
 
 /// An address in words as they lie in memory.

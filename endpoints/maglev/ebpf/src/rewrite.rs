@@ -2,7 +2,9 @@
 
 use aya_ebpf::{
     EbpfContext,
-    helpers::generated::{bpf_csum_diff, bpf_csum_update, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_store_bytes},
+    helpers::generated::{
+        bpf_csum_diff, bpf_csum_update, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_store_bytes,
+    },
     programs::TcContext,
 };
 use meridio_decision::{
@@ -13,12 +15,9 @@ use meridio_decision::{
 };
 
 use crate::{
-    maps::{EGRESS_SCRATCH, Maps, REASONS, Size, count},
+    maps::{CONFIG, EGRESS_SCRATCH, Maps, REASONS, Size, count},
     skb::{L2, Skb},
 };
-
-/// What leaves is looked up without a memory of VIPs.
-const MAPS: Maps = Maps { remember: false };
 
 /// The checksum may be 0 for "none" and must not become 0 (UDP).
 const MANGLED_0: u64 = 0x20;
@@ -182,7 +181,10 @@ fn is_icmp(skb: &Skb<'_>, v4: bool) -> bool {
 #[inline(always)]
 pub fn outgoing(ctx: &TcContext, ethertype: u16) {
     let skb = Skb(ctx);
-    let (switches, flags) = MAPS.generation();
+    let Some(config) = CONFIG.get_ptr(0) else { return };
+    // What leaves is looked up without a memory of prefixes.
+    let maps = &Maps { config, remember: false };
+    let (switches, flags) = maps.generation();
     let nat = flags & flag::NAT != 0;
     if !nat && !is_icmp(&skb, ethertype == ETH_IPV4) {
         return;
@@ -197,14 +199,14 @@ pub fn outgoing(ctx: &TcContext, ethertype: u16) {
         return;
     }
     if s.transport.quote != 0 {
-        let _ = error(ctx, s, nat);
+        let _ = error(ctx, maps, s, nat);
         return;
     }
-    if !nat || !matches!(s.transport.kind, Kind::Ports) || !vip_class(&MAPS, s, End::Source) {
+    if !nat || !matches!(s.transport.kind, Kind::Ports) || !vip_class(maps, s, End::Source) {
         return;
     }
     let from = s.transport.sport;
-    let to = translation(&MAPS, s, 1, from);
+    let to = translation(maps, s, 1, from);
     if to != 0 {
         let _ = port(ctx, &s.network, &s.transport, 0, from, to);
     }
@@ -212,13 +214,13 @@ pub fn outgoing(ctx: &TcContext, ethertype: u16) {
 
 /// An ICMP error that leaves, about a packet that came from outside.
 #[inline(always)]
-fn error(ctx: &TcContext, s: &mut Scratch, nat: bool) -> Result<(), Reason> {
-    if !vip_class(&MAPS, s, End::QuotedDestination) {
+fn error(ctx: &TcContext, maps: &Maps, s: &mut Scratch, nat: bool) -> Result<(), Reason> {
+    if !vip_class(maps, s, End::QuotedDestination) {
         return Ok(());
     }
     if nat && matches!(s.transport.kind, Kind::Ports) {
         let from = s.transport.sport;
-        let to = translation(&MAPS, s, 1, from);
+        let to = translation(maps, s, 1, from);
         if to != 0 {
             quoted_port(ctx, &s.network, &s.transport, 2, from, to)?;
         }
