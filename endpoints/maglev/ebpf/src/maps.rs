@@ -256,7 +256,8 @@ impl Tables for Maps {
 #[inline(always)]
 fn remembered(map: &Array<Remembered>, places: u32, key: &PrefixKey, switches: u32, ask: impl Fn() -> u32) -> u32 {
     let [a, b] = halves(key.address);
-    let index = ((a ^ b).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u32 & (places - 1);
+    // The highest bits of the product, because all bits of the address have a say in them alone.
+    let index = ((a ^ b).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - places.trailing_zeros())) as u32;
     // SAFETY: a helper without arguments; and a value that only this CPU uses, for one program that does not nest.
     let found = unsafe { map.get_ptr_mut(bpf_get_smp_processor_id() * places + index).map(|found| &mut *found) };
     let Some(found) = found else { return ask() };
