@@ -16,6 +16,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         tonic_prost_build::configure()
             // Ordered maps make the encoding of a message deterministic.
             .btree_map(".")
+            .codec_path("crate::codec::Codec")
             .compile_fds(descriptors)?;
     }
     Ok(())

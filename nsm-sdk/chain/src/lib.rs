@@ -11,6 +11,7 @@
 
 pub mod core;
 pub mod elements;
+pub mod events;
 pub mod path;
 pub mod registry;
 pub mod remote;
@@ -20,7 +21,8 @@ pub mod token;
 
 pub use crate::core::{
     Call, Candidates, Chain, ChainBuilder, ClientToken, CloseCall, Context, Element, ElementLayer, Error, FdChannel,
-    FdTransceiver, Key, Metadata, Next, Operation, Outcome, Peer, Postponed, RequestCall, Side, Task, clock, unwind,
+    FdTransceiver, Kept, Key, Metadata, Next, Operation, Outcome, Peer, Postponed, RequestCall, Side, Task, clock,
+    unwind,
 };
 pub use crate::elements::begin::{Event, EventFactory, EventOptions, Fired};
 pub use crate::remote::{Connector, EventStream, REMOTE, Remote, RemoteService};

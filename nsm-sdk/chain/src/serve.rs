@@ -1,16 +1,11 @@
 //! A chain as gRPC services.
 
 use crate::{
-    Chain, CloseCall, Connection, ConnectionEvent, Context, FdTransceiver, MonitorScopeSelector, NetworkServiceRequest,
-    RequestCall,
+    Chain, CloseCall, Connection, Context, FdTransceiver, NetworkServiceRequest, RequestCall,
     elements::{authorize::Callers, monitor::Hub},
-    remote::EventStream,
+    events::MonitorServer,
 };
-use futures_util::StreamExt;
-use nsm_proto::{
-    connection::monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
-    networkservice::network_service_server::{NetworkService, NetworkServiceServer},
-};
+use nsm_proto::networkservice::network_service_server::{NetworkService, NetworkServiceServer};
 use nsm_transport::{ConnInfo, client_token, grpc_timeout};
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, service::Routes};
@@ -42,8 +37,8 @@ impl ChainService {
     }
 
     /// The gRPC server of `connection.MonitorConnection`.
-    pub fn monitor(&self) -> MonitorConnectionServer<Self> {
-        MonitorConnectionServer::new(self.clone())
+    pub fn monitor(&self) -> MonitorServer {
+        MonitorServer::new(self.hub.clone()).guarded(self.callers.clone())
     }
 
     /// Both, for a server of their own; add registries and health to it.
@@ -88,27 +83,5 @@ impl NetworkService for ChainService {
                 Err(error.into())
             }
         }
-    }
-}
-
-#[tonic::async_trait]
-impl MonitorConnection for ChainService {
-    type MonitorConnectionsStream = EventStream;
-
-    async fn monitor_connections(
-        &self,
-        request: Request<MonitorScopeSelector>,
-    ) -> Result<Response<EventStream>, Status> {
-        let peer = context(&request).peer;
-        let selector = request.into_inner();
-        if let Some((callers, peer)) = self.callers.as_ref().zip(peer)
-            && !callers.may_watch(&peer, &selector)
-        {
-            return Err(Status::permission_denied(
-                "no sufficient privileges: none of its connections is to be watched",
-            ));
-        }
-        let events = self.hub.subscribe(selector);
-        Ok(Response::new(events.map(Ok::<ConnectionEvent, Status>).boxed()))
     }
 }

@@ -25,7 +25,7 @@ use nsm_chain::{
     remote::{Caller, Grpc, Identity, InProcess},
     token::{self, Tokens},
 };
-use nsm_identity::X509Source;
+use nsm_identity::{Svid, X509Source};
 use nsm_kernel::{
     Netns,
     elements::{
@@ -38,7 +38,12 @@ use nsm_kernel::{
 use nsm_proto::registry::{NetworkServiceEndpoint, NetworkServiceLabels};
 use nsm_registry::{Call, Context, ManagerRegistry, RegistryClient, Security, Upstream, service};
 use nsm_transport::Transport;
-use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
@@ -141,10 +146,7 @@ impl Node {
         let transport = Transport::new(config.source.clone())
             .map_err(|cause| NodeError::Identity(cause.to_string()))?
             .with_max_token_lifetime(config.max_token_lifetime);
-        let peer_of = |source: &X509Source| Peer::from_leaf(source.svid().chain().first().map_or(&[], |leaf| leaf));
-        peer_of(&config.source).map_err(|cause| NodeError::Identity(cause.to_string()))?;
-        let source = config.source.clone();
-        let peer = Identity::new(move || peer_of(&source).ok());
+        let peer = identity(config.source.clone())?;
         let tokens = token::from_source(config.source.clone(), config.max_token_lifetime);
 
         let security = Security {
@@ -225,6 +227,22 @@ impl Node {
             }
         }
     }
+}
+
+/// Manager and forwarder towards each other. The certificate is read, and kept, once for all connections.
+fn identity(source: X509Source) -> Result<Identity, NodeError> {
+    let read = |svid: &Svid| Peer::from_leaf(svid.chain().first().map_or(&[], |leaf| leaf));
+    let svid = source.svid();
+    let peer = read(&svid).map_err(|cause| NodeError::Identity(cause.to_string()))?;
+    let known = Mutex::new((svid, peer));
+    Ok(Identity::new(move || {
+        let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+        let svid = source.svid();
+        if !Arc::ptr_eq(&known.0, &svid) {
+            *known = (svid.clone(), read(&svid).ok()?);
+        }
+        Some(known.1.clone())
+    }))
 }
 
 /// What the forwarder of `config` is registered as when it is reached under `url`.

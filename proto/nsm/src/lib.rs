@@ -1,6 +1,9 @@
 //! Wire contracts: the gRPC APIs of Network Service Mesh (requests, connections, monitoring, registries) and of the SPIFFE Workload
-//! API. Field numbers, package names and method paths are those of the original projects; nothing but generated code lives here.
+//! API. Field numbers, package names and method paths are those of the original projects; nothing lives here but generated code and what
+//! writes and reads it.
 #![allow(clippy::all, clippy::pedantic)]
+
+pub mod codec;
 
 /// Connections, their paths and mechanisms, and the monitor.
 pub mod connection {

@@ -3,13 +3,14 @@
 use crate::core::Context;
 use nsm_proto::{connection::Connection, networkservice::NetworkServiceRequest};
 
-/// A message together with everything that travels beside it.
+/// A message together with everything that travels beside it. Both are in boxes, because each of the dozens of elements that wait for
+/// `next` would have room for them in its future: a thousand bytes, several times.
 #[derive(Clone, Debug)]
 pub struct Call<M> {
     /// What is asked for. Elements change it on its way down.
-    pub message: M,
+    pub message: Box<M>,
     /// Deadline, peer, metadata and the like.
-    pub ctx: Context,
+    pub ctx: Box<Context>,
 }
 
 /// A request for a connection, the first one or a refresh.
@@ -19,8 +20,8 @@ pub type CloseCall = Call<Connection>;
 
 impl<M> Call<M> {
     /// Puts a message and its context together.
-    pub fn new(message: M, ctx: Context) -> Self {
-        Self { message, ctx }
+    pub fn new(message: impl Into<Box<M>>, ctx: impl Into<Box<Context>>) -> Self {
+        Self { message: message.into(), ctx: ctx.into() }
     }
 }
 

@@ -130,7 +130,7 @@ impl Context {
 
     /// Takes note of the time left, for a clean-up that gets as much again whenever it runs.
     pub fn postpone(&self) -> Postponed {
-        Postponed { time: self.time_left(), ctx: self.clone() }
+        Postponed { time: self.time_left(), ctx: Box::new(self.clone()) }
     }
 }
 
@@ -138,13 +138,13 @@ impl Context {
 #[derive(Clone, Debug)]
 pub struct Postponed {
     time: Option<Duration>,
-    ctx: Context,
+    ctx: Box<Context>,
 }
 
 impl Postponed {
     /// The same values with a deadline counted from now; nothing ends a clean-up early.
     pub fn context(&self) -> Context {
-        Context { deadline: self.time.map(|time| Instant::now() + time), cancel: None, ..self.ctx.clone() }
+        Context { deadline: self.time.map(|time| Instant::now() + time), cancel: None, ..(*self.ctx).clone() }
     }
 
     /// Whether the connection was established before; see [`Context::refresh`].

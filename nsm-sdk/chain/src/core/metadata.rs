@@ -6,7 +6,6 @@
 
 use std::{
     any::{Any, TypeId},
-    collections::HashMap,
     fmt,
     marker::PhantomData,
     sync::{
@@ -63,7 +62,44 @@ impl<T> Clone for Key<T> {
     }
 }
 
-type Values = HashMap<(u64, Side, TypeId), Box<dyn Any + Send>>;
+type Id = (u64, Side, TypeId);
+
+/// A dozen of them, in a list that has no room to spare.
+#[derive(Default)]
+struct Values(Vec<(Id, Box<dyn Any + Send>)>);
+
+impl Values {
+    fn get(&self, id: &Id) -> Option<&(dyn Any + Send)> {
+        self.0.iter().find(|(known, _)| known == id).map(|(_, value)| &**value)
+    }
+
+    fn get_or_default<T: Default + Send + 'static>(&mut self, id: Id) -> &mut (dyn Any + Send) {
+        let at =
+            self.0.iter().position(|(known, _)| *known == id).unwrap_or_else(|| self.push(id, Box::<T>::default()));
+        &mut *self.0[at].1
+    }
+
+    fn push(&mut self, id: Id, value: Box<dyn Any + Send>) -> usize {
+        self.0.reserve_exact(1);
+        self.0.push((id, value));
+        self.0.len() - 1
+    }
+
+    fn insert(&mut self, id: Id, value: Box<dyn Any + Send>) -> Option<Box<dyn Any + Send>> {
+        match self.0.iter_mut().find(|(known, _)| *known == id) {
+            Some((_, known)) => Some(std::mem::replace(known, value)),
+            None => {
+                self.push(id, value);
+                None
+            }
+        }
+    }
+
+    fn remove(&mut self, id: &Id) -> Option<Box<dyn Any + Send>> {
+        let at = self.0.iter().position(|(known, _)| known == id)?;
+        Some(self.0.swap_remove(at).1)
+    }
+}
 
 /// All values kept for one connection in this process. Clones share them.
 #[derive(Clone, Default)]
@@ -71,7 +107,7 @@ pub struct Metadata(Arc<Mutex<Values>>);
 
 impl fmt::Debug for Metadata {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Metadata({} values)", self.values().len())
+        write!(f, "Metadata({} values)", self.values().0.len())
     }
 }
 
@@ -104,14 +140,13 @@ impl Metadata {
 
     /// Whether there is a value.
     pub fn contains<T: 'static>(&self, key: &Key<T>) -> bool {
-        self.values().contains_key(&id(key))
+        self.values().get(&id(key)).is_some()
     }
 
     /// Reads or changes the value in place. `f` must not touch the same metadata again.
     pub fn with<T: Default + Send + 'static, R>(&self, key: &Key<T>, f: impl FnOnce(&mut T) -> R) -> R {
         let mut values = self.values();
-        let value = values.entry(id(key)).or_insert_with(|| Box::<T>::default());
-        match value.downcast_mut::<T>() {
+        match values.get_or_default::<T>(id(key)).downcast_mut::<T>() {
             Some(value) => f(value),
             // The type is part of the key.
             None => f(&mut T::default()),
@@ -125,7 +160,7 @@ impl Metadata {
     }
 }
 
-fn id<T: 'static>(key: &Key<T>) -> (u64, Side, TypeId) {
+fn id<T: 'static>(key: &Key<T>) -> Id {
     (key.instance, key.side, TypeId::of::<T>())
 }
 

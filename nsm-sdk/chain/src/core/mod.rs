@@ -7,6 +7,7 @@ mod context;
 mod element;
 mod error;
 mod fd;
+mod kept;
 mod metadata;
 mod task;
 
@@ -17,6 +18,7 @@ pub use element::{Element, ElementLayer, Next, unwind};
 pub use error::Error;
 pub(crate) use fd::inode_of;
 pub use fd::{FdChannel, FdTransceiver};
+pub use kept::Kept;
 pub use metadata::{Key, Metadata, Side};
 pub use nsm_identity::Peer;
 pub use task::Task;

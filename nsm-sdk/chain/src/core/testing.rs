@@ -87,7 +87,7 @@ impl Element for Spy {
     }
 
     async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
-        self.requests.lock().unwrap().push(call.message.clone());
+        self.requests.lock().unwrap().push((*call.message).clone());
         let delay = *self.delay.lock().unwrap();
         tokio::time::sleep(delay).await;
         if self.fail.load(Ordering::SeqCst) {
@@ -97,7 +97,7 @@ impl Element for Spy {
     }
 
     async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
-        self.closes.lock().unwrap().push(call.message.clone());
+        self.closes.lock().unwrap().push((*call.message).clone());
         if let Some(code) = *self.fail_close.lock().unwrap() {
             return Err(Error::new("spy", call.id(), "told to fail").with_code(code));
         }

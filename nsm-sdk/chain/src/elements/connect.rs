@@ -47,7 +47,7 @@ impl Element for Connect {
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
         let (id, deadline) = (call.id().to_owned(), call.ctx.deadline_or(DEFAULT_TIMEOUT));
         let remote = remote(&call.ctx, &id)?;
-        let request = remote.request(call.message.clone(), Some(deadline));
+        let request = remote.request((*call.message).clone(), Some(deadline));
         let connection = bounded(&call.ctx, &id, remote.url(), request).await?;
         call.message.connection = Some(connection);
         next.request(call).await
@@ -57,7 +57,7 @@ impl Element for Connect {
         let (id, deadline) = (call.id().to_owned(), call.ctx.deadline_or(DEFAULT_TIMEOUT));
         let result = match remote(&call.ctx, &id) {
             Ok(remote) => {
-                let close = remote.close(call.message.clone(), Some(deadline));
+                let close = remote.close((*call.message).clone(), Some(deadline));
                 bounded(&call.ctx, &id, remote.url(), close).await
             }
             Err(error) => Err(error),

@@ -175,8 +175,8 @@ mod tests {
         let mechanisms = Mechanisms::new(Side::Server).with("KERNEL", Null);
         let chain = Chain::builder().element(mechanisms).element(spy.clone()).build();
         let close = |mechanism| Connection { id: "c".into(), mechanism, ..Default::default() };
-        chain.close(CloseCall::new(close(Some(mechanism("KERNEL"))), Default::default())).await.unwrap();
-        chain.close(CloseCall::new(close(None), Default::default())).await.unwrap_err();
+        chain.close(CloseCall::new(close(Some(mechanism("KERNEL"))), crate::Context::new())).await.unwrap();
+        chain.close(CloseCall::new(close(None), crate::Context::new())).await.unwrap_err();
         assert_eq!(spy.closes(), 2);
     }
 }

@@ -116,7 +116,7 @@ mod tests {
             assert_eq!(returned.mechanism, mechanism("KERNEL"));
             assert_eq!(spy.last_request().connection.unwrap().mechanism, outgoing);
         }
-        chain.close(CloseCall::new(connection(), Default::default())).await.unwrap();
+        chain.close(CloseCall::new(connection(), crate::Context::new())).await.unwrap();
         assert_eq!(spy.last_close().mechanism, mechanism("VXLAN"));
         chain.request(request_with(connection())).await.unwrap();
         assert_eq!(spy.last_request().connection.unwrap().mechanism, None);

@@ -42,7 +42,7 @@ impl Element for Retry {
     async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
         loop {
             let mut one = call.clone();
-            one.ctx = one.ctx.with_timeout(self.try_timeout);
+            *one.ctx = call.ctx.clone().with_timeout(self.try_timeout);
             match next.request(one).await {
                 Ok(connection) => return Ok(connection),
                 Err(error) if self.pause(call.ctx.deadline, &error).await => return Err(error),
@@ -54,7 +54,7 @@ impl Element for Retry {
     async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
         loop {
             let mut one = call.clone();
-            one.ctx = one.ctx.with_timeout(self.try_timeout);
+            *one.ctx = call.ctx.clone().with_timeout(self.try_timeout);
             match next.close(one).await {
                 Ok(()) => return Ok(()),
                 Err(error) if self.pause(call.ctx.deadline, &error).await => return Err(error),

@@ -3,12 +3,9 @@
 use super::{EventStream, RemoteService};
 use crate::{
     Connection, Connector, Error, FdChannel, FdTransceiver, MonitorScopeSelector, NetworkServiceRequest, Peer, Remote,
+    events,
 };
-use futures_util::StreamExt;
-use nsm_proto::{
-    connection::monitor_connection_client::MonitorConnectionClient,
-    networkservice::network_service_client::NetworkServiceClient,
-};
+use nsm_proto::networkservice::network_service_client::NetworkServiceClient;
 use nsm_transport::{Address, Link, OptionalToken, Transport, with_deadline_code};
 use std::{
     collections::HashMap,
@@ -93,7 +90,6 @@ impl Connector for Grpc {
 
 struct GrpcRemote {
     service: NetworkServiceClient<Service>,
-    monitor: MonitorConnectionClient<Service>,
     peer: Option<Peer>,
     fds: Option<FdTransceiver>,
     socket: Option<nsm_transport::FdTransceiver>,
@@ -107,7 +103,6 @@ impl GrpcRemote {
     fn new(link: Link) -> Self {
         Self {
             service: NetworkServiceClient::new(link.with_token()),
-            monitor: MonitorConnectionClient::new(link.with_token()),
             peer: link.peer.clone(),
             socket: link.fds.clone(),
             fds: link.fds.clone().map(FdTransceiver::new),
@@ -150,8 +145,7 @@ impl RemoteService for GrpcRemote {
     }
 
     async fn monitor(&self, selector: MonitorScopeSelector) -> Result<EventStream, Status> {
-        let stream = self.judge(self.monitor.clone().monitor_connections(selector).await)?;
-        Ok(stream.into_inner().boxed())
+        self.judge(events::open(self.link.with_token(), &selector).await)
     }
 
     fn peer(&self) -> Option<Peer> {

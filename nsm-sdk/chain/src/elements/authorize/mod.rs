@@ -132,7 +132,7 @@ impl Element for AuthorizeClient {
             && let Some((peer, token)) = call.ctx.metadata(NAME, call.id())?.get(&self.passed)
         {
             // On the way down the own token is the one for the caller; the next hop puts the one for itself in its place.
-            let mut connection = call.message.clone();
+            let mut connection = (*call.message).clone();
             if let Some(own) = path::segment_mut(&mut connection, 0) {
                 own.token = token;
             }

@@ -41,7 +41,7 @@ async fn servers_check_what_callers_send() {
         [(allowed, None), (denied.clone(), Some(Code::PermissionDenied)), (empty, Some(Code::PermissionDenied))]
     {
         let mut call = request_with(connection.clone());
-        call.ctx = ctx();
+        *call.ctx = ctx();
         assert_eq!(chain.request(call).await.err().map(|error| error.code()), code);
         let closed = chain.close(CloseCall::new(connection, ctx())).await;
         assert_eq!(closed.err().map(|error| error.code()), code);
@@ -68,7 +68,7 @@ async fn whose_a_connection_is_is_known_from_its_request_to_its_close() {
     let ctx = |source: &X509Source| Context { peer: Some(peer(source)), ..Context::new() };
     let request = async |source: &X509Source, connection: Connection| {
         let mut call = request_with(connection);
-        call.ctx = ctx(source);
+        *call.ctx = ctx(source);
         chain.request(call).await.map(drop)
     };
     let may = |source: &X509Source, id: &str| {

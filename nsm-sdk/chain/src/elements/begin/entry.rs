@@ -5,10 +5,11 @@ use super::{
     queue::{Queue, Turn},
 };
 use crate::{
-    CloseCall, Connection, Context, Error, EventOptions, Fired, NetworkServiceRequest, Next, RequestCall, Side, State,
-    core::Postponed, elements::begin::EventFactory,
+    CloseCall, Connection, Context, Error, EventOptions, Fired, Kept, Mechanism, NetworkServiceRequest, Next,
+    RequestCall, Side, State, core::Postponed, elements::begin::EventFactory,
 };
 use futures_util::FutureExt;
+use prost::Message;
 use std::{
     collections::HashMap,
     panic::AssertUnwindSafe,
@@ -40,14 +41,41 @@ struct Record {
     phase: Phase,
     /// Counts successful requests: who saw an older one acts on stale news.
     generation: u64,
-    /// The last successful request, with the connection it resulted in.
-    request: NetworkServiceRequest,
+    /// What the last successful request preferred.
+    preferences: Preferences,
+    /// The connection it resulted in.
+    connection: Option<Kept>,
     /// What the caller of the last request by hand was given; of interest on the client's side only.
-    returned: Option<Connection>,
+    returned: Option<Kept>,
+    /// What an element below has kept of the request under way; see [`EventFactory::keep`].
+    below: Option<Kept>,
     /// Values for events: the context of the last successful request, without its deadline.
     values: Context,
     /// Time the first request was given; every event gets as much.
     time: Option<Option<Duration>>,
+}
+
+impl Record {
+    fn last_request(&self) -> NetworkServiceRequest {
+        let connection = self.connection.as_ref().map(Kept::get);
+        NetworkServiceRequest { connection, ..self.preferences.get() }
+    }
+}
+
+/// Mechanism preferences, encoded: they are looked at when another endpoint is to be found only.
+#[derive(Default)]
+struct Preferences(Box<[u8]>);
+
+impl Preferences {
+    fn new(mechanism_preferences: Vec<Mechanism>) -> Self {
+        let request = NetworkServiceRequest { connection: None, mechanism_preferences };
+        Self(request.encode_to_vec().into())
+    }
+
+    /// A request with them, and without a connection.
+    fn get(&self) -> NetworkServiceRequest {
+        NetworkServiceRequest::decode(&*self.0).unwrap_or_default()
+    }
 }
 
 pub(super) struct Entry {
@@ -119,7 +147,16 @@ impl Entry {
 
     pub(super) fn connection(&self) -> Option<Connection> {
         let record = self.record();
-        (record.phase == Phase::Established).then(|| record.request.connection.clone()).flatten()
+        let kept = (record.phase == Phase::Established).then(|| record.connection.clone()).flatten();
+        drop(record);
+        kept.map(|kept| kept.get())
+    }
+
+    /// The same memory for what is kept of this connection below and here.
+    pub(super) fn keep(&self, connection: &Connection) -> Kept {
+        let kept = Kept::new(connection);
+        self.record().below = Some(kept.clone());
+        kept
     }
 
     /// Whether this entry still is the one for its id.
@@ -168,10 +205,10 @@ impl Entry {
     ) -> Result<Connection, Error> {
         let (phase, stored) = {
             let record = self.record();
-            (record.phase, record.request.connection.clone())
+            (record.phase, record.connection.clone().map(|kept| kept.get()))
         };
         if phase == Phase::Established && self.side == Side::Client {
-            let returned = self.record().returned.clone();
+            let returned = self.record().returned.clone().map(|kept| kept.get());
             let merged = merge(returned.as_ref(), std::mem::take(call.connection_mut()), stored.as_ref());
             *call.connection_mut() = merged;
         } else if phase == Phase::Established && call.connection().state() == State::ReselectRequested {
@@ -188,9 +225,9 @@ impl Entry {
         }
         self.record().time.get_or_insert(asking.time);
         let (deadline, fresh) = (call.ctx.deadline, self.record().phase == Phase::New && !call.ctx.refresh);
-        let values = Context { deadline: None, ..call.ctx.clone() };
+        let values = Context { deadline: None, ..(*call.ctx).clone() };
         call.ctx.factory = Some(EventFactory(self.clone()));
-        let (request, postponed) = (call.message.clone(), call.ctx.postpone());
+        let (request, postponed) = ((*call.message).clone(), call.ctx.postpone());
         let result = match AssertUnwindSafe(self.next.request(call)).catch_unwind().await {
             Ok(result) => result,
             Err(_) => Err(self.broken_off(&request, &postponed).await),
@@ -199,7 +236,8 @@ impl Entry {
             Ok(connection) => {
                 let connection = self.established(request, connection, Some(values));
                 if self.side == Side::Client {
-                    self.record().returned = Some(connection.clone());
+                    let mut record = self.record();
+                    record.returned = record.connection.clone();
                 }
                 if fresh && asking.is_given_up(deadline) {
                     return Err(self.undo(connection).await);
@@ -243,16 +281,18 @@ impl Entry {
 
     fn established(
         &self,
-        mut request: NetworkServiceRequest,
+        request: NetworkServiceRequest,
         mut connection: Connection,
         values: Option<Context>,
     ) -> Connection {
         connection.set_state(State::Up);
-        request.connection = Some(connection.clone());
+        let kept = Kept::new(&connection);
         let mut record = self.record();
+        let below = record.below.take();
         record.phase = Phase::Established;
         record.generation += 1;
-        record.request = request;
+        record.preferences = Preferences::new(request.mechanism_preferences);
+        record.connection = Some(kept.shared_with(below.as_ref()));
         if let Some(values) = values {
             record.values = values;
         }
@@ -281,7 +321,7 @@ impl Entry {
             if record.phase != Phase::Established || self.closed.is_cancelled() {
                 return Ok(Fired::Skipped);
             }
-            (record.request.clone(), record.generation)
+            (record.last_request(), record.generation)
         };
         if options.is_stale(generation) {
             return Ok(Fired::Skipped);
@@ -304,7 +344,7 @@ impl Entry {
         if options.is_stale(self.generation()) || self.is_superseded() {
             return Ok(Fired::Skipped);
         }
-        let connection = self.record().request.connection.clone().unwrap_or_default();
+        let connection = self.record().connection.clone().map(|kept| kept.get()).unwrap_or_default();
         // It is this process that closes: its client's tokens may have ended long ago (a connection kept while alive).
         let ctx = Context { cancel: None, peer: None, ..self.event_context() };
         let result = self.next.close(CloseCall::new(connection, ctx)).await;

@@ -1,7 +1,7 @@
 //! Operations that elements start themselves.
 
 use super::entry::{Entry, NAME};
-use crate::{Connection, Error};
+use crate::{Connection, Error, Kept};
 use std::{
     fmt,
     future::Future,
@@ -129,6 +129,11 @@ impl EventFactory {
     /// What the chain last returned; `None` unless established.
     pub fn connection(&self) -> Option<Connection> {
         self.0.connection()
+    }
+
+    /// Keeps the result of the request under way. What `begin` itself keeps shares its memory, if nothing above changes it.
+    pub fn keep(&self, connection: &Connection) -> Kept {
+        self.0.keep(connection)
     }
 
     /// Resolves when the connection is closed for good (not when it is closed in order to reselect).

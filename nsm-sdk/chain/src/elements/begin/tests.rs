@@ -53,7 +53,7 @@ impl Element for Probe {
         assert_eq!(seen.inside.fetch_add(1, SeqCst), 0, "two operations at once");
         seen.closes.fetch_add(1, SeqCst);
         seen.deadlines.lock().unwrap().push(call.ctx.time_left());
-        seen.closed_with.lock().unwrap().push(call.message.clone());
+        seen.closed_with.lock().unwrap().push((*call.message).clone());
         let delay = *seen.delay.lock().unwrap();
         tokio::time::sleep(delay).await;
         seen.inside.fetch_sub(1, SeqCst);

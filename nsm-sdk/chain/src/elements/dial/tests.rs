@@ -87,9 +87,9 @@ async fn a_remote_that_is_given_is_used_as_it_is_and_stays_its_owners() {
         .build();
         let second = Duration::from_secs(1);
         for _ in 0..2 {
-            let message = request_id("c", Context::new()).message;
+            let message = *request_id("c", Context::new()).message;
             let connection = client.request(message, second).await.unwrap();
-            client.request(request_with(connection.clone()).message, second).await.unwrap();
+            client.request(*request_with(connection.clone()).message, second).await.unwrap();
             client.close(connection, second).await.unwrap();
         }
         assert_eq!((hop.dialled(), hop.requests(), hop.closes()), (1, 4, 2), "{url:?}");
@@ -99,7 +99,7 @@ async fn a_remote_that_is_given_is_used_as_it_is_and_stays_its_owners() {
         assert!(given.alive());
         // It is not this chain's to make anew.
         hop.restart();
-        client.request(request_id("d", Context::new()).message, second).await.unwrap_err();
+        client.request(*request_id("d", Context::new()).message, second).await.unwrap_err();
         assert_eq!(hop.dialled(), 1);
     }
 }

@@ -1,10 +1,11 @@
 //! Connections of one endpoint, and who wants to hear of them.
 
 use super::selector::matches;
-use crate::{Connection, ConnectionEvent, ConnectionEventType, Key, MonitorScopeSelector, Side, State};
+use crate::{Connection, ConnectionEvent, ConnectionEventType, Kept, Key, MonitorScopeSelector, Side, State};
 use futures_util::Stream;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    hash::{BuildHasher, RandomState},
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     task::{Context, Poll, Waker},
@@ -20,22 +21,18 @@ const BACKLOG: usize = 256;
 #[derive(Clone, Debug, Default)]
 pub struct Hub(Arc<Mutex<Inner>>);
 
-/// Nearly every subscriber follows one connection: both sides are found by ids, however many others there are.
+/// Nearly every subscriber follows one connection: both sides are found by ids, however many others there are. By hashes of ids, to be
+/// exact, which take less memory: what is found is compared with the selector in any case.
 #[derive(Debug, Default)]
 struct Inner {
-    connections: BTreeMap<String, Connection>,
+    connections: BTreeMap<Arc<str>, Kept>,
     /// Ids of connections by the ids of the segments of their paths.
-    by_segment: HashMap<String, BTreeSet<String>>,
+    by_segment: BTreeSet<(u64, Arc<str>)>,
     /// Subscribers whose selector names a segment's id, by that id.
-    followers: HashMap<String, Vec<Weak<Mutex<Queue>>>>,
+    followers: HashMap<u64, Vec<Weak<Mutex<Queue>>>>,
+    hashes: RandomState,
     /// The other subscribers.
     others: Vec<Weak<Mutex<Queue>>>,
-}
-
-/// The ids of a path's segments, each once.
-fn segment_ids(connection: &Connection) -> BTreeSet<&str> {
-    let segments = connection.path.as_ref().map_or(&[][..], |path| &path.path_segments);
-    segments.iter().map(|segment| segment.id.as_str()).filter(|id| !id.is_empty()).collect()
 }
 
 /// A segment's id that every connection has which the selector covers; `None` if it names none.
@@ -63,9 +60,14 @@ impl Hub {
 
     /// Announces a new or changed connection.
     pub fn update(&self, connection: Connection) {
+        self.update_kept(&connection, Kept::new(&connection));
+    }
+
+    /// The same for one that is kept already.
+    pub(super) fn update_kept(&self, connection: &Connection, kept: Kept) {
         let mut inner = lock(&self.0);
-        inner.announce(ConnectionEventType::Update, &connection);
-        inner.insert(connection);
+        inner.announce(ConnectionEventType::Update, connection);
+        inner.insert(connection, kept);
     }
 
     /// Announces a wish about a connection (REFRESH_REQUESTED and the like). Who comes to listen later, perhaps because it was still
@@ -73,8 +75,8 @@ impl Hub {
     pub fn notify(&self, connection: &Connection) {
         let mut inner = lock(&self.0);
         inner.announce(ConnectionEventType::Update, connection);
-        if inner.connections.contains_key(&connection.id) {
-            inner.insert(connection.clone());
+        if inner.connections.contains_key(connection.id.as_str()) {
+            inner.insert(connection, Kept::new(connection));
         }
     }
 
@@ -95,12 +97,12 @@ impl Hub {
 
     /// The connections as they are.
     pub fn connections(&self) -> Vec<Connection> {
-        lock(&self.0).connections.values().cloned().collect()
+        lock(&self.0).connections.values().map(Kept::get).collect()
     }
 
     /// One connection as it is.
     pub fn get(&self, id: &str) -> Option<Connection> {
-        lock(&self.0).connections.get(id).cloned()
+        lock(&self.0).connections.get(id).map(Kept::get)
     }
 
     /// Number of live subscriptions.
@@ -114,11 +116,11 @@ impl Hub {
         let mut inner = lock(&self.0);
         let connections = inner.covered(&selector);
         let first = ConnectionEvent { r#type: ConnectionEventType::InitialStateTransfer.into(), connections };
-        let id = followed(&selector).map(str::to_owned);
+        let id = followed(&selector).map(|id| inner.hashes.hash_one(id));
         let queue = Queue { selector, events: VecDeque::from([first]), ..Queue::default() };
         let queue = Arc::new(Mutex::new(queue));
-        match &id {
-            Some(id) => inner.followers.entry(id.clone()).or_default().push(Arc::downgrade(&queue)),
+        match id {
+            Some(id) => inner.followers.entry(id).or_default().push(Arc::downgrade(&queue)),
             None => inner.others.push(Arc::downgrade(&queue)),
         }
         Subscription { queue, id, hub: Arc::downgrade(&self.0) }
@@ -139,42 +141,47 @@ impl Hub {
 }
 
 impl Inner {
-    fn insert(&mut self, connection: Connection) {
+    /// Hashes of the ids of a path's segments, each once.
+    fn segments(&self, connection: &Connection) -> BTreeSet<u64> {
+        let segments = connection.path.as_ref().map_or(&[][..], |path| &path.path_segments);
+        let ids = segments.iter().map(|segment| segment.id.as_str()).filter(|id| !id.is_empty());
+        ids.map(|id| self.hashes.hash_one(id)).collect()
+    }
+
+    fn insert(&mut self, connection: &Connection, kept: Kept) {
         self.remove(&connection.id);
-        for id in segment_ids(&connection) {
-            self.by_segment.entry(id.to_owned()).or_default().insert(connection.id.clone());
+        let id: Arc<str> = connection.id.as_str().into();
+        for segment in self.segments(connection) {
+            self.by_segment.insert((segment, id.clone()));
         }
-        self.connections.insert(connection.id.clone(), connection);
+        self.connections.insert(id, kept);
     }
 
     fn remove(&mut self, id: &str) -> Option<Connection> {
-        let connection = self.connections.remove(id)?;
-        for segment in segment_ids(&connection) {
-            if let Some(ids) = self.by_segment.get_mut(segment) {
-                ids.remove(id);
-                if ids.is_empty() {
-                    self.by_segment.remove(segment);
-                }
-            }
+        let (id, kept) = self.connections.remove_entry(id)?;
+        let connection = kept.get();
+        for segment in self.segments(&connection) {
+            self.by_segment.remove(&(segment, id.clone()));
         }
         Some(connection)
     }
 
     /// The connections that a selector covers, by id.
     fn covered(&self, selector: &MonitorScopeSelector) -> BTreeMap<String, Connection> {
-        let matching = |connection: &&Connection| matches(selector, connection);
-        let copy = |connection: &Connection| (connection.id.clone(), connection.clone());
-        match followed(selector) {
-            Some(id) => {
-                let ids = self.by_segment.get(id).into_iter().flatten();
-                ids.filter_map(|id| self.connections.get(id)).filter(matching).map(copy).collect()
+        let matching = |connection: &Connection| matches(selector, connection);
+        let with_id = |connection: Connection| (connection.id.clone(), connection);
+        match followed(selector).map(|id| self.hashes.hash_one(id)) {
+            Some(segment) => {
+                let from = self.by_segment.range((segment, Arc::from(""))..);
+                let ids = from.take_while(|(found, _)| *found == segment).map(|(_, id)| id);
+                ids.filter_map(|id| self.connections.get(id)).map(Kept::get).filter(matching).map(with_id).collect()
             }
-            None => self.connections.values().filter(matching).map(copy).collect(),
+            None => self.connections.values().map(Kept::get).filter(matching).map(with_id).collect(),
         }
     }
 
     fn announce(&self, kind: ConnectionEventType, connection: &Connection) {
-        let followers = segment_ids(connection).into_iter().filter_map(|id| self.followers.get(id)).flatten();
+        let followers = self.segments(connection).into_iter().filter_map(|id| self.followers.get(&id)).flatten();
         for queue in followers.chain(&self.others).filter_map(Weak::upgrade) {
             let mut queue = lock(&queue);
             if matches(&queue.selector, connection) {
@@ -184,14 +191,14 @@ impl Inner {
     }
 
     /// A subscriber has left.
-    fn forget(&mut self, queue: &Weak<Mutex<Queue>>, id: Option<&str>) {
+    fn forget(&mut self, queue: &Weak<Mutex<Queue>>, id: Option<u64>) {
         match id {
             None => self.others.retain(|other| !other.ptr_eq(queue)),
             Some(id) => {
-                if let Some(followers) = self.followers.get_mut(id) {
+                if let Some(followers) = self.followers.get_mut(&id) {
                     followers.retain(|other| !other.ptr_eq(queue));
                     if followers.is_empty() {
-                        self.followers.remove(id);
+                        self.followers.remove(&id);
                     }
                 }
             }
@@ -234,14 +241,14 @@ fn coalesce(events: VecDeque<ConnectionEvent>) -> VecDeque<ConnectionEvent> {
 pub struct Subscription {
     queue: Arc<Mutex<Queue>>,
     /// What it is listed under.
-    id: Option<String>,
+    id: Option<u64>,
     hub: Weak<Mutex<Inner>>,
 }
 
 impl Drop for Subscription {
     fn drop(&mut self) {
         if let Some(hub) = self.hub.upgrade() {
-            lock(&hub).forget(&Arc::downgrade(&self.queue), self.id.as_deref());
+            lock(&hub).forget(&Arc::downgrade(&self.queue), self.id);
         }
     }
 }

@@ -6,8 +6,8 @@ pub mod selector;
 pub use hub::{HUB, Hub, Subscription};
 
 use crate::{
-    CloseCall, Connection, ConnectionEventType, Element, Error, Key, Next, REMOTE, Remote, RequestCall, Side, State,
-    Task,
+    CloseCall, Connection, ConnectionEvent, ConnectionEventType, Element, Error, Kept, Key, Next, REMOTE, Remote,
+    RequestCall, Side, State, Task,
 };
 use futures_util::StreamExt;
 
@@ -28,29 +28,40 @@ impl Monitor {
 }
 
 /// Announces what the next hop says about `own`, until the stream ends.
-async fn watch(hub: Hub, remote: Remote, mut own: Connection) {
-    let cause = match remote.monitor(selector::of(&own)).await {
+async fn watch(hub: Hub, remote: Remote, mut own: Kept) {
+    // In a box, which ends before the long wait begins.
+    let opening = Box::pin(async { remote.monitor(selector::of(&own.get())).await });
+    let cause = match opening.await {
         // Not every next hop has a monitor; the request was fine.
-        Err(status) => return tracing::info!(id = own.id, url = remote.url(), %status, "cannot monitor the next hop"),
+        Err(status) => {
+            let id = own.get().id;
+            return tracing::info!(id, url = remote.url(), %status, "cannot monitor the next hop");
+        }
         Ok(mut events) => loop {
             let event = match events.next().await {
                 Some(Ok(event)) => event,
                 Some(Err(status)) => break status.to_string(),
                 None => break "the stream has ended".to_owned(),
             };
-            let Some(new) = selector::translate(&own, &event) else { continue };
-            let initial = event.r#type() == ConnectionEventType::InitialStateTransfer;
-            if new == own || (initial && new.state() == own.state()) {
-                continue;
+            if let Some(new) = news(&own, &event) {
+                tracing::info!(id = new.id, state = new.state().as_str_name(), "the next hop reports a change");
+                own = Kept::new(&new);
+                hub.update_kept(&new, own.clone());
             }
-            tracing::info!(id = own.id, state = new.state().as_str_name(), "the next hop reports a change");
-            own = new;
-            hub.update(own.clone());
         },
     };
-    tracing::info!(id = own.id, url = remote.url(), cause, "lost sight of the next hop");
-    own.set_state(State::Down);
-    hub.update(own);
+    let mut lost = own.get();
+    tracing::info!(id = lost.id, url = remote.url(), cause, "lost sight of the next hop");
+    lost.set_state(State::Down);
+    hub.update(lost);
+}
+
+/// What an event changes of a connection.
+fn news(own: &Kept, event: &ConnectionEvent) -> Option<Connection> {
+    let own = own.get();
+    let new = selector::translate(&own, event)?;
+    let initial = event.r#type() == ConnectionEventType::InitialStateTransfer;
+    (new != own && !(initial && new.state() == own.state())).then_some(new)
 }
 
 #[async_trait::async_trait]
@@ -63,12 +74,16 @@ impl Element for Monitor {
         let metadata = call.ctx.metadata(NAME, call.id())?.clone();
         let watched = metadata.remove(&self.watcher).flatten().is_some();
         metadata.insert(&HUB, self.hub.clone());
-        let before = call.connection().into_owned();
+        let (before, factory) = (call.connection().into_owned(), call.ctx.factory.clone());
         match next.request(call).await {
             Ok(connection) => {
-                self.hub.update(connection.clone());
+                let kept = match &factory {
+                    Some(factory) => factory.keep(&connection),
+                    None => Kept::new(&connection),
+                };
+                self.hub.update_kept(&connection, kept.clone());
                 if let Some(remote) = metadata.get(&REMOTE) {
-                    let task = Task::spawn(watch(self.hub.clone(), remote, connection.clone()));
+                    let task = Task::spawn(watch(self.hub.clone(), remote, kept));
                     metadata.insert(&self.watcher, Some(task));
                 }
                 Ok(connection)
@@ -86,7 +101,7 @@ impl Element for Monitor {
 
     async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
         drop(call.ctx.metadata(NAME, call.id())?.remove(&self.watcher));
-        let connection = call.message.clone();
+        let connection = (*call.message).clone();
         let result = next.close(call).await;
         self.hub.delete(&connection);
         result

@@ -46,7 +46,7 @@ async fn announces_what_it_answers() {
     assert_eq!((kind, announced.path.as_ref().unwrap().index), (ConnectionEventType::Update, 1));
     crate::path::restore(&mut announced, 0);
     assert_eq!(announced, answer);
-    chain.close(CloseCall::new(answer, Default::default())).await.unwrap();
+    chain.close(CloseCall::new(answer, crate::Context::new())).await.unwrap();
     assert_eq!(event(&mut events).await.0, ConnectionEventType::Delete);
 }
 
@@ -83,7 +83,7 @@ async fn passes_on_what_the_next_hop_reports() {
     assert_eq!((kind, down.unwrap().state()), (ConnectionEventType::Update, State::Down));
 
     // DeleteOnClientClose
-    chain.close(CloseCall::new(answer, Default::default())).await.unwrap();
+    chain.close(CloseCall::new(answer, crate::Context::new())).await.unwrap();
     assert_eq!(event(&mut events).await.0, ConnectionEventType::Delete);
 }
 

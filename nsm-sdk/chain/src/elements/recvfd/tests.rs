@@ -147,7 +147,7 @@ async fn a_descriptor_that_does_not_come_ends_at_the_deadline() {
     ] {
         let (_, fds) = FdTransceiver::pair();
         let mut call = request(&[bad]);
-        call.ctx = Context { fds: Some(fds), ..Context::new().with_timeout(Duration::from_secs(5)) };
+        *call.ctx = Context { fds: Some(fds), ..Context::new().with_timeout(Duration::from_secs(5)) };
         assert_eq!(server.request(call).await.unwrap_err().code(), code, "{bad}");
     }
 }

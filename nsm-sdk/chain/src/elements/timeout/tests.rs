@@ -22,7 +22,7 @@ fn request(life: Duration, deadline: Option<Duration>) -> RequestCall {
     let path = Path { index: 1, path_segments: vec![caller, PathSegment::default()] };
     let mut call = request_with(Connection { id: "c".into(), path: Some(path), ..Default::default() });
     if let Some(deadline) = deadline {
-        call.ctx = Context::new().with_timeout(deadline);
+        *call.ctx = Context::new().with_timeout(deadline);
     }
     call
 }
