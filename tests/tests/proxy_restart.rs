@@ -145,3 +145,34 @@ fn a_proxy_that_comes_back_without_nsm_and_hears_nobody_leaves_replies_their_way
     assert!(window.losses.is_empty() && window.breaks.is_empty(), "{:?}", window.losses.first());
     check_clean(&stage).unwrap();
 }
+
+/// Nobody on the node knows the connections any more: others are made beside them, and what the load balancer on the other node has of the old
+/// one is in the way there.
+#[test]
+fn a_proxy_that_has_forgotten_everything_with_its_node_is_served_again() {
+    let _turn = turn();
+    let stage = scene("pxnew", vec![Trench::fixture('a', 0)]).unwrap();
+    let observer = &stage.observers[0];
+    let traffic = observer.traffic().unwrap();
+    for pod in stage.cluster.pods(Kind::Proxy) {
+        let node = stage.cluster.pods(Kind::Node).into_iter().find(|node| node.plan.node == pod.plan.node).unwrap();
+        let (nsm, proxy) = (node.process("nsm").unwrap(), pod.process("proxy").unwrap());
+        nsm.kill();
+        proxy.kill();
+        pod.namespace
+            .run(|| std::fs::remove_dir_all("/run/meridio"))
+            .unwrap()
+            .expect("the proxy has noted its connections");
+        nsm.start(&node.namespace).unwrap();
+        proxy.start(&pod.namespace).unwrap();
+        std::thread::sleep(Duration::from_secs(1));
+        whole(observer);
+    }
+    // Wires were made anew, which may cost something; what stands now has to work.
+    let mark = traffic.mark();
+    std::thread::sleep(Duration::from_secs(5));
+    let window = traffic.since(mark);
+    println!("{} packets sent, {} lost", window.sent, window.losses.len());
+    assert!(window.losses.is_empty(), "{:?}", window.losses.first());
+    check_clean(&stage).unwrap();
+}

@@ -29,6 +29,8 @@ pub(crate) struct Bridge {
     netlink: Netlink,
     families: Families,
     index: u32,
+    /// Ports that are new, and whose load balancer is not known yet.
+    fresh: BTreeSet<String>,
 }
 
 impl Bridge {
@@ -62,7 +64,7 @@ impl Bridge {
                 tracing::warn!(%error, "targets may be redirected past the proxy");
             }
         }
-        Ok(Self { netns, netlink, families, index: link.index })
+        Ok(Self { netns, netlink, families, index: link.index, fresh: BTreeSet::new() })
     }
 
     /// Next hops that an earlier run of this proxy has left in use.
@@ -74,7 +76,7 @@ impl Bridge {
     }
 
     /// Keeps kernel and inputs together until `stop`. What is in the kernel then stays there.
-    pub(crate) async fn reconcile(self, shared: Shared, health: Health, mtu: u32, stop: CancellationToken) {
+    pub(crate) async fn reconcile(mut self, shared: Shared, health: Health, mtu: u32, stop: CancellationToken) {
         let mut inputs = shared.subscribe();
         let mut links = loop {
             match nsm_kernel::monitor::watch_links(&self.netns).await {
@@ -105,20 +107,38 @@ impl Bridge {
         }
     }
 
-    async fn apply(&self, inputs: &Inputs, mtu: u32) -> Result<(), nsm_kernel::Error> {
+    async fn apply(&mut self, inputs: &Inputs, mtu: u32) -> Result<(), nsm_kernel::Error> {
         let links = self.netlink.links().await?;
         for step in ports(&links, inputs, self.index, mtu) {
             tracing::info!(interface = step.1, change = ?step.2, "bridge port");
             // An interface may go while we look: the next turn sees it.
-            if let Err(error) = self.netlink.link_change(step.0, &step.2).await {
-                tracing::debug!(%error, interface = step.1, "port not changed");
+            match self.netlink.link_change(step.0, &step.2).await {
+                Ok(()) if step.2.master.is_some() => _ = self.fresh.insert(step.1.to_owned()),
+                Ok(()) => {}
+                Err(error) => tracing::debug!(%error, interface = step.1, "port not changed"),
             }
         }
         self.addresses(inputs).await?;
         self.forget_connected(&links).await?;
         let names: BTreeSet<String> = links.iter().map(|link| link.name.clone()).collect();
+        self.fresh.retain(|name| names.contains(name));
+        self.forget_neighbours(inputs).await?;
         let desired = routing::desired(inputs, self.families, self.index, &names);
         self.route(&desired).await
+    }
+
+    /// Behind a new port a load balancer may have another link-layer address than behind the old one, and the kernel would go on
+    /// sending to that for as long as it believes what it has heard (half a minute).
+    async fn forget_neighbours(&mut self, inputs: &Inputs) -> Result<(), nsm_kernel::Error> {
+        for balancer in inputs.balancers.values() {
+            if balancer.interface.as_ref().is_some_and(|name| self.fresh.remove(name)) {
+                for address in &balancer.addresses {
+                    let forgotten = self.netlink.neighbour_delete(self.index, *address).await;
+                    nsm_kernel::error::ignore_missing(forgotten)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     async fn addresses(&self, inputs: &Inputs) -> Result<(), nsm_kernel::Error> {
@@ -324,7 +344,8 @@ mod tests {
         {
             netlink.address_replace(at, net.parse().unwrap()).await.unwrap();
         }
-        let this = Bridge { netns, netlink: netlink.clone(), families: Families { v4: true, v6: true }, index: bridge };
+        let families = Families { v4: true, v6: true };
+        let this = Bridge { netns, netlink: netlink.clone(), families, index: bridge, fresh: BTreeSet::new() };
         this.forget_connected(&netlink.links().await.unwrap()).await.unwrap();
         let routes = netlink.routes(Some(nsm_kernel::netlink::TABLE_MAIN)).await.unwrap();
         let over =
@@ -333,5 +354,43 @@ mod tests {
         assert!(
             over(bridge).iter().any(|net| net == "172.16.1.0/24") && over(bridge).iter().any(|net| net == "fd00::/64")
         );
+    }
+
+    /// Behind a port that is attached anew the neighbour may be another one; behind one that stays it is the same.
+    #[tokio::test]
+    async fn neighbours_behind_a_new_port_are_asked_for_anew() {
+        use crate::inputs::Balancer;
+        use nsm_kernel::netlink::{VethEnd, mac_from_seed};
+        let (netns, far) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+        let netlink = netns.netlink().await.unwrap().clone();
+        netlink.bridge_create(BRIDGE, mac_from_seed("b")).await.unwrap();
+        let index = netlink.link_by_name(BRIDGE).await.unwrap().unwrap().index;
+        netlink.link_up(index).await.unwrap();
+        let end =
+            |netns: &Netns, name: &str| VethEnd { netns: netns.clone(), name: name.into(), mac: mac_from_seed(name) };
+        netlink.veth_create(&end(&netns, "port"), &end(&far, "lb"), None).await.unwrap();
+        let addresses = ["172.16.1.4", "fd00::4"].map(|text| text.parse().unwrap());
+        let balancer = Balancer { addresses: addresses.into(), interface: Some("port".into()), ..Balancer::default() };
+        let families = Families { v4: true, v6: true };
+        let mut this = Bridge { netns, netlink: netlink.clone(), families, index, fresh: BTreeSet::new() };
+        let bridge = ["172.16.1.1/24", "fd00::1/64"].map(|text| text.parse().unwrap()).into();
+        let mut inputs = Inputs { ports: ["port".to_owned()].into(), bridge, ..Inputs::default() };
+        for address in addresses {
+            netlink.neighbour_replace(index, address, mac_from_seed("old"), false).await.unwrap();
+        }
+        let known = async || {
+            netlink.neighbours(Some(index)).await.unwrap().iter().filter(|n| addresses.contains(&n.ip)).count()
+        };
+        // The port is there before anybody knows whose it is.
+        this.apply(&inputs, 1500).await.unwrap();
+        assert_eq!(known().await, 2);
+        inputs.balancers.insert("lb".into(), balancer);
+        this.apply(&inputs, 1500).await.unwrap();
+        assert_eq!(known().await, 0);
+        for address in addresses {
+            netlink.neighbour_replace(index, address, mac_from_seed("new"), false).await.unwrap();
+        }
+        this.apply(&inputs, 1500).await.unwrap();
+        assert_eq!(known().await, 2, "once");
     }
 }

@@ -1,13 +1,14 @@
 //! What the kernel tells: NSM interfaces with their subnets, the external interface, and targets that do not answer on
 //! their link.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
 use nsm_kernel::Netns;
 use nsm_kernel::monitor::{Event, Monitor, Topic};
-use nsm_kernel::netlink::{Link, NeighbourState};
+use nsm_kernel::netlink::{Address, Link, LinkChange, NeighbourState};
 use nsm_kernel::ping::Pinger;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -172,10 +173,15 @@ impl Links {
         let (usable, unusable): (Vec<&Link>, Vec<&Link>) = ours.partition(|l| l.mac.is_some());
         let ours: BTreeMap<u32, (u32, bool)> =
             usable.iter().map(|l| (l.index, (l.mtu, l.kind == "veth" && l.peer_nsid.is_some()))).collect();
-        let addresses = netlink.addresses(None).await?;
+        let mut addresses: Vec<Address> = netlink.addresses(None).await?.into_iter().filter(|a| a.global).collect();
+        for index in replaced(&addresses, &ours) {
+            let name = usable.iter().find(|l| l.index == index).map_or("", |l| l.name.as_str());
+            tracing::warn!(interface = name, "a newer interface has its address: set down");
+            netlink.link_change(index, &LinkChange { up: Some(false), ..LinkChange::default() }).await?;
+            addresses.retain(|a| a.index != index);
+        }
         let subnets = addresses
             .into_iter()
-            .filter(|a| a.global)
             .filter_map(|a| {
                 let (mtu, direct) = *ours.get(&a.index)?;
                 Some(Subnet { net: a.net, index: a.index, mtu, direct })
@@ -183,6 +189,27 @@ impl Links {
             .collect();
         Ok(Read { subnets, unusable: unusable.iter().map(|l| l.name.clone()).collect(), external })
     }
+}
+
+/// Interfaces whose address a newer one of ours has. Proxy and NSM of a node may have forgotten the connection that an interface belongs
+/// to, and have made another beside it: what is sent over the old one gets nowhere, and the kernel would prefer it.
+fn replaced(addresses: &[Address], ours: &BTreeMap<u32, (u32, bool)>) -> BTreeSet<u32> {
+    let mut newest: BTreeMap<IpAddr, &Address> = BTreeMap::new();
+    let mut old = BTreeSet::new();
+    for address in addresses.iter().filter(|a| ours.contains_key(&a.index)) {
+        match newest.entry(address.net.addr()) {
+            Entry::Vacant(place) => _ = place.insert(address),
+            Entry::Occupied(mut place) if place.get().index != address.index => {
+                let before = *place.get();
+                if address.since > before.since {
+                    place.insert(address);
+                }
+                old.insert(if address.since > before.since { before.index } else { address.index });
+            }
+            Entry::Occupied(_) => {}
+        }
+    }
+    old
 }
 
 /// Waits until `time`; for ever if there is none.
@@ -306,8 +333,8 @@ mod tests {
     struct Cable(String);
 
     impl Cable {
-        fn new() -> Self {
-            let cable = Cable(format!("mdl-{:x}", std::process::id()));
+        fn new(test: &str) -> Self {
+            let cable = Cable(format!("mdl-{:x}-{test}", std::process::id()));
             let (l, p) = (format!("{}-l", cable.0), format!("{}-p", cable.0));
             for ns in [&l, &p] {
                 ip(&format!("netns add {ns}"));
@@ -337,9 +364,51 @@ mod tests {
         assert!(waited.is_ok(), "{what}: {:?}", shared.get());
     }
 
+    /// The newer one is the one whose address is newer, whatever the indexes say; it may hold for one of two families only.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn of_two_interfaces_with_one_address_the_older_is_set_down() {
+        let cable = Cable::new("two");
+        let (l, p) = (format!("{}-l", cable.0), format!("{}-p", cable.0));
+        ip(&format!("link add nsm-1 netns {l} type veth peer name eth1 netns {p}"));
+        ip(&format!("-n {p} link set eth1 up"));
+        let netns = Netns::named(&l).unwrap();
+        let netlink = netns.netlink().await.unwrap();
+        let index = async |name: &str| netlink.link_by_name(name).await.unwrap().unwrap().index;
+        let (first, second) = (index("nsm-0").await, index("nsm-1").await);
+        let (shared, stop) = (Shared::new(), CancellationToken::new());
+        let following = run(netns.clone(), "nsm-".to_owned(), "ext".to_owned(), shared.clone(), stop.clone());
+        let following = tokio::spawn(following);
+        let uses = async |index: u32| {
+            until(&shared, "the newer one alone", |inputs| {
+                inputs.subnets.iter().flatten().map(|subnet| subnet.index).collect::<Vec<_>>() == [index]
+            })
+            .await;
+        };
+        let up = async |name: &str| netlink.link_by_name(name).await.unwrap().unwrap().up;
+        uses(first).await;
+        // Its clock has hundredths of a second.
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        ip(&format!("-n {l} addr add 172.31.0.1/24 dev nsm-1"));
+        ip(&format!("-n {l} link set nsm-1 up"));
+        uses(second).await;
+        assert!(!up("nsm-0").await && up("nsm-1").await);
+        let routes = netlink.routes(Some(nsm_kernel::netlink::TABLE_MAIN)).await.unwrap();
+        assert!(routes.iter().any(|r| r.only_via(second)) && !routes.iter().any(|r| r.only_via(first)), "{routes:?}");
+
+        // The first one comes back under its old index, with its address anew.
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        ip(&format!("-n {l} addr flush dev nsm-0"));
+        ip(&format!("-n {l} addr add 172.31.0.1/24 dev nsm-0"));
+        ip(&format!("-n {l} link set nsm-0 up"));
+        uses(first).await;
+        assert!(up("nsm-0").await && !up("nsm-1").await);
+        stop.cancel();
+        following.await.unwrap();
+    }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn a_silent_target_leaves_and_comes_back_not_too_soon() {
-        let cable = Cable::new();
+        let cable = Cable::new("silent");
         let (l, p) = (format!("{}-l", cable.0), format!("{}-p", cable.0));
         let netns = Netns::named(&l).unwrap();
         let target: IpAddr = "172.31.0.2".parse().unwrap();

@@ -22,6 +22,8 @@ pub struct Address {
     pub global: bool,
     /// True while duplicate address detection has not finished.
     pub tentative: bool,
+    /// When the interface got it, in hundredths of a second since the start of the machine.
+    pub since: u32,
 }
 
 pub(crate) fn family(ip: &IpAddr) -> AddressFamily {
@@ -42,7 +44,7 @@ fn message(index: u32, net: &IpNet) -> AddressMessage {
 }
 
 fn parse(message: &AddressMessage) -> Option<Address> {
-    let mut ip = None;
+    let (mut ip, mut since) = (None, 0);
     let mut flags = AddressFlags::from_bits_retain(u32::from(message.header.flags.bits()));
     for attribute in &message.attributes {
         match attribute {
@@ -50,6 +52,7 @@ fn parse(message: &AddressMessage) -> Option<Address> {
             AddressAttribute::Local(a) => ip = Some(*a),
             AddressAttribute::Address(a) if ip.is_none() => ip = Some(*a),
             AddressAttribute::Flags(f) => flags = *f,
+            AddressAttribute::CacheInfo(times) => since = times.cstamp,
             _ => {}
         }
     }
@@ -58,6 +61,7 @@ fn parse(message: &AddressMessage) -> Option<Address> {
         net: IpNet::new(ip?, message.header.prefix_len).ok()?,
         global: message.header.scope == AddressScope::Universe,
         tentative: flags.contains(AddressFlags::Tentative),
+        since,
     })
 }
 
