@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use ipnet::IpNet;
 use meridio_decision::layout::*;
 
-use crate::config::{Config, Flow, Protocol, any_port, any_source, mapped_address, ordered};
+use crate::config::{Config, Flow, Nat, Protocol, any_port, any_source, mapped_address, ordered};
 use crate::error::Error;
 
 /// A compiled configuration; keys carry generation 0.
@@ -153,43 +153,88 @@ fn protocols(c: &mut Classifier, flows: &[&Flow]) {
     c.vectors.insert(PROTO_BASE + class::PING, Vector::new(all));
 }
 
-fn destinations(c: &mut Classifier, config: &Config, flows: &[&Flow]) -> Result<(), Error> {
-    let vips: BTreeSet<IpNet> = config.vips.iter().map(IpNet::trunc).collect();
-    let per_flow: Vec<Vec<IpNet>> = flows.iter().map(|f| f.destinations.iter().map(IpNet::trunc).collect()).collect();
-    let mut prefixes = vips.clone();
-    prefixes.extend(per_flow.iter().flatten());
-    let within = |net: &IpNet| vips.iter().any(|vip| vip.contains(net));
-    prefixes.extend(config.nats.iter().flat_map(|nat| &nat.vips).map(IpNet::trunc).filter(within));
-    if prefixes.len() > PREFIXES {
-        let reason = format!("{} prefixes of VIPs, flows and port-nats are more than {PREFIXES}", prefixes.len());
-        return Err(Error::config("VIPs", reason));
+/// Visits prefixes in order, each with what it takes from itself and from all that it lies within: `outside` is what a prefix in
+/// no other begins with, `join` adds what a prefix has of its own.
+///
+/// A prefix is visited before those within it, so the ones around the present one are a stack: the work grows with the
+/// number of prefixes, not with its square.
+fn nested<Own, Sum: Clone>(
+    prefixes: &BTreeMap<IpNet, Own>,
+    outside: &Sum,
+    join: impl Fn(&mut Sum, &Own),
+    mut visit: impl FnMut(&IpNet, &Own, &Sum) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let mut around: Vec<(&IpNet, Sum)> = Vec::new();
+    for (prefix, own) in prefixes {
+        while around.last().is_some_and(|(outer, _)| !outer.contains(prefix)) {
+            around.pop();
+        }
+        let mut sum = around.last().map_or(outside, |(_, sum)| sum).clone();
+        join(&mut sum, own);
+        visit(prefix, own, &sum)?;
+        around.push((prefix, sum));
     }
-    let mut next = 0u32;
-    for prefix in &prefixes {
-        if !within(prefix) {
+    Ok(())
+}
+
+/// What names a destination prefix.
+#[derive(Default)]
+struct Named {
+    vip: bool,
+    flows: Vec<usize>,
+    nats: Vec<usize>,
+}
+
+/// What a destination belongs to.
+#[derive(Clone)]
+struct Within {
+    vip: bool,
+    flows: Bits,
+    nats: Vec<usize>,
+}
+
+fn destinations(c: &mut Classifier, config: &Config, flows: &[&Flow]) -> Result<(), Error> {
+    let mut prefixes: BTreeMap<IpNet, Named> = BTreeMap::new();
+    config.vips.iter().for_each(|vip| prefixes.entry(vip.trunc()).or_default().vip = true);
+    let mut outside = Within { vip: false, flows: [0; WORDS], nats: Vec::new() };
+    for (n, flow) in flows.iter().enumerate() {
+        flow.destinations.iter().for_each(|net| prefixes.entry(net.trunc()).or_default().flows.push(n));
+        if flow.destinations.is_empty() {
+            set(&mut outside.flows, n);
+        }
+    }
+    for (n, nat) in config.nats.iter().enumerate() {
+        nat.vips.iter().for_each(|vip| prefixes.entry(vip.trunc()).or_default().nats.push(n));
+    }
+    let join = |sum: &mut Within, own: &Named| {
+        sum.vip |= own.vip;
+        own.flows.iter().for_each(|flow| set(&mut sum.flows, *flow));
+        sum.nats.extend(&own.nats);
+    };
+    let (mut count, mut next) = (0, 0u32);
+    nested(&prefixes, &outside, join, |prefix, own, sum| {
+        // Only a port-nat names it, and it is no VIP's.
+        if !sum.vip && own.flows.is_empty() {
+            return Ok(());
+        }
+        count += 1;
+        if count > PREFIXES {
+            return Ok(());
+        }
+        if !sum.vip {
             c.vips.insert(key(prefix), NOT_A_VIP);
-            continue;
+            return Ok(());
         }
-        let mut bits = [0; WORDS];
-        for (n, nets) in per_flow.iter().enumerate() {
-            if nets.is_empty() || nets.iter().any(|net| net.contains(prefix)) {
-                set(&mut bits, n);
-            }
-        }
-        c.vectors.insert(DST_BASE + next, Vector::new(bits));
+        c.vectors.insert(DST_BASE + next, Vector::new(sum.flows));
         c.vips.insert(key(prefix), next);
-        for nat in &config.nats {
-            if nat.vips.iter().any(|vip| vip.contains(prefix)) {
-                let mut translate = |direction: u16, from: u16, to: u16| {
-                    let protocol = nat.protocol.number() as u16;
-                    let key = NatKey { generation: 0, class: next, protocol, direction, port: from as u32 };
-                    c.nats.insert(key, to);
-                };
-                translate(0, nat.port, nat.target_port);
-                translate(1, nat.target_port, nat.port);
-            }
-        }
+        let nats: BTreeSet<usize> = sum.nats.iter().copied().collect();
+        nats.iter().filter_map(|n| config.nats.get(*n)).for_each(|nat| translate(c, nat, next));
         next += 1;
+        Ok(())
+    })?;
+    if count > PREFIXES {
+        let reason = format!("{count} prefixes of VIPs, flows and port-nats are more than {PREFIXES}");
+        return Err(Error::config("VIPs", reason));
     }
     if !c.nats.is_empty() {
         c.flags |= flag::NAT;
@@ -202,17 +247,24 @@ fn destinations(c: &mut Classifier, config: &Config, flows: &[&Flow]) -> Result<
     Ok(())
 }
 
+/// Both directions of a port translation, for one class of destinations.
+fn translate(c: &mut Classifier, nat: &Nat, class: u32) {
+    let protocol = nat.protocol.number() as u16;
+    for (direction, from, to) in [(0, nat.port, nat.target_port), (1, nat.target_port, nat.port)] {
+        c.nats.insert(NatKey { generation: 0, class, protocol, direction, port: from as u32 }, to);
+    }
+}
+
 fn sources(c: &mut Classifier, flows: &[&Flow]) -> Result<(), Error> {
-    let any: Vec<bool> = flows.iter().map(|f| any_source(&f.sources)).collect();
-    let per_flow: Vec<Vec<IpNet>> = flows
-        .iter()
-        .zip(&any)
-        .map(|(f, any)| if *any { Vec::new() } else { f.sources.iter().map(IpNet::trunc).collect() })
-        .collect();
     let mut unconstrained = [0; WORDS];
-    any.iter().enumerate().filter(|(_, any)| **any).for_each(|(n, _)| set(&mut unconstrained, n));
+    let mut prefixes: BTreeMap<IpNet, Vec<usize>> = BTreeMap::new();
+    for (n, flow) in flows.iter().enumerate() {
+        match any_source(&flow.sources) {
+            true => set(&mut unconstrained, n),
+            false => flow.sources.iter().for_each(|net| prefixes.entry(net.trunc()).or_default().push(n)),
+        }
+    }
     c.vectors.insert(SRC_BASE, Vector::new(unconstrained));
-    let prefixes: BTreeSet<IpNet> = per_flow.iter().flatten().copied().collect();
     if prefixes.is_empty() {
         return Ok(());
     }
@@ -221,23 +273,20 @@ fn sources(c: &mut Classifier, flows: &[&Flow]) -> Result<(), Error> {
         return Err(Error::config("source prefixes", reason));
     }
     c.flags |= flag::SOURCES;
+    let join = |sum: &mut Bits, own: &Vec<usize>| own.iter().for_each(|flow| set(sum, *flow));
     let mut classes: HashMap<Bits, u32> = HashMap::from([(unconstrained, 0)]);
-    for prefix in prefixes {
-        let mut bits = unconstrained;
-        for (n, nets) in per_flow.iter().enumerate() {
-            if nets.iter().any(|net| net.contains(&prefix)) {
-                set(&mut bits, n);
-            }
-        }
+    nested(&prefixes, &unconstrained, join, |prefix, _, bits| {
         let next = classes.len() as u32;
-        let class = *classes.entry(bits).or_insert(next);
+        let class = *classes.entry(*bits).or_insert(next);
         if class as usize >= SRC_CLASSES {
             return Err(Error::config("source prefixes", format!("more than {SRC_CLASSES} different sets of flows")));
         }
-        c.vectors.insert(SRC_BASE + class, Vector::new(bits));
-        c.sources.insert(key(&prefix), class);
-    }
-    Ok(())
+        if class == next {
+            c.vectors.insert(SRC_BASE + class, Vector::new(*bits));
+        }
+        c.sources.insert(key(prefix), class);
+        Ok(())
+    })
 }
 
 /// One sweep over the ports: at each border flows begin or end, and the set between two borders is a class.
