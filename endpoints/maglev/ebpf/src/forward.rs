@@ -6,17 +6,19 @@ use aya_ebpf::{
     helpers::generated::{bpf_check_mtu, bpf_fib_lookup, bpf_jiffies64, bpf_redirect_neigh, bpf_redirect_peer},
     programs::TcContext,
 };
-use meridio_decision::{Reason, Scratch, layout::TargetEntry, packet::Network};
+use meridio_decision::{Packet, Reason, Scratch, layout::TargetEntry, packet::Network};
 
 use crate::{
     maps::{Hop, TARGETS},
     rewrite,
-    skb::L2,
+    skb::{L2, Skb},
 };
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const CHECK_MTU_SEGS: u64 = 1;
+/// What the kernel answers about a super-packet with segments that are too long.
+const SEGMENTS_TOO_LONG: i64 = 2;
 
 /// Whether the kernel has `bpf_check_mtu` (5.12); set by the loader, so that the verifier drops the call elsewhere.
 #[unsafe(no_mangle)]
@@ -62,7 +64,7 @@ pub fn forward(ctx: &TcContext, s: &Scratch) -> Result<(i32, Reason), Reason> {
     }
     if known
         && let Some(hop) = hop
-        && usable(ctx, network.v6, hop)
+        && usable(ctx, s, hop)
     {
         rewrite::age(ctx, network)?;
         if rewrite::link(ctx, &hop.link) {
@@ -73,7 +75,7 @@ pub fn forward(ctx: &TcContext, s: &Scratch) -> Result<(i32, Reason), Reason> {
     }
     let target = TARGETS.get(index).ok_or(Reason::Internal)?;
     let ifindex = if network.v6 { target.ifindex6 } else { target.ifindex4 };
-    if let Some(reason) = slow(ctx, network, target, ifindex) {
+    if let Some(reason) = slow(ctx, s, target, ifindex) {
         // SAFETY: writes a field of the context that TC programs may write.
         unsafe { (*ctx.skb.skb).mark = target.mark };
         return Ok((TC_ACT_OK, reason));
@@ -139,14 +141,14 @@ impl Hop {
 /// usual way: the link address is not known, or the packet may be too large, or it is time for the kernel to check the
 /// neighbour entry.
 #[inline(always)]
-fn usable(ctx: &TcContext, v6: bool, hop: &mut Hop) -> bool {
+fn usable(ctx: &TcContext, s: &Scratch, hop: &mut Hop) -> bool {
     let now = ticks();
     if now.wrapping_sub(hop.read) >= BELIEVED {
         if now.wrapping_sub(hop.used) >= USED {
             hop.used = now;
             return false;
         }
-        if !look(ctx, v6, hop) {
+        if !look(ctx, s.network.v6, hop) {
             return false;
         }
         hop.read = now;
@@ -154,9 +156,7 @@ fn usable(ctx: &TcContext, v6: bool, hop: &mut Hop) -> bool {
     // SAFETY: reads of the context's fields.
     let super_packet = unsafe { (*ctx.skb.skb).gso_size } != 0;
     if super_packet {
-        let mut mtu = 0u32;
-        // SAFETY: the helper writes one u32.
-        return unsafe { bpf_check_mtu(ctx.as_ptr().cast(), hop.ifindex, &raw mut mtu, 0, CHECK_MTU_SEGS) } == 0;
+        return fits(ctx, s, hop.ifindex);
     }
     ctx.len().wrapping_sub(L2) <= hop.mtu
 }
@@ -193,22 +193,42 @@ fn look(ctx: &TcContext, v6: bool, hop: &mut Hop) -> bool {
     true
 }
 
+/// Whether the packet, or of a super-packet each segment, is not larger than the MTU of an interface.
+///
+/// The kernel takes the jumbo option for a part of each segment, which it is not: segmentation leaves it out. (Linux puts it into TCP
+/// over IPv6 of more than 64 KiB, up to some version after 6.18.)
+#[inline(always)]
+fn fits(ctx: &TcContext, s: &Scratch, ifindex: u32) -> bool {
+    const TCP: u8 = 6;
+    const HOP_BY_HOP: u8 = 0;
+    const JUMBO_OPTION: u32 = 8;
+    let (network, transport) = (&s.network, &s.transport);
+    let mut mtu = 0u32;
+    // SAFETY: the helper writes one u32.
+    let result = unsafe { bpf_check_mtu(ctx.as_ptr().cast(), ifindex, &raw mut mtu, 0, CHECK_MTU_SEGS) } as i64;
+    let jumbo = network.v6 && network.protocol == HOP_BY_HOP && ctx.len().wrapping_sub(L2) > 40 + 0xffff;
+    if result != SEGMENTS_TOO_LONG || !jumbo || transport.protocol != TCP {
+        return result == 0;
+    }
+    let Some([words]) = Skb(ctx).read::<1>(transport.offset.wrapping_add(12)) else { return false };
+    let headers = transport.offset.wrapping_add((words as u32 >> 4) * 4).wrapping_sub(JUMBO_OPTION);
+    // SAFETY: reads of the context's fields.
+    headers.wrapping_add(unsafe { (*ctx.skb.skb).gso_size }) <= mtu
+}
+
 /// Why this packet needs the stack.
 #[inline(always)]
-fn slow(ctx: &TcContext, network: &Network, target: &TargetEntry, ifindex: u32) -> Option<Reason> {
-    if network.options {
+fn slow(ctx: &TcContext, s: &Scratch, target: &TargetEntry, ifindex: u32) -> Option<Reason> {
+    if s.network.options {
         return Some(Reason::SlowOptions);
     }
-    if network.ttl <= 1 {
+    if s.network.ttl <= 1 {
         return Some(Reason::SlowTtl);
     }
     // SAFETY: a constant that the loader sets before the program is loaded.
     let has_check = unsafe { (&raw const HAS_CHECK_MTU).read_volatile() };
     if has_check != 0 {
-        let mut mtu = 0u32;
-        // SAFETY: the helper writes one u32.
-        let result = unsafe { bpf_check_mtu(ctx.as_ptr().cast(), ifindex, &raw mut mtu, 0, CHECK_MTU_SEGS) };
-        if result != 0 {
+        if !fits(ctx, s, ifindex) {
             return Some(Reason::SlowMtu);
         }
     } else if target.mtu != 0 {

@@ -213,7 +213,7 @@ impl Tap {
     }
 }
 
-fn packet_socket(device: &str) -> OwnedFd {
+pub(crate) fn packet_socket(device: &str) -> OwnedFd {
     // SAFETY: plain arguments; the descriptor is new and nobody else's.
     let socket = unsafe {
         let fd =
