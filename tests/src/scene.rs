@@ -58,6 +58,7 @@ pub fn blueprint(id: &str, trenches: Vec<Trench>) -> Result<Blueprint> {
         options: Options {
             log_level: "INFO".to_owned(),
             bird: preflight::find("bird", "").context("bird is not installed")?,
+            load_balancers: Vec::new(),
         },
     })
 }
@@ -67,9 +68,17 @@ pub fn blueprint(id: &str, trenches: Vec<Trench>) -> Result<Blueprint> {
 /// # Errors
 /// If a trench is not whole after a minute; the message says what is missing.
 pub fn scene(id: &str, trenches: Vec<Trench>) -> Result<Stage> {
-    let begin = Instant::now();
+    of(blueprint(id, trenches)?)
+}
+
+/// The same from a blueprint.
+///
+/// # Errors
+/// As [`scene`].
+pub fn of(blueprint: Blueprint) -> Result<Stage> {
+    let (begin, id) = (Instant::now(), blueprint.id.clone());
     let mut say = |line: &str| println!("[{:>6.2} s] {id}: {line}", begin.elapsed().as_secs_f64());
-    let mut stage = Stage::build(blueprint(id, trenches)?, &CancellationToken::new(), &mut say)?;
+    let mut stage = Stage::build(blueprint, &CancellationToken::new(), &mut say)?;
     stage.prove_sniffer()?;
     let took = stage.up(Duration::from_secs(60), &mut say)?;
     say(&format!("whole after {} ms", took.as_millis()));

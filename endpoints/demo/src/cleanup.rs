@@ -133,6 +133,30 @@ fn alive(pid: u32) -> bool {
         .unwrap_or(false)
 }
 
+/// Mounts a BPF file system where nothing is mounted yet; [`sweep`] takes it away.
+///
+/// # Errors
+/// If the place cannot be made or the kernel refuses.
+pub fn mount_bpffs(place: &Path) -> Result<()> {
+    std::fs::create_dir_all(place).with_context(|| format!("make {}", place.display()))?;
+    let none: Option<&str> = None;
+    nix::mount::mount(Some("bpf"), place, Some("bpf"), nix::mount::MsFlags::empty(), none)
+        .with_context(|| format!("bpffs at {}", place.display()))
+}
+
+/// Takes away what is mounted below a directory.
+fn unmount_below(directory: &Path) -> Result<usize> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").context("read the table of mounts")?;
+    let places: Vec<&Path> = table.lines().filter_map(|line| line.split(' ').nth(4).map(Path::new)).collect();
+    let ours = places.into_iter().filter(|place| place.starts_with(directory));
+    // What was mounted last is on top.
+    ours.rev().try_fold(0, |count, place| {
+        nix::mount::umount2(place, nix::mount::MntFlags::MNT_DETACH)
+            .with_context(|| format!("unmount {}", place.display()))?;
+        Ok(count + 1)
+    })
+}
+
 /// Removes all that a demo `id` may have left: processes, namespaces, its directory. Returns what there was, in words.
 ///
 /// # Errors
@@ -151,6 +175,10 @@ pub fn sweep(id: &str) -> Result<Vec<String>> {
         found.push(format!("{} network namespaces", names.len()));
     }
     let directory = directory(id);
+    let mounted = unmount_below(&directory)?;
+    if mounted > 0 {
+        found.push(format!("{mounted} file systems"));
+    }
     if directory.exists() {
         std::fs::remove_dir_all(&directory).with_context(|| format!("remove {}", directory.display()))?;
         found.push(format!("directory {}", directory.display()));

@@ -95,6 +95,10 @@ impl Cluster {
             blueprint,
         };
         cluster.write_files()?;
+        for node in topology::NODES {
+            let place = cluster.directory().join(topology::node_bpffs(node));
+            cleanup::mount_bpffs(&place)?;
+        }
         let externals: Vec<String> = cluster.blueprint.trenches.iter().map(Trench::external_bridge).collect();
         cluster.fabric = Some(Fabric::create(&cleanup::prefix(&cluster.blueprint.id), &externals)?);
         for plan in cluster.plans.clone() {
@@ -278,7 +282,6 @@ impl Cluster {
             directories: ["/var/lib/meridio", "/run/bird", "/run/bird-config", "/run/meridio"]
                 .map(PathBuf::from)
                 .to_vec(),
-            bpffs: plan.kind == Kind::LoadBalancer,
         };
         let name = format!("{}{}", cleanup::prefix(&self.blueprint.id), plan.name);
         let namespace = Arc::new(Namespace::create(&name, Some(filesystem))?);

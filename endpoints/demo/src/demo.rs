@@ -116,6 +116,7 @@ impl Show<'_> {
             options: Options {
                 log_level: self.settings.log_level.clone(),
                 bird: preflight::find(&self.settings.bird, &path).context("find BIRD")?,
+                load_balancers: Vec::new(),
             },
         };
         let begin = self.begin;

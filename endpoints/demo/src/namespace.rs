@@ -29,12 +29,10 @@ pub struct Filesystem {
     pub hosts: PathBuf,
     /// The binary that the pod's processes run, seen as `/run/meridio-bin/meridio`.
     pub binary: PathBuf,
-    /// (source on the host, target in the pod); targets lie below `/run`, `/tmp`, `/var/lib` or `/var/log`, which are the pod's own.
+    /// (source on the host, target in the pod); targets lie below `/run`, `/tmp`, `/var/lib`, `/var/log` or `/sys`, which are the pod's own.
     pub binds: Vec<(PathBuf, PathBuf)>,
     /// Empty directories to make, below the same places.
     pub directories: Vec<PathBuf>,
-    /// Whether the pod has a bpffs at `/sys/fs/bpf`.
-    pub bpffs: bool,
 }
 
 /// A named network namespace and the thread that lives in it.
@@ -180,14 +178,11 @@ fn build(filesystem: &Filesystem) -> Result<()> {
     std::fs::write(&program, b"").context("make the binary's mount point")?;
     bind(&binary, &program)?;
     bind(&hosts, Path::new("/etc/hosts"))?;
+    // sysfs shows the network devices of the namespace that mounts it.
+    mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), none).context("sysfs at /sys")?;
     for (source, target) in &binds {
         std::fs::create_dir_all(target).with_context(|| format!("make {}", target.display()))?;
         bind(source, target)?;
-    }
-    // sysfs shows the network devices of the namespace that mounts it.
-    mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), none).context("sysfs at /sys")?;
-    if filesystem.bpffs {
-        mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), MsFlags::empty(), none).context("bpffs at /sys/fs/bpf")?;
     }
     std::env::set_current_dir("/").context("go to /")
 }

@@ -174,8 +174,10 @@ pub struct PodPlan {
 pub struct Options {
     /// Log level of every component.
     pub log_level: String,
-    /// File name of the demo's directory that holds the configuration, per trench letter.
+    /// The BIRD of gateways.
     pub bird: PathBuf,
+    /// More settings of every load balancer, by environment variable.
+    pub load_balancers: Vec<(String, String)>,
 }
 
 /// All pods of a demo with these trenches, nodes first.
@@ -234,6 +236,12 @@ fn component(name: &str, level: (&str, &Options), env: &[(&str, String)]) -> Pro
     // The frontend's BIRD inherits its priority.
     let nice = if name == "frontend" { NICE_BFD } else { NICE };
     ProcessPlan { name: name.to_owned(), program, args: vec![name.to_owned()], env: all, nice }
+}
+
+/// The same with more settings.
+fn with(mut process: ProcessPlan, more: &[(String, String)]) -> ProcessPlan {
+    process.env.extend_from_slice(more);
+    process
 }
 
 fn text(value: &str) -> String {
@@ -326,6 +334,11 @@ fn ipam_pod(trench: &Trench, options: &Options) -> PodPlan {
     pod
 }
 
+/// Where the BPF file system of a node is, below the demo's directory: one for the load balancers of all trenches.
+pub fn node_bpffs(node: &str) -> PathBuf {
+    Path::new("nodes").join(node).join("bpf")
+}
+
 fn lb_pod(trench: &Trench, number: u8, options: &Options) -> PodPlan {
     let name = trench.pod(&format!("lb-{number}"));
     let (v4, v6) = lb_address(number);
@@ -333,6 +346,7 @@ fn lb_pod(trench: &Trench, number: u8, options: &Options) -> PodPlan {
     let ports = vec![primary_port(trench.primary(20 + number)), external];
     let node = NODES[usize::from(number != 1)];
     let mut pod = pod(name.clone(), Kind::LoadBalancer, node, Some(trench.letter), ports);
+    pod.binds.push((node_bpffs(node), PathBuf::from("/sys/fs/bpf")));
     let lb = [
         ("NSM_NAME", name.clone()),
         ("NSM_SERVICE_NAME", trench.service()),
@@ -357,7 +371,7 @@ fn lb_pod(trench: &Trench, number: u8, options: &Options) -> PodPlan {
         ("NFE_LB_SOCKET", text("unix:///var/lib/meridio/lb.sock")),
     ];
     pod.processes = vec![
-        component("stateless-lb", ("NSM_LOG_LEVEL", options), &lb),
+        with(component("stateless-lb", ("NSM_LOG_LEVEL", options), &lb), &options.load_balancers),
         component("frontend", ("NFE_LOG_LEVEL", options), &frontend),
     ];
     pod
@@ -417,7 +431,7 @@ mod tests {
     use super::*;
 
     fn options() -> Options {
-        Options { log_level: "INFO".into(), bird: "/usr/sbin/bird".into() }
+        Options { log_level: "INFO".into(), bird: "/usr/sbin/bird".into(), load_balancers: Vec::new() }
     }
 
     #[test]
