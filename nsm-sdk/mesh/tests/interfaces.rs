@@ -5,29 +5,18 @@
 mod sandbox;
 
 use nsm_chain::{
-    Client, CloseCall, Connection, Element, Endpoint, Error, IpContext, Mechanism, NetworkServiceRequest, Next,
-    RequestCall, Side,
-    elements::{mechanisms::Mechanisms, sendfd::SendFdClient, sendfd::SendFdServer},
-    remote::Grpc,
-    token,
+    Client, CloseCall, Connection, Element, Error, NetworkServiceRequest, Next, RequestCall,
+    elements::sendfd::SendFdClient, remote::Grpc,
 };
 use nsm_kernel::{Link, Netns, netlink::LinkChange, ping};
-use nsm_registry::{NetworkServiceEndpoint, RegistryClient};
 use nsm_transport::Transport;
 use sandbox::*;
 use std::{
-    os::fd::AsRawFd,
     process::{Child, Command},
     sync::{Arc, Mutex},
     time::Duration,
 };
 use tokio::time::{Instant, sleep, sleep_until};
-
-fn kernel(netns: &Netns, name: &str) -> Mechanism {
-    let url = format!("file:///proc/self/fd/{}", netns.fd().as_raw_fd());
-    let parameters = [("inodeURL".to_owned(), url), ("name".to_owned(), name.to_owned())].into();
-    Mechanism { cls: "LOCAL".into(), r#type: "KERNEL".into(), parameters }
-}
 
 /// The endpoint's side: the n-th connection has interface svc-n and network 172.16.n.0/24.
 struct Serve(Netns, Mutex<Vec<String>>);
@@ -47,13 +36,7 @@ impl Element for Serve {
                 known.len() - 1
             })
         };
-        let connection = call.connection_mut();
-        connection.mechanism = Some(kernel(&self.0, &format!("svc-{n}")));
-        connection.context.get_or_insert_default().ip_context = Some(IpContext {
-            src_ip_addrs: vec![format!("172.16.{n}.2/24")],
-            dst_ip_addrs: vec![format!("172.16.{n}.1/24")],
-            ..Default::default()
-        });
+        give(call.connection_mut(), &self.0, n);
         next.request(call).await
     }
 
@@ -62,33 +45,8 @@ impl Element for Serve {
     }
 }
 
-struct Scene {
-    world: World,
-    nse_ns: Netns,
-    _node: Manager,
-    _processes: [Process; 2],
-}
-
-async fn scene() -> Scene {
-    let world = World::new();
-    let (node_ns, nse_ns) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
-    let registry = world.registry().await;
-    let node = world.kernel_node("nsmgr", &node_ns).await;
-    world.service(&node, service()).await;
-    let endpoint = Endpoint::builder("nse", token::from_source(world.source("nse"), HOUR))
-        .element(Mechanisms::new(Side::Server).with("KERNEL", Serve(nse_ns.clone(), Mutex::default())))
-        .element(SendFdServer)
-        .build();
-    let process = world.serve("nse", &endpoint).await;
-    let registration = NetworkServiceEndpoint {
-        name: "nse".into(),
-        network_service_names: vec![SERVICE.into()],
-        url: world.url("nse"),
-        ..Default::default()
-    };
-    let registering = RegistryClient::builder(world.url("nsmgr"), world.source("nse")).build().unwrap();
-    registering.register_nse(registration).await.unwrap();
-    Scene { world, nse_ns, _node: node, _processes: [registry, process] }
+async fn scene() -> BehindNode {
+    BehindNode::new(|nse_ns| Serve(nse_ns, Mutex::default())).await
 }
 
 async fn link(netns: &Netns, name: &str) -> Option<Link> {
@@ -104,8 +62,8 @@ async fn answers(netns: &Netns, ip: &str) -> bool {
     false
 }
 
-fn asking(id: &str, netns: &Netns) -> NetworkServiceRequest {
-    NetworkServiceRequest { mechanism_preferences: vec![kernel(netns, "nsm-0")], ..request(id) }
+fn asking_in(id: &str, netns: &Netns) -> NetworkServiceRequest {
+    asking(id, kernel(netns_url(netns), "nsm-0"))
 }
 
 /// NSM's client is called nsc, and its connection nsc-0, unless somebody takes the trouble to call it otherwise.
@@ -115,17 +73,11 @@ async fn clients_that_call_themselves_alike_do_not_touch_each_other() {
     // The first two have one identity, as pods of one deployment do, the third one has another.
     let clients: Vec<_> = ["nsc", "nsc", "another"]
         .iter()
-        .map(|identity| {
-            let client = Client::builder("nsc", Arc::new(Grpc::new(scene.world.transport(identity))))
-                .url(scene.world.url("nsmgr"))
-                .element(SendFdClient)
-                .build();
-            (client, Netns::anonymous().unwrap())
-        })
+        .map(|identity| (scene.client(identity), Netns::anonymous().unwrap()))
         .collect();
     let mut connections = Vec::new();
     for (client, netns) in &clients {
-        connections.push(client.request(asking("nsc-0", netns), TIMEOUT).await.unwrap());
+        connections.push(client.request(asking_in("nsc-0", netns), TIMEOUT).await.unwrap());
     }
     let state = async || {
         let mut state = Vec::new();
@@ -144,7 +96,7 @@ async fn clients_that_call_themselves_alike_do_not_touch_each_other() {
     assert_eq!(macs.len(), 2 * clients.len(), "each end has an address of its own");
     for _ in 0..2 {
         for ((client, netns), connection) in clients.iter().zip(&mut connections) {
-            *connection = client.request(asking("nsc-0", netns), TIMEOUT).await.unwrap();
+            *connection = client.request(asking_in("nsc-0", netns), TIMEOUT).await.unwrap();
             assert_eq!(state().await, made, "a refresh changes nothing");
         }
     }
@@ -198,7 +150,7 @@ async fn a_silent_client_keeps_what_works_and_nothing_else() {
         .build();
     let begin = Instant::now();
     for (n, pod) in pods.iter().enumerate() {
-        client.request(asking(&format!("nsc-{n}"), &pod.netns), REQUEST).await.unwrap();
+        client.request(asking_in(&format!("nsc-{n}"), &pod.netns), REQUEST).await.unwrap();
         assert!(answers(&pod.netns, &format!("172.16.{n}.1")).await);
     }
     let netlink = scene.nse_ns.netlink().await.unwrap();

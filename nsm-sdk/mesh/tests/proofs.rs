@@ -5,30 +5,19 @@
 mod sandbox;
 
 use nsm_chain::{
-    Client, Connection, Element, Endpoint, Error, IpContext, Mechanism, NetworkServiceRequest, Next, RequestCall, Side,
-    elements::{mechanisms::Mechanisms, null::Null, recvfd::RecvFdServer, sendfd::SendFdClient, sendfd::SendFdServer},
+    Client, Connection, Element, Endpoint, Error, Next, RequestCall, Side,
+    elements::{mechanisms::Mechanisms, null::Null, recvfd::RecvFdServer, sendfd::SendFdClient},
     remote::Grpc,
     token,
 };
 use nsm_kernel::Netns;
-use nsm_registry::{NetworkServiceEndpoint, RegistryClient};
 use sandbox::*;
 use std::{
-    os::fd::AsRawFd,
     sync::{Arc, Mutex},
     time::Duration,
 };
 use tokio::time::sleep;
 use tonic::Code;
-
-fn kernel(url: String, name: &str) -> Mechanism {
-    let parameters = [("inodeURL".to_owned(), url), ("name".to_owned(), name.to_owned())].into();
-    Mechanism { cls: "LOCAL".into(), r#type: "KERNEL".into(), parameters }
-}
-
-fn url(netns: &Netns) -> String {
-    format!("file:///proc/self/fd/{}", netns.fd().as_raw_fd())
-}
 
 /// The endpoint's side: addresses, its own namespace, and time that it takes.
 struct Serve(Netns, Duration);
@@ -41,53 +30,22 @@ impl Element for Serve {
 
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
         sleep(self.1).await;
-        let connection = call.connection_mut();
-        connection.mechanism = Some(kernel(url(&self.0), "svc-1"));
-        connection.context.get_or_insert_default().ip_context = Some(IpContext {
-            src_ip_addrs: vec!["172.16.1.2/24".into()],
-            dst_ip_addrs: vec!["172.16.1.1/24".into()],
-            ..Default::default()
-        });
+        give(call.connection_mut(), &self.0, 1);
         next.request(call).await
     }
 }
 
 struct Scene {
-    world: World,
+    node: BehindNode,
     client_ns: Netns,
-    nse_ns: Netns,
-    endpoint: Endpoint,
     client: Client,
-    _processes: (Process, Manager, Process),
 }
 
 /// A node with an endpoint that takes its time, and a client that tries once.
 async fn scene(delay: Duration) -> Scene {
-    let world = World::new();
-    let (node_ns, client_ns, nse_ns) =
-        (Netns::anonymous().unwrap(), Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
-    let registry = world.registry().await;
-    let node = world.kernel_node("nsmgr", &node_ns).await;
-    world.service(&node, service()).await;
-    let endpoint = Endpoint::builder("nse", token::from_source(world.source("nse"), HOUR))
-        .element(Serve(nse_ns.clone(), delay))
-        .element(Mechanisms::new(Side::Server).with("KERNEL", Null))
-        .element(SendFdServer)
-        .build();
-    let process = world.serve("nse", &endpoint).await;
-    let registration = NetworkServiceEndpoint {
-        name: "nse".into(),
-        network_service_names: vec![SERVICE.into()],
-        url: world.url("nse"),
-        ..Default::default()
-    };
-    let registering = RegistryClient::builder(world.url("nsmgr"), world.source("nse")).build().unwrap();
-    registering.register_nse(registration).await.unwrap();
-    let client = Client::builder("nsc", Arc::new(Grpc::new(world.transport("nsc"))))
-        .url(world.url("nsmgr"))
-        .element(SendFdClient)
-        .build();
-    Scene { world, client_ns, nse_ns, endpoint, client, _processes: (registry, node, process) }
+    let node = BehindNode::new(|nse_ns| Serve(nse_ns, delay)).await;
+    let client = node.client("nsc");
+    Scene { node, client_ns: Netns::anonymous().unwrap(), client }
 }
 
 impl Scene {
@@ -96,31 +54,27 @@ impl Scene {
     }
 
     async fn is_clean(&self) -> bool {
-        !self.link(&self.client_ns, "nsm-0").await && !self.link(&self.nse_ns, "svc-1").await
+        !self.link(&self.client_ns, "nsm-0").await && !self.link(&self.node.nse_ns, "svc-1").await
     }
-}
-
-fn asking(id: &str, mechanism: Mechanism) -> NetworkServiceRequest {
-    NetworkServiceRequest { mechanism_preferences: vec![mechanism], ..request(id) }
 }
 
 /// A caller that gives up while the endpoint still works leaves no interface behind, once it has said that it is over.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_request_leaves_no_interface() {
     let scene = scene(Duration::from_millis(400)).await;
-    let offer = || kernel(url(&scene.client_ns), "nsm-0");
+    let offer = || kernel(netns_url(&scene.client_ns), "nsm-0");
     for _ in 0..3 {
         let error = scene.client.request(asking("c", offer()), Duration::from_millis(50)).await.unwrap_err();
         assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
         // What was under way comes to its end, and what it made goes with it: at the endpoint too, long before its token ends.
         sleep(Duration::from_millis(600)).await;
         eventually("the namespaces are clean", || scene.is_clean()).await;
-        let at_the_endpoint = || async { scene.endpoint.hub().connections().is_empty() };
+        let at_the_endpoint = || async { scene.node.endpoint.hub().connections().is_empty() };
         eventually("the endpoint has let go", at_the_endpoint).await;
     }
     // With enough time the same request works.
     let connection = scene.client.request(asking("c", offer()), TIMEOUT).await.unwrap();
-    assert!(scene.link(&scene.client_ns, "nsm-0").await && scene.link(&scene.nse_ns, "svc-1").await);
+    assert!(scene.link(&scene.client_ns, "nsm-0").await && scene.link(&scene.node.nse_ns, "svc-1").await);
     scene.client.close(connection, TIMEOUT).await.unwrap();
     assert!(scene.is_clean().await);
 }
@@ -129,48 +83,49 @@ async fn a_cancelled_request_leaves_no_interface() {
 #[tokio::test(flavor = "multi_thread")]
 async fn files_that_are_no_namespace_and_names_that_are_too_long() {
     let scene = scene(Duration::ZERO).await;
-    let path = scene.world.path("file");
+    let path = scene.node.world.path("file");
     std::fs::write(&path, "").unwrap();
     let file = kernel(format!("file://{}", path.display()), "nsm-0");
     let error = scene.client.request(asking("c", file), TIMEOUT).await.unwrap_err();
     assert_eq!(error.code(), Code::InvalidArgument, "{error}");
     assert!(error.to_string().contains("no network namespace"), "{error}");
-    assert!(scene.is_clean().await && scene.endpoint.hub().connections().is_empty());
+    assert!(scene.is_clean().await && scene.node.endpoint.hub().connections().is_empty());
 
-    let long = kernel(url(&scene.client_ns), "an-interface-name-that-is-too-long");
+    let long = kernel(netns_url(&scene.client_ns), "an-interface-name-that-is-too-long");
     let connection = scene.client.request(asking("d", long), TIMEOUT).await.unwrap();
     assert!(scene.link(&scene.client_ns, "an-interface-na").await);
     scene.client.close(connection, TIMEOUT).await.unwrap();
     assert!(!scene.link(&scene.client_ns, "an-interface-na").await);
     // A name that no interface can have.
     for name in ["a/b", "..", "a b"] {
-        let odd = kernel(url(&scene.client_ns), name);
+        let odd = kernel(netns_url(&scene.client_ns), name);
         let error = scene.client.request(asking("e", odd), TIMEOUT).await.unwrap_err();
         assert_eq!(error.code(), Code::InvalidArgument, "{error}");
         assert!(error.to_string().contains(&format!("{name:?} is not an interface name")), "{error}");
-        assert!(scene.is_clean().await && scene.endpoint.hub().connections().is_empty(), "{name}");
+        assert!(scene.is_clean().await && scene.node.endpoint.hub().connections().is_empty(), "{name}");
     }
 
     // The same beside a connection that works: another namespace's interfaces, the same endpoint.
     let working = Netns::anonymous().unwrap();
-    let connection = scene.client.request(asking("f", kernel(url(&working), "nsm-0")), TIMEOUT).await.unwrap();
+    let connection = scene.client.request(asking("f", kernel(netns_url(&working), "nsm-0")), TIMEOUT).await.unwrap();
     let links = async || {
         let all = async |netns: &Netns| netns.netlink().await.unwrap().links().await.unwrap();
-        (all(&working).await, all(&scene.nse_ns).await)
+        (all(&working).await, all(&scene.node.nse_ns).await)
     };
     let before = links().await;
     let path = path.display();
-    for odd in [kernel(format!("file://{path}"), "nsm-0"), kernel(url(&scene.client_ns), "a/b")] {
+    for odd in [kernel(format!("file://{path}"), "nsm-0"), kernel(netns_url(&scene.client_ns), "a/b")] {
         let error = scene.client.request(asking("e", odd), TIMEOUT).await.unwrap_err();
         assert_eq!(error.code(), Code::InvalidArgument, "{error}");
     }
     // One whose name is taken in the endpoint's namespace, by that connection.
-    let taken = scene.client.request(asking("e", kernel(url(&scene.client_ns), "nsm-0")), TIMEOUT).await.unwrap_err();
+    let taken =
+        scene.client.request(asking("e", kernel(netns_url(&scene.client_ns), "nsm-0")), TIMEOUT).await.unwrap_err();
     assert_eq!(taken.code(), Code::AlreadyExists, "{taken}");
     assert!(taken.to_string().contains("interface svc-1 exists already and is not ours"), "{taken}");
     assert!(!scene.link(&scene.client_ns, "nsm-0").await);
     assert_eq!(links().await, before);
-    assert_eq!(scene.endpoint.hub().connections().len(), 1);
+    assert_eq!(scene.node.endpoint.hub().connections().len(), 1);
     assert!(nsm_kernel::ping::probe(&working, None, [172, 16, 1, 1].into(), Duration::from_secs(5)).await);
     scene.client.close(connection, TIMEOUT).await.unwrap();
     assert!(scene.is_clean().await);
@@ -221,7 +176,7 @@ async fn six_hundred_namespaces_arrive_below_tls() {
         .build();
     let namespaces: Vec<_> = (0..COUNT).map(|_| Netns::anonymous().unwrap()).collect();
     let mut many = request("c");
-    many.mechanism_preferences = namespaces.iter().map(|netns| kernel(url(netns), "nsm-0")).collect();
+    many.mechanism_preferences = namespaces.iter().map(|netns| kernel(netns_url(netns), "nsm-0")).collect();
     let connection = client.request(many, 3 * TIMEOUT).await.unwrap();
     let expected: Vec<_> = namespaces.iter().map(|netns| (netns.id().dev, netns.id().ino)).collect();
     assert_eq!(*opened.0.lock().unwrap(), expected);

@@ -47,6 +47,10 @@ use tokio::{task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
+mod behind_node;
+#[allow(unused_imports)] // each test uses some
+pub use behind_node::*;
+
 pub const HOUR: Duration = Duration::from_secs(3600);
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 pub const SERVICE: &str = "svc";
