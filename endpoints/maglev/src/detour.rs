@@ -27,7 +27,7 @@ use meridio_decision::layout::{FragmentKey, FragmentValue};
 use meridio_decision::packet::{Kind, network, transport};
 use meridio_decision::{Scratch, decide::fragment_key};
 
-use crate::cell::Cell;
+use crate::config_entry::ConfigEntry;
 use crate::error::Error;
 use crate::image::Bytes;
 use crate::sys::{RawMap, monotonic};
@@ -139,7 +139,7 @@ impl Detour {
     /// Why there is none. Then no fragments are sent to one.
     pub(crate) fn start(
         map: RawMap,
-        config: Arc<Cell>,
+        config: Arc<ConfigEntry>,
         attach: impl FnOnce(&str) -> Result<(), Error>,
     ) -> Result<Self, String> {
         let (tap, interface) = tap::open().map_err(|e| e.to_string())?;

@@ -9,12 +9,13 @@ use std::time::Instant;
 use meridio_decision::layout::*;
 use meridio_decision::target_index;
 
-use crate::cell::Cell;
 use crate::classifier::{Classifier, compile};
 use crate::config::{Config, Stream, Target, Targets};
+use crate::config_entry::ConfigEntry;
 use crate::counters::Plan;
 use crate::detour::{Detour, Retry};
 use crate::error::Error;
+use crate::gone;
 use crate::grace::Retired;
 use crate::kernel::{Kernel, Options, remove_pins};
 use crate::owner::Lock;
@@ -54,7 +55,7 @@ pub(crate) struct Slot {
 pub struct Engine {
     pub(crate) kernel: Kernel,
     pub(crate) settings: Settings,
-    pub(crate) config: Arc<Cell>,
+    pub(crate) config: Arc<ConfigEntry>,
     pub(crate) slots: BTreeMap<u32, Slot>,
     pub(crate) counters: HashMap<String, u32>,
     pub(crate) generations: [Option<Classifier>; 2],
@@ -91,7 +92,7 @@ impl Engine {
     /// No BPF file system, no rights, or a refusal of the kernel.
     pub fn open(settings: Settings) -> Result<Self, Error> {
         let kernel = Kernel::load(&settings.kernel)?;
-        let config = Arc::new(Cell::open(&kernel.maps.config)?);
+        let config = Arc::new(ConfigEntry::open(&kernel.maps.config)?);
         let mut engine = Engine {
             adopted: config.get().version == LAYOUT_VERSION,
             kernel,
@@ -147,6 +148,11 @@ impl Engine {
         }
     }
 
+    /// Chunks of the row map: as many as it was made with, by whichever process.
+    pub fn chunks(&self) -> u32 {
+        self.kernel.chunks
+    }
+
     /// Whether the maps held a complete configuration when this engine was opened.
     pub fn adopted(&self) -> bool {
         self.adopted
@@ -191,7 +197,8 @@ impl Engine {
                 reason: format!("clsact cannot be removed: {e}"),
             })?;
         }
-        remove_pins(directory, None)
+        remove_pins(directory, None)?;
+        gone::unmark(directory)
     }
 
     /// Ready targets of a stream as packets see them: identifier and next hops.

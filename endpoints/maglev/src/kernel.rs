@@ -21,6 +21,7 @@ use meridio_decision::layout::{
 };
 
 use crate::error::Error;
+use crate::gone;
 use crate::grace::Grace;
 use crate::maps::Maps;
 use crate::owner::Lock;
@@ -129,6 +130,10 @@ impl Kernel {
         let directory = versioned(&options.directory, options.layout);
         let lock = Lock::take(&options.directory, &directory)?;
         raise_memlock();
+        if let Err(error) = gone::mark(&options.directory) {
+            tracing::warn!(%error, "once this pod is gone its directory of maps stays");
+        }
+        std::fs::create_dir_all(&directory).map_err(|source| Error::Io { path: directory.clone(), source })?;
         let check_mtu = since(5, 12) as u32;
         // Before 6.2 the kernel also tells link addresses of neighbours that have failed.
         let direct = since(6, 2) as u32;

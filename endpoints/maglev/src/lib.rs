@@ -7,14 +7,15 @@
 //! * [`reference`]: a slow, obvious model that tests compare both with.
 
 mod adopt;
-mod cell;
 pub mod classifier;
 pub mod config;
+mod config_entry;
 mod counters;
 mod detour;
 mod engine;
 mod error;
 mod explain;
+mod gone;
 mod grace;
 mod image;
 mod inspect;
@@ -37,10 +38,11 @@ pub use config::{Config, Flow, Nat, Protocol, Stream, Target, Targets};
 pub use engine::{Engine, MARK_FLAG, MARK_MASK, Settings};
 pub use error::Error;
 pub use explain::{Candidate, Chosen, Explanation, Headers, Standing, StreamState};
+pub use gone::remove_gone;
 pub use image::{Bytes, Image};
 pub use kernel::Options;
 pub use live::{Counters, Hits, Live, StreamHits};
-pub use meridio_decision::layout::{Counter, LAYOUT_VERSION, TargetEntry, TraceEvent, trace_flag};
+pub use meridio_decision::layout::{Counter, DEFAULT_CHUNKS, LAYOUT_VERSION, TargetEntry, TraceEvent, trace_flag};
 pub use meridio_decision::packet::Kind;
 pub use meridio_decision::{Decision, ETH_IPV4, ETH_IPV6, NONE, Reason, Verdict};
 pub use owner::{own_directory, vacant};

@@ -14,6 +14,9 @@ use crate::kernel::check_bpffs;
 /// How often a directory that is removed meanwhile is made again.
 const ATTEMPTS: u32 = 10;
 
+/// How the names of these directories begin.
+pub(crate) const NAMESPACE: &str = "netns-";
+
 /// The directory below `base` that belongs to the network namespace of this thread. Pods of one node can share `base` (the node's
 /// BPF file system) without finding each other's maps; a process that is restarted in its pod finds those of the one before.
 ///
@@ -22,9 +25,9 @@ const ATTEMPTS: u32 = 10;
 pub fn own_directory(base: &Path) -> Result<PathBuf, Error> {
     let failed = |source| Error::Io { path: "/proc/thread-self/ns/net".into(), source };
     let name = match cookie() {
-        Ok(cookie) => format!("netns-{cookie}"),
+        Ok(cookie) => format!("{NAMESPACE}{cookie}"),
         // Before 5.14. The number is given to another namespace after this one.
-        Err(_) => format!("netns-i{}", std::fs::metadata("/proc/thread-self/ns/net").map_err(failed)?.ino()),
+        Err(_) => format!("{NAMESPACE}i{}", std::fs::metadata("/proc/thread-self/ns/net").map_err(failed)?.ino()),
     };
     Ok(base.join(name))
 }

@@ -84,7 +84,7 @@ impl Engine {
         let what = if needed > chunks {
             format!(
                 "need {needed} chunks of rows, there are {chunks}: lower max-targets (up to 600: 2 chunks, up to 1300: 4, above: 32), or \
-                 have the maps made anew with more chunks"
+                 have the maps made anew with more chunks (NSM_TABLE_CHUNKS, after stateless-lb --remove)"
             )
         } else {
             "fit, but not beside those that are in use: remove or change some streams first, then the others".to_owned()

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // SAFETY: bpf(2) takes pointers; each call below states why they are valid.
 
 use std::ffi::CString;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -13,13 +14,21 @@ const LOOKUP: libc::c_long = 1;
 const UPDATE: libc::c_long = 2;
 const DELETE: libc::c_long = 3;
 const NEXT_KEY: libc::c_long = 4;
+const LOAD: libc::c_long = 5;
+const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const CREATE: libc::c_long = 0;
 const TEST_RUN: libc::c_long = 10;
 const INFO: libc::c_long = 15;
 const QUERY: libc::c_long = 16;
+const LINK_CREATE: libc::c_long = 28;
 /// Where TCX programs of packets that come in are attached.
 const TCX_INGRESS: u32 = 46;
+/// Programs that are asked for the socket of a packet, and where they are attached.
+const SK_LOOKUP: u32 = 30;
+const SK_LOOKUP_ATTACH: u32 = 36;
+/// Links to network namespaces.
+const NETNS_LINK: u32 = 5;
 /// Opened for reading only.
 const READ_ONLY: u32 = 1 << 3;
 
@@ -119,10 +128,55 @@ struct QueryAttr {
     more: [u64; 4],
 }
 
+#[repr(C)]
+#[derive(Default)]
+struct LoadAttr {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+    prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkAttr {
+    prog_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+/// The beginning of `struct bpf_link_info`, as it is for a network namespace.
+#[repr(C)]
+#[derive(Default)]
+struct LinkInfo {
+    link_type: u32,
+    id: u32,
+    prog_id: u32,
+    pad: u32,
+    netns_ino: u32,
+    attach_type: u32,
+}
+
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: attr is a live, properly sized attribute block; the pointers in it are live for the call (callers).
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, attr as *mut T, size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// A command that makes a file descriptor.
+fn descriptor<T>(command: libc::c_long, attr: &mut T) -> io::Result<OwnedFd> {
+    let fd = bpf(command, attr)?;
+    // SAFETY: the kernel has just given this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 /// A map by its file descriptor; sizes are fixed by the types of the calls, which [`crate::kernel`] pairs with names.
@@ -145,9 +199,7 @@ impl RawMap {
 
     fn open(path: &Path, name: &'static str, flags: u32) -> io::Result<Self> {
         let path = CString::new(path.as_os_str().as_bytes())?;
-        let fd = bpf(OBJ_GET, &mut ObjectAttr { path: path.as_ptr() as u64, flags, fd: 0 })?;
-        // SAFETY: the kernel has just given this descriptor to us alone.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        let fd = descriptor(OBJ_GET, &mut ObjectAttr { path: path.as_ptr() as u64, flags, fd: 0 })?;
         Ok(RawMap { fd, name })
     }
 
@@ -286,9 +338,8 @@ pub(crate) fn test_run(program: i32, packet: &[u8], repeat: u32, segment: u32) -
 /// Makes a map that is pinned nowhere.
 pub(crate) fn create_map(name: &'static str, attr: [u32; 6]) -> io::Result<RawMap> {
     let [map_type, key_size, value_size, max_entries, map_flags, inner_map_fd] = attr;
-    let fd = bpf(CREATE, &mut CreateAttr { map_type, key_size, value_size, max_entries, map_flags, inner_map_fd })?;
-    // SAFETY: a file descriptor that the call has just made and nobody else has.
-    Ok(RawMap { fd: unsafe { OwnedFd::from_raw_fd(fd as i32) }, name })
+    let mut attr = CreateAttr { map_type, key_size, value_size, max_entries, map_flags, inner_map_fd };
+    Ok(RawMap { fd: descriptor(CREATE, &mut attr)?, name })
 }
 
 /// Entries that a map was made for.
@@ -298,6 +349,46 @@ pub(crate) fn max_entries(fd: &OwnedFd) -> io::Result<u32> {
         InfoAttr { fd: fd.as_raw_fd() as u32, length: size_of::<MapInfo>() as u32, info: &raw mut info as u64 };
     bpf(INFO, &mut attr)?;
     Ok(info.max_entries)
+}
+
+/// Pins a link to a network namespace. Of the kinds of program that can be linked to one, this kind leaves room for others; what it does
+/// is to leave each packet the socket that it has anyway.
+pub(crate) fn pin_namespace(namespace: &File, path: &Path) -> io::Result<()> {
+    // r0 = SK_PASS; exit
+    const CODE: [u64; 2] = [0x1_0000_00b7, 0x95];
+    let mut load = LoadAttr {
+        prog_type: SK_LOOKUP,
+        insn_cnt: CODE.len() as u32,
+        insns: CODE.as_ptr() as u64,
+        license: c"Apache-2.0".as_ptr() as u64,
+        expected_attach_type: SK_LOOKUP_ATTACH,
+        ..LoadAttr::default()
+    };
+    load.prog_name[..9].copy_from_slice(b"namespace");
+    let program = descriptor(LOAD, &mut load)?;
+    let mut link = LinkAttr {
+        prog_fd: program.as_raw_fd() as u32,
+        target_fd: namespace.as_raw_fd() as u32,
+        attach_type: SK_LOOKUP_ATTACH,
+        flags: 0,
+    };
+    let link = descriptor(LINK_CREATE, &mut link)?;
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    bpf(OBJ_PIN, &mut ObjectAttr { path: path.as_ptr() as u64, fd: link.as_raw_fd() as u32, flags: 0 }).map(drop)
+}
+
+/// Number of the network namespace of such a link; 0: it is gone.
+pub(crate) fn linked_namespace(path: &Path) -> io::Result<u32> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let link = descriptor(OBJ_GET, &mut ObjectAttr { path: path.as_ptr() as u64, ..ObjectAttr::default() })?;
+    let mut info = LinkInfo::default();
+    let length = size_of::<LinkInfo>() as u32;
+    let mut attr = InfoAttr { fd: link.as_raw_fd() as u32, length, info: &raw mut info as u64 };
+    bpf(INFO, &mut attr)?;
+    if attr.length < length || (info.link_type, info.attach_type) != (NETNS_LINK, SK_LOOKUP_ATTACH) {
+        return Err(io::Error::other("no link to a network namespace"));
+    }
+    Ok(info.netns_ino)
 }
 
 /// Numbers of the TCX programs that look at what comes in through an interface, in their order.

@@ -175,7 +175,7 @@ fn faults() -> Vec<(&'static str, Change)> {
         ),
         (
             "streams: need 34 chunks of rows, there are 16: lower max-targets (up to 600: 2 chunks, up to 1300: 4, above: 32), or \
-             have the maps made anew with more chunks",
+             have the maps made anew with more chunks (NSM_TABLE_CHUNKS, after stateless-lb --remove)",
             with(|c| c.streams.push(stream("big", 10_000))),
         ),
         (

@@ -11,9 +11,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::apply::{self, Outcome};
 use crate::availability::Availability;
 use crate::desired::{Desired, Ready, desired, ready};
-use crate::follow::{self, Outcome};
 use crate::inputs::{Inputs, Shared};
 use crate::routing::{self, Guarded, Wanted};
 use crate::settings::Settings;
@@ -76,8 +76,9 @@ impl Dataplane {
             return true;
         }
         let (base, offset_start) = (self.settings.bpf_dir.clone(), self.settings.identifier_offset_start);
+        let chunks = self.settings.table_chunks;
         let open = move || {
-            let kernel = Options::new(meridio_maglev::own_directory(&base)?);
+            let kernel = Options { chunks, ..Options::new(meridio_maglev::own_directory(&base)?) };
             Engine::open(meridio_maglev::Settings { kernel, offset_start })
         };
         let opened = tokio::task::spawn_blocking(open).await;
@@ -86,6 +87,7 @@ impl Dataplane {
                 if engine.adopted() {
                     self.availability.set(forwarding(&engine));
                 }
+                self.note_chunks(engine.chunks());
                 self.kept = Some(engine.adopted() && forwarding(&engine));
                 self.gate.open = engine.adopted();
                 self.refused = None;
@@ -174,6 +176,17 @@ impl Dataplane {
         }
     }
 
+    /// Maps of an earlier process keep the size that they have.
+    fn note_chunks(&self, chunks: u32) {
+        let wanted = self.settings.table_chunks;
+        let line = || {
+            format!(
+                "the tables in use have {chunks} chunks, not {wanted} (NSM_TABLE_CHUNKS): they are made anew after stateless-lb --remove"
+            )
+        };
+        self.health.note("Tables", (chunks != wanted).then(line).into_iter().collect());
+    }
+
     fn note_detour(&self) {
         let fault = self.engine.as_ref().and_then(|engine| engine.detour().err());
         let line = |fault| format!("fragments that arrive before their first one are dropped: {fault}");
@@ -235,7 +248,7 @@ impl Dataplane {
         let (wanted, inputs) = (desired.clone(), inputs.clone());
         let work = tokio::task::spawn_blocking(move || {
             let started = std::time::Instant::now();
-            let outcome = follow::apply(&mut engine, &wanted, &inputs);
+            let outcome = apply::apply(&mut engine, &wanted, &inputs);
             (engine, outcome, started.elapsed())
         });
         let (engine, outcome, took) = match work.await {

@@ -1,6 +1,7 @@
 use meridio_proto::nsp::v1 as nsp;
 
 use super::*;
+use crate::cli;
 use crate::inputs::Subnet;
 
 #[tokio::test(start_paused = true)]
@@ -37,21 +38,13 @@ impl Drop for Directory {
     }
 }
 
-#[derive(clap::Parser)]
-struct Cli {
-    #[command(flatten)]
-    settings: Settings,
-}
-
 fn dataplane(directory: &Directory) -> Dataplane {
     told(directory, &[])
 }
 
 fn told(directory: &Directory, more: &[&str]) -> Dataplane {
-    use clap::Parser;
     let directory = directory.0.join("lb");
-    let args = ["lb", "--bpf-dir", directory.to_str().unwrap()];
-    let settings = Cli::parse_from(args.iter().chain(more)).settings;
+    let settings = cli::settings(&[&["--bpf-dir", directory.to_str().unwrap()], more].concat());
     let netns = Netns::anonymous().unwrap();
     Dataplane::new(&settings, netns, Health::detached("test"), Availability::new("test"))
 }
@@ -206,6 +199,28 @@ async fn what_was_refused_does_not_disturb_what_runs() {
     dataplane.step(&repaired).await;
     assert_eq!(waits_for(&dataplane, "Configuration"), None);
     assert_eq!((identifiers(&dataplane, "z"), guards(&dataplane).await), (vec![4, 15], 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_are_made_as_large_as_set_and_keep_their_size_until_they_are_removed() {
+    let directory = Directory::new("chunks");
+    directory.mount();
+    let mut first = told(&directory, &["--table-chunks", "7"]);
+    // Two streams of 2 chunks each have room, a third one has not while one changes.
+    first.step(&good()).await;
+    assert_eq!(waits_for(&first, "Configuration"), None);
+    assert_eq!(first.engine.as_ref().unwrap().chunks(), 7);
+    assert!(!first.health.report().notes.contains_key("Tables"));
+    let streams = ["s", "z", "y", "x"].map(|name| stream(name, 10)).to_vec();
+    first.step(&Inputs { streams: Some(streams.clone()), ..good() }).await;
+    let to_do = first.health.report().subservices["Configuration"].to_do.clone();
+    assert!(to_do.contains("there are 7") && to_do.contains("NSM_TABLE_CHUNKS"), "{to_do}");
+    drop(first);
+    let mut second = told(&directory, &["--table-chunks", "64"]);
+    second.step(&Inputs { streams: Some(streams), ..good() }).await;
+    assert!(waits_for(&second, "Configuration").is_some());
+    let note = second.health.report().notes["Tables"].join("");
+    assert!(note.contains("7 chunks, not 64 (NSM_TABLE_CHUNKS)") && note.contains("--remove"), "{note}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

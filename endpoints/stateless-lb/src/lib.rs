@@ -12,11 +12,14 @@
 //!
 //! Nothing that forwards is taken away because this process starts, stops, or hears nothing.
 
+mod apply;
 mod availability;
+#[cfg(test)]
+mod cli;
 mod dataplane;
 mod desired;
+mod empty_hold;
 mod endpoint;
-mod follow;
 mod inputs;
 pub mod inspect;
 mod links;
@@ -27,7 +30,6 @@ mod prepare;
 mod removal;
 mod routing;
 mod settings;
-mod told;
 mod watches;
 
 use std::path::Path;
@@ -89,6 +91,7 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> anyhow::Result<
     if settings.metrics_enabled {
         tasks.spawn(metrics::run(settings.clone(), netns.clone(), health.clone(), stop.clone()));
     }
+    tasks.spawn(removal::clean_up(settings.bpf_dir.clone(), stop.clone()));
     tasks.spawn(links::run(netns, prefix, external, shared.clone(), stop.clone()));
     // The data plane ends before the socket that tells the frontend about it.
     let told = CancellationToken::new();

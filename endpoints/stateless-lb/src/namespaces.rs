@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
 use meridio_common::Health;
 use meridio_maglev::Live;
 use meridio_proto::nsp::v1 as nsp;
@@ -20,8 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::availability::Availability;
 use crate::dataplane::Dataplane;
 use crate::inputs::{Inputs, Shared};
-use crate::settings::Settings;
-use crate::{links, prepare};
+use crate::{cli, links, prepare};
 
 const VIPS: [&str; 2] = ["20.0.0.1", "2000::1"];
 const PORT: u16 = 4000;
@@ -29,12 +27,6 @@ const PORT: u16 = 4000;
 const SOON: Duration = Duration::from_secs(30);
 /// A packet without an answer by now is lost.
 const LOST: Duration = Duration::from_secs(3);
-
-#[derive(Parser)]
-struct Cli {
-    #[command(flatten)]
-    settings: Settings,
-}
 
 /// Output of a command, which has to succeed.
 pub(crate) fn run(command: &str) -> String {
@@ -162,7 +154,7 @@ impl Scene {
     /// The loops that a load balancer runs, but for those that talk to the NSP.
     fn load_balancer(&self) -> JoinHandle<()> {
         let base = self.bpf.path().join("lb").to_str().unwrap().to_owned();
-        let settings = Cli::parse_from(["lb", "--bpf-dir", &base, "--service-name", "nsm-"]).settings;
+        let settings = cli::settings(&["--bpf-dir", &base, "--service-name", "nsm-"]);
         let (netns, shared, health, stop) =
             (self.netns("l"), self.shared.clone(), self.health.clone(), self.stop.clone());
         let loops = async move {

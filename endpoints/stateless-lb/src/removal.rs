@@ -1,7 +1,11 @@
-//! The end of forwarding in this network namespace, on request.
+//! The end of forwarding in this network namespace, on request; and of what is left of others that do not exist any more.
+
+use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use nsm_kernel::Netns;
+use tokio_util::sync::CancellationToken;
 
 use crate::settings::Settings;
 use crate::{dataplane, routing};
@@ -27,25 +31,47 @@ pub(crate) async fn remove(settings: &Settings) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How often is looked for what pods that are gone have left on the node's BPF file system.
+const LOOK: Duration = Duration::from_secs(600);
+
+/// Removes what pods that are gone have left there: at once, and from time to time until `stop`.
+pub(crate) async fn clean_up(base: PathBuf, stop: CancellationToken) {
+    let mut said = String::new();
+    loop {
+        let place = base.clone();
+        let removed = tokio::task::spawn_blocking(move || meridio_maglev::remove_gone(&place)).await;
+        match removed.map_err(anyhow::Error::new).and_then(|removed| Ok(removed?)) {
+            Ok(removed) => {
+                for directory in removed {
+                    tracing::info!(directory = %directory.display(), "removed: its network namespace is gone");
+                }
+            }
+            // Nothing depends on it.
+            Err(error) if error.to_string() != said => {
+                tracing::warn!(%error, "what pods that are gone have left stays");
+                said = error.to_string();
+            }
+            Err(_) => {}
+        }
+        if stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_none() {
+            return;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
-    use clap::Parser;
     use meridio_common::Health;
     use meridio_proto::nsp::v1 as nsp;
 
     use super::*;
     use crate::availability::Availability;
+    use crate::cli;
     use crate::dataplane::Dataplane;
     use crate::inputs::{Inputs, Subnet};
     use crate::namespaces::run;
-
-    #[derive(Parser)]
-    struct Cli {
-        #[command(flatten)]
-        settings: Settings,
-    }
 
     /// Everything in the namespace of this thread that a load balancer could have made.
     fn traces() -> String {
@@ -116,7 +142,7 @@ mod tests {
     }
 
     async fn set_up_and_remove(directory: String) {
-        let settings = Cli::parse_from(["lb", "--bpf-dir", &directory]).settings;
+        let settings = cli::settings(&["--bpf-dir", &directory]);
         let netns = Netns::current().unwrap();
         let before = traces();
         let errors = routing::errors_to_gateways(netns.netlink().await.unwrap(), settings.gateway_table);

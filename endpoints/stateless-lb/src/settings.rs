@@ -1,8 +1,12 @@
 //! Settings of the load balancer (environment prefix `NSM_`).
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use meridio_common::GoDuration;
+
+/// Chunks of the tables: from those of one small stream to more than all streams that fit the other limits can take.
+const TABLE_CHUNKS: RangeInclusive<u32> = 2..=4096;
 
 /// Settings of the load balancer.
 #[derive(clap::Args, Clone, Debug)]
@@ -63,6 +67,10 @@ pub struct Settings {
     /// one target; separated by commas.
     #[arg(long, env = "NSM_SCTP_PORTS_ONLY", value_delimiter = ',')]
     pub sctp_ports_only: Vec<String>,
+    /// Room for the tables of streams, in chunks of 128 KiB of kernel memory: a stream takes 2 up to 600 targets, 4 up to 1,300, else 32, and as
+    /// many again while it changes. Counts when the maps are made: in a new pod, or after `--remove`.
+    #[arg(long, env = "NSM_TABLE_CHUNKS", default_value_t = meridio_maglev::DEFAULT_CHUNKS as u32)]
+    pub table_chunks: u32,
     /// Take away what load balancers have left in this network namespace (programs, maps, rules and routes), and end.
     /// Forwarding ends with it.
     #[arg(long)]
@@ -106,6 +114,13 @@ impl Settings {
                 faults.push(format!("{name} {url:?}: {error}"));
             }
         }
+        if !TABLE_CHUNKS.contains(&self.table_chunks) {
+            let (least, most) = (TABLE_CHUNKS.start(), TABLE_CHUNKS.end());
+            faults.push(format!(
+                "NSM_TABLE_CHUNKS {} is not in {least}..{most} (a stream takes at least {least}; {most} are 512 MiB)",
+                self.table_chunks
+            ));
+        }
         // The tables of the kernel and of the frontend lie below, and marks have 24 bits for offset and identifier.
         if !(256..1 << 23).contains(&self.identifier_offset_start) {
             faults.push(format!("NSM_IDENTIFIER_OFFSET_START {} is not in 256..8388607", self.identifier_offset_start));
@@ -116,5 +131,32 @@ impl Settings {
     /// How the names of this load balancer's NSM interfaces begin.
     pub(crate) fn interface_prefix(&self) -> String {
         self.service_name.chars().take(10).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::cli::settings;
+
+    #[test]
+    fn defaults_have_no_fault_and_each_fault_names_its_setting() {
+        assert_eq!(settings(&[]).validate(), [""; 0]);
+        for (setting, value, said) in [
+            (
+                "--table-chunks",
+                "1",
+                "NSM_TABLE_CHUNKS 1 is not in 2..4096 (a stream takes at least 2; 4096 are 512 MiB)",
+            ),
+            ("--table-chunks", "4097", "NSM_TABLE_CHUNKS 4097 is not in 2..4096"),
+            ("--external-interface", "a/b", "NSM_EXTERNAL_INTERFACE: "),
+            ("--identifier-offset-start", "255", "NSM_IDENTIFIER_OFFSET_START 255 is not in 256..8388607"),
+            ("--trench-name", "", "NSM_TRENCH_NAME is empty"),
+        ] {
+            let faults = settings(&[setting, value]).validate();
+            assert!(faults.len() == 1 && faults[0].starts_with(said), "{setting} {value:?}: {faults:?}");
+        }
+        for chunks in ["2", "4096"] {
+            assert_eq!(settings(&["--table-chunks", chunks]).validate(), [""; 0]);
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use meridio_maglev::{Engine, Options, Protocol, Reason, Settings, Target, Targets};
+use meridio_maglev::{Engine, Options, Protocol, Reason, Settings, Target, Targets, own_directory, remove_gone};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
@@ -166,6 +166,7 @@ fn run() {
     let count = |reason: Reason| reasons.iter().find(|(r, _)| *r == reason).map_or(0, |(_, c)| c.packets);
     assert!(count(Reason::Redirected) >= 2 + echoes, "{reasons:?}");
     assert_eq!((count(Reason::SlowTtl), count(Reason::SlowMtu)), (2, 2), "{reasons:?}");
+    what_a_pod_leaves_is_removed_once_it_is_gone();
     let (size, verified) = engine.program_size().unwrap_or_else(|e| panic!("{e}"));
     let release = nix::sys::utsname::uname().unwrap();
     println!(
@@ -173,6 +174,28 @@ fn run() {
         release.release().to_string_lossy(),
         loaded.as_secs_f64(),
     );
+}
+
+/// The link to a network namespace, and what the kernel says of it before and after.
+fn what_a_pod_leaves_is_removed_once_it_is_gone() {
+    let base = Path::new("/sys/fs/bpf/pods");
+    let pod = Pod::new("gone", "gone", 3, 2);
+    let directory = pod.run(move || {
+        let mut kernel = Options::new(own_directory(base).unwrap());
+        kernel.chunks = 4;
+        let directory = kernel.directory.clone();
+        drop(Engine::open(Settings { kernel, offset_start: 5000 }).unwrap_or_else(|e| panic!("{e}")));
+        directory
+    });
+    assert!(remove_gone(base).unwrap().is_empty());
+    // With its only thread the namespace goes.
+    drop(pod);
+    let end = std::time::Instant::now() + Duration::from_secs(60);
+    while remove_gone(base).unwrap() != std::slice::from_ref(&directory) {
+        assert!(std::time::Instant::now() < end, "not removed");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(!directory.exists());
 }
 
 /// Datagrams answered by the target as the VIP, of both families. The first ones may wait for neighbours.

@@ -187,15 +187,8 @@ fn identifiers(text: &str) -> Result<(String, Vec<u32>), String> {
 mod tests {
     use std::collections::BTreeSet;
 
-    use clap::Parser;
-
     use super::*;
-
-    #[derive(Parser)]
-    struct Cli {
-        #[command(flatten)]
-        settings: Settings,
-    }
+    use crate::cli;
 
     #[test]
     fn sctp_streams_are_spread_as_the_load_balancer_was_told() {
@@ -204,8 +197,8 @@ mod tests {
         std::fs::write(file.path(), sample.replace("- tcp", "- sctp")).unwrap();
         let path = file.path().to_str().unwrap();
         let chosen = |told: &[&str]| -> BTreeSet<u32> {
-            let args = ["why", "--config", path].into_iter().chain(told.iter().copied());
-            let image = from_file(file.path(), &Cli::parse_from(args).settings).unwrap();
+            let args = [&["--config", path], told].concat();
+            let image = from_file(file.path(), &cli::parse(&args)).unwrap();
             let paths = (1..=20).map(|n| format!("sctp 10.0.0.{n}:1234 -> 20.0.0.1:4000"));
             let target = |question: String| {
                 let packet = Question::parse(&question).unwrap().packet().unwrap();

@@ -9,17 +9,17 @@ use crate::sys::RawMap;
 
 /// The entry as it was written last, and the way to write it.
 #[derive(Debug)]
-pub(crate) struct Cell {
+pub(crate) struct ConfigEntry {
     map: RawMap,
     entry: Mutex<Config>,
 }
 
-impl Cell {
+impl ConfigEntry {
     /// Reads what an earlier process has left.
     pub(crate) fn open(map: &RawMap) -> Result<Self, Error> {
         let failed = |e: std::io::Error| Error::Map { name: map.name, reason: e.to_string() };
         let entry = map.get(&0u32, Config::default()).map_err(failed)?.unwrap_or_default();
-        Ok(Cell { map: map.try_clone().map_err(failed)?, entry: Mutex::new(entry) })
+        Ok(ConfigEntry { map: map.try_clone().map_err(failed)?, entry: Mutex::new(entry) })
     }
 
     /// The entry.

@@ -1,4 +1,4 @@
-//! What the NSP tells, taken into the inputs: at once, or after a while when it says less than is known.
+//! What the NSP tells, taken into the inputs: at once, or after a while when it is an empty list and more is known.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +11,7 @@ use crate::inputs::{Inputs, Shared};
 /// An empty list right after a loss, or right after the start, is not believed for a while: a server that has lost its storage, or
 /// has not read it yet, says the same. Right after the start that counts if an earlier process has left something to lose.
 #[derive(Clone, Debug)]
-pub(crate) struct Told {
+pub(crate) struct EmptyHold {
     name: &'static str,
     shared: Shared,
     hold: Duration,
@@ -19,9 +19,9 @@ pub(crate) struct Told {
     fresh: bool,
 }
 
-impl Told {
+impl EmptyHold {
     pub(crate) fn new(name: &'static str, shared: Shared, hold: Duration) -> Self {
-        Told { name, shared, hold, version: Arc::default(), fresh: true }
+        EmptyHold { name, shared, hold, version: Arc::default(), fresh: true }
     }
 
     /// The server is lost; what it says next is to be doubted.
@@ -78,9 +78,9 @@ mod tests {
 
     const HOLD: Duration = Duration::from_secs(60);
 
-    fn told() -> (Told, Shared) {
+    fn watch() -> (EmptyHold, Shared) {
         let shared = Shared::new();
-        (Told::new("streams", shared.clone(), HOLD), shared)
+        (EmptyHold::new("streams", shared.clone(), HOLD), shared)
     }
 
     fn some() -> Vec<nsp::Stream> {
@@ -95,47 +95,47 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_empty_list_after_a_loss_is_believed_after_a_while_or_when_it_is_repeated() {
-        let (mut told, shared) = told();
-        told.list(some(), |inputs| &mut inputs.streams);
-        told.lost();
-        told.list(vec![], |inputs| &mut inputs.streams);
+        let (mut watch, shared) = watch();
+        watch.list(some(), |inputs| &mut inputs.streams);
+        watch.lost();
+        watch.list(vec![], |inputs| &mut inputs.streams);
         assert_eq!(after(&shared, HOLD / 2).await, Some(1));
         assert_eq!(after(&shared, HOLD).await, Some(0));
-        told.list(some(), |inputs| &mut inputs.streams);
-        told.lost();
-        told.list(vec![], |inputs| &mut inputs.streams);
-        told.list(some(), |inputs| &mut inputs.streams);
+        watch.list(some(), |inputs| &mut inputs.streams);
+        watch.lost();
+        watch.list(vec![], |inputs| &mut inputs.streams);
+        watch.list(some(), |inputs| &mut inputs.streams);
         assert_eq!(after(&shared, 2 * HOLD).await, Some(1), "overtaken");
-        told.list(vec![], |inputs| &mut inputs.streams);
+        watch.list(vec![], |inputs| &mut inputs.streams);
         assert_eq!(after(&shared, Duration::ZERO).await, Some(0), "a change, not a loss");
     }
 
     #[tokio::test(start_paused = true)]
     async fn after_a_restart_an_empty_list_is_held_if_there_is_something_to_lose() {
         for (kept, soon) in [(Some(true), None), (None, None), (Some(false), Some(0))] {
-            let (mut told, shared) = told();
+            let (mut watch, shared) = watch();
             shared.change(|inputs| inputs.kept = kept);
-            told.list(vec![], |inputs| &mut inputs.streams);
+            watch.list(vec![], |inputs| &mut inputs.streams);
             assert_eq!(after(&shared, HOLD / 2).await, soon, "{kept:?}");
             assert_eq!(after(&shared, HOLD).await, Some(0), "{kept:?}");
         }
         // Known a moment later.
-        let (mut told, shared) = told();
-        told.list(vec![], |inputs| &mut inputs.streams);
+        let (mut watch, shared) = watch();
+        watch.list(vec![], |inputs| &mut inputs.streams);
         shared.change(|inputs| inputs.kept = Some(false));
         assert_eq!(after(&shared, Duration::from_millis(1)).await, Some(0));
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_frontend_is_not_lost_with_the_storage_of_the_nsp() {
-        let (mut told, shared) = told();
-        told.frontend(true, false);
-        told.lost();
-        told.frontend(false, true);
+        let (mut watch, shared) = watch();
+        watch.frontend(true, false);
+        watch.lost();
+        watch.frontend(false, true);
         tokio::time::sleep(HOLD / 2).await;
         assert_eq!(shared.get().frontend, Some(true));
-        told.lost();
-        told.frontend(false, false);
+        watch.lost();
+        watch.frontend(false, false);
         assert_eq!(shared.get().frontend, Some(false), "others are registered, this one is not");
     }
 }
