@@ -37,6 +37,8 @@ pub(crate) enum Kind {
     /// As costly to search as flows can be: every second one matches the packet's destination port, the others its source port,
     /// only the last one both, and all lists of byte matches are in use, each of as many statements as there can be.
     Adversarial,
+    /// As plain ones, and all packets go past the kernel's neighbour entries, as they do where a target's link is no veth pair.
+    Neighbours,
 }
 
 impl Load {
@@ -44,15 +46,14 @@ impl Load {
         Load { flows, targets, kind: Kind::Plain }
     }
 
-    /// The combinations of flows and targets, and one with everything.
+    /// The combinations of flows and targets, one with everything, and one past the neighbour entries.
     pub(crate) fn all(quick: bool) -> Vec<Load> {
-        if quick {
-            let mut few = Self::few();
-            few.push(Load { kind: Kind::Everything, ..Load::new(1_000, 1_000) });
-            return few;
-        }
-        let mut all: Vec<Load> = TARGETS.iter().flat_map(|t| FLOWS.map(|f| Load::new(f, *t))).collect();
+        let mut all = match quick {
+            true => Self::few(),
+            false => TARGETS.iter().flat_map(|t| FLOWS.map(|f| Load::new(f, *t))).collect(),
+        };
         all.push(Load { kind: Kind::Everything, ..Load::new(1_000, 1_000) });
+        all.push(Load { kind: Kind::Neighbours, ..Load::new(1, 4) });
         all
     }
 
@@ -67,15 +68,37 @@ impl Load {
             Kind::Plain => "",
             Kind::Everything => ", every dimension",
             Kind::Adversarial => ", as costly as can be",
+            Kind::Neighbours => ", past neighbour entries",
         };
         let plural = if self.flows == 1 { "" } else { "s" };
         format!("{} flow{plural}, {} targets{kind}", self.flows, self.targets)
     }
 }
 
-/// Streams: the fan's by their number of targets, and the same numbers with the one real target behind each.
-fn streams() -> Vec<(String, u32, bool)> {
-    TARGETS.iter().flat_map(|n| [(format!("fan-{n}"), *n, true), (format!("target-{n}"), *n, false)]).collect()
+/// Streams: the fan's by their number of targets, the same numbers with the one real target behind each, and the fan's once more past
+/// neighbour entries.
+fn streams() -> Vec<(String, u32, Behind)> {
+    let of = |n: &u32| [Behind::Fan, Behind::Target, Behind::Neighbours].map(|behind| (behind.stream(*n), *n, behind));
+    TARGETS.iter().flat_map(of).collect()
+}
+
+/// What is behind the targets of a stream.
+#[derive(Clone, Copy)]
+enum Behind {
+    Fan,
+    Target,
+    Neighbours,
+}
+
+impl Behind {
+    fn stream(self, targets: u32) -> String {
+        let name = match self {
+            Behind::Fan => "fan",
+            Behind::Target => "target",
+            Behind::Neighbours => "neighbours",
+        };
+        format!("{name}-{targets}")
+    }
 }
 
 pub(crate) struct Balancer {
@@ -107,14 +130,13 @@ impl Balancer {
         };
         let targets = streams()
             .into_iter()
-            .map(|(name, n, in_fan)| {
-                let one = |id| {
-                    (
-                        id,
-                        if in_fan { hop(fan_address(id), fan_address6(id), fan) } else { hop(TARGET, TARGET6, target) },
-                    )
+            .map(|(name, n, behind)| {
+                let one = |id| match behind {
+                    Behind::Fan => hop(fan_address(id), fan_address6(id), fan),
+                    Behind::Target => hop(TARGET, TARGET6, target),
+                    Behind::Neighbours => Target { direct: false, ..hop(fan_address(id), fan_address6(id), fan) },
                 };
-                (name, (1..=n).map(one).collect())
+                (name, (1..=n).map(|id| (id, one(id))).collect())
             })
             .collect();
         let engine = topology.within("middle", || {
@@ -135,7 +157,7 @@ impl Balancer {
 
     /// The stream that a configuration of the fan uses, with its targets.
     pub(crate) fn fan_stream(&self, targets: u32) -> (String, Targets) {
-        let name = format!("fan-{targets}");
+        let name = Behind::Fan.stream(targets);
         let targets = self.targets.get(&name).cloned().unwrap_or_default();
         (name, targets)
     }
@@ -146,7 +168,12 @@ fn config(load: Load, fan: bool) -> Config {
     let (v4, v6) = if fan { (way.fan_vip(), way.fan_vip6()) } else { (way.target_vip(), way.target_vip6()) };
     let vip = IpNet::V4(Ipv4Net::from(v4));
     let vips = vec![vip, IpNet::V6(Ipv6Net::from(v6))];
-    let stream = format!("{}-{}", if fan { "fan" } else { "target" }, load.targets);
+    let behind = match fan {
+        _ if load.kind == Kind::Neighbours => Behind::Neighbours,
+        true => Behind::Fan,
+        false => Behind::Target,
+    };
+    let stream = behind.stream(load.targets);
     let flow = |n: u32| {
         let port = FIRST_PORT + n as u16;
         let mut flow = Flow {

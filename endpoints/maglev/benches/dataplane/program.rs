@@ -74,7 +74,7 @@ pub(crate) fn measure(effort: &Effort, topology: &Topology, balancer: &mut Balan
     };
     row("parse-only", &parse, false);
     for (load, samples) in loads.iter().zip(&hits) {
-        row(&load.name(), samples, load.kind != Kind::Adversarial);
+        row(&load.name(), samples, matches!(load.kind, Kind::Plain | Kind::Everything));
     }
     row(&format!("{}, without the trace in the program", LARGE.name()), &without, false);
     section.note(format!("{size} instructions, {verified} walked by the verifier"));

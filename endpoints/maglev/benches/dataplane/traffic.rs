@@ -27,6 +27,8 @@ const OVERLOAD: f64 = 1.05;
 const FIRST_RATE: f64 = 2e6;
 /// So many times what arrived is offered next.
 const NEXT: f64 = 1.12;
+/// So many times as much is offered after what was not enough.
+const MORE: f64 = 1.3;
 /// What is offered is not to be more than so many times what arrives, if that can be had in so many attempts.
 const NEAR: f64 = 1.2;
 /// See [`NEAR`].
@@ -60,15 +62,20 @@ fn saturate(programs: &mut Programs, topology: &Topology, way: Way, v6: bool, fl
     for _ in 0..ATTEMPTS {
         let sample = offer(programs, topology, way, v6, (flows, rate), time);
         if sample.saturated() {
-            best = Some(sample);
+            // A sample during which the machine had something else to do leads to a rate that is too low for the next one.
+            if best.is_none_or(|best| sample.arrived > best.arrived) {
+                best = Some(sample);
+            }
             if sample.offered <= NEAR * sample.arrived {
                 break;
             }
+            rate = sample.arrived * NEXT;
         } else if sample.offered < 0.9 * rate {
             // A machine that lacks a core for the generator shows the same as one that forwards everything.
             return best.unwrap_or(sample);
+        } else {
+            rate *= MORE;
         }
-        rate = sample.arrived * NEXT;
     }
     best.unwrap_or_else(|| offer(programs, topology, way, v6, (flows, FIRST_RATE), time))
 }
