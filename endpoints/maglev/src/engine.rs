@@ -1,5 +1,5 @@
 //! The engine: takes configurations and targets, keeps the kernel's maps in step, and never shows a packet anything
-//! half-written. What is in use is not touched: the other generation (classifier) or copy (stream) is written, then one byte
+//! half-written. What is in use is not touched: the other generation (classifier) or copy (stream) is written, then one number
 //! switches.
 
 use std::collections::{BTreeMap, HashMap};

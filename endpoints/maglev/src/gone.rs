@@ -53,10 +53,10 @@ pub(crate) fn unmark(directory: &Path) -> Result<(), Error> {
 }
 
 /// Removes the directories below `base` (see [`own_directory`]) whose network namespaces are gone, and tells which. Those that another
-/// process looks after stay, and those of which it is not known.
+/// process looks after stay, and those of which it is not known. One that cannot be removed does not keep the others.
 ///
 /// # Errors
-/// `base` is no BPF file system or cannot be read, or what could not be removed.
+/// `base` is no BPF file system or cannot be read, or the first that could not be removed.
 pub fn remove_gone(base: &Path) -> Result<Vec<PathBuf>, Error> {
     match check_bpffs(base) {
         // No load balancer has been here.
@@ -67,22 +67,40 @@ pub fn remove_gone(base: &Path) -> Result<Vec<PathBuf>, Error> {
     let entries = std::fs::read_dir(base).map_err(|source| Error::Io { path: base.to_owned(), source })?;
     let ours = |path: &PathBuf| path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(NAMESPACE));
     let others = entries.flatten().map(|entry| entry.path()).filter(|path| ours(path) && *path != own);
-    let mut removed = Vec::new();
+    let (mut removed, mut failed) = (Vec::new(), None);
     for directory in others {
-        // A link that cannot be read tells nothing.
-        if !matches!(of(&directory), Ok(Some(true))) {
-            continue;
+        match remove_if_gone(&directory) {
+            Ok(false) => {}
+            Ok(true) => {
+                tracing::info!(directory = %directory.display(), "removed: its network namespace is gone");
+                removed.push(directory);
+            }
+            Err(error) => _ = failed.get_or_insert(error),
         }
-        let _lock = match Lock::existing(&directory) {
-            Ok(Some(lock)) => lock,
-            Ok(None) | Err(Error::Held { .. }) => continue,
-            Err(error) => return Err(error),
-        };
-        remove_pins(&directory, None)?;
-        // The link goes last: what has not been removed with it is found again.
-        unmark(&directory)?;
-        std::fs::remove_dir(&directory).map_err(|source| Error::Io { path: directory.clone(), source })?;
-        removed.push(directory);
     }
-    Ok(removed)
+    failed.map_or(Ok(removed), Err)
+}
+
+/// Removes a directory if its network namespace is gone and no process looks after it; `false`: it stays.
+fn remove_if_gone(directory: &Path) -> Result<bool, Error> {
+    // A link that cannot be read tells nothing.
+    let gone = || matches!(of(directory), Ok(Some(true)));
+    // Asked first without the lock, which would be in the way of one that starts.
+    if !gone() {
+        return Ok(false);
+    }
+    let _lock = match Lock::existing(directory) {
+        Ok(Some(lock)) => lock,
+        Ok(None) | Err(Error::Held { .. }) => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    // Before 5.14 a later namespace can have taken over the name, and been here meanwhile.
+    if !gone() {
+        return Ok(false);
+    }
+    remove_pins(directory, None)?;
+    // The link goes last: what has not been removed with it is found again.
+    unmark(directory)?;
+    std::fs::remove_dir(directory).map_err(|source| Error::Io { path: directory.to_owned(), source })?;
+    Ok(true)
 }

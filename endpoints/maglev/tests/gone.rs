@@ -83,20 +83,58 @@ fn directories_of_namespaces_that_are_gone_are_removed_and_no_others() {
     }
 }
 
+/// Directories of one namespace, of load balancers that have nothing attached: a detour would keep the namespace.
+fn several(net: &Net, base: &Path, names: [&str; 3]) -> [(Engine, PathBuf); 3] {
+    names.map(|name| {
+        let directory = base.join(name);
+        let mut kernel = Options::new(&directory);
+        kernel.chunks = 4;
+        let settings = Settings { kernel, offset_start: 5000 };
+        (net.run("l", move || Engine::open(settings).unwrap()), directory)
+    })
+}
+
 #[test]
 fn a_process_that_still_holds_the_directory_of_a_gone_namespace_keeps_it() {
     let fs = BpfFs::new();
     let base = fs.path();
     let (here, gone) = (Net::new(1), Net::new(1));
-    let (engine, directory) = forwarding(&gone, &base);
+    let [first, (held, directory), last] = several(&gone, &base, ["netns-a", "netns-b", "netns-c"]);
+    drop((first.0, last.0));
     drop(gone);
-    let end = Instant::now() + Duration::from_secs(3);
-    while Instant::now() < end {
-        assert!(remove(&here, &base).is_empty());
-        std::thread::sleep(Duration::from_millis(100));
+    let mut without = Vec::new();
+    while without.len() < 2 {
+        without.extend(removed(&here, &base));
     }
-    drop(engine);
-    assert_eq!(removed(&here, &base), [directory]);
+    without.sort();
+    assert_eq!(without, [first.1, last.1]);
+    assert!(remove(&here, &base).is_empty() && directory.exists(), "of the same namespace, but held");
+    drop(held);
+    assert_eq!(remove(&here, &base), [directory]);
+}
+
+#[test]
+fn a_directory_that_cannot_be_removed_does_not_keep_the_others() {
+    let fs = BpfFs::new();
+    let base = fs.path();
+    let (here, gone) = (Net::new(1), Net::new(1));
+    // Whichever way they are listed, one comes behind the one that stays.
+    let [first, (engine, stays), last] = several(&gone, &base, ["netns-a", "netns-b", "netns-c"]);
+    drop((first.0, engine, last.0));
+    std::fs::create_dir_all(stays.join("v1").join("of-somebody-else")).unwrap();
+    drop(gone);
+    let look = || {
+        let base = base.clone();
+        here.run("l", move || remove_gone(&base))
+    };
+    let end = Instant::now() + Duration::from_secs(30);
+    while first.1.exists() || last.1.exists() {
+        let result = look();
+        assert!(Instant::now() < end, "{result:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let error = look().unwrap_err().to_string();
+    assert!(error.contains("of-somebody-else") && stays.join("namespace").exists(), "{error}");
 }
 
 #[test]

@@ -41,17 +41,12 @@ pub(crate) async fn clean_up(base: PathBuf, stop: CancellationToken) {
         let place = base.clone();
         let removed = tokio::task::spawn_blocking(move || meridio_maglev::remove_gone(&place)).await;
         match removed.map_err(anyhow::Error::new).and_then(|removed| Ok(removed?)) {
-            Ok(removed) => {
-                for directory in removed {
-                    tracing::info!(directory = %directory.display(), "removed: its network namespace is gone");
-                }
-            }
             // Nothing depends on it.
             Err(error) if error.to_string() != said => {
                 tracing::warn!(%error, "what pods that are gone have left stays");
                 said = error.to_string();
             }
-            Err(_) => {}
+            _ => {}
         }
         if stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_none() {
             return;
