@@ -62,11 +62,11 @@ impl Store {
         self.0.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Replaces the file as a whole: it is complete at every moment.
+    /// Replaces the file as a whole: it is complete at every moment. What is not complete has a name that no proxy's file has.
     fn write(&self, connections: &BTreeMap<String, Connection>) {
         let Some(file) = &self.0.file else { return };
         let all = ConnectionEvent { connections: connections.clone(), ..ConnectionEvent::default() };
-        let new = file.with_extension("new");
+        let new = file.with_file_name(format!(".{}", file.file_name().unwrap_or_default().display()));
         let written = file.parent().map_or(Ok(()), fs::create_dir_all);
         let written = written.and_then(|()| fs::write(&new, all.encode_to_vec())).and_then(|()| fs::rename(&new, file));
         if let Err(error) = written {
@@ -122,6 +122,16 @@ mod tests {
         store.forget("a");
         let store = open();
         assert_eq!((store.connection("a"), store.connection("b")), (None, Some(connection("b", ""))));
+
+        // Proxies of several trenches share the directory, whatever they are called.
+        for other in ["proxy/1.new", "new", "proxy/1.json"] {
+            Store::open(directory.to_str().unwrap(), other).note(&connection(other, ""));
+        }
+        for other in ["proxy/1.new", "new", "proxy/1.json"] {
+            let noted = Store::open(directory.to_str().unwrap(), other).connection(other);
+            assert_eq!(noted, Some(connection(other, "")));
+        }
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 4, "and nothing else is left there");
 
         // Nonsense is as good as nothing, and nowhere to write to is no obstacle.
         fs::write(&file, [0xff; 7]).unwrap();

@@ -1,7 +1,7 @@
 //! What the kernel tells: NSM interfaces with their subnets, the external interface, and targets that do not answer on
 //! their link.
 
-use std::collections::btree_map::Entry;
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
@@ -177,7 +177,12 @@ impl Links {
         for index in replaced(&addresses, &ours) {
             let name = usable.iter().find(|l| l.index == index).map_or("", |l| l.name.as_str());
             tracing::warn!(interface = name, "a newer interface has its address: set down");
-            netlink.link_change(index, &LinkChange { up: Some(false), ..LinkChange::default() }).await?;
+            // It may go while we look, and what it is in the way of is to be served in any case.
+            if let Err(error) =
+                netlink.link_change(index, &LinkChange { up: Some(false), ..LinkChange::default() }).await
+            {
+                tracing::warn!(interface = name, %error, "not set down");
+            }
             addresses.retain(|a| a.index != index);
         }
         let subnets = addresses
@@ -193,20 +198,25 @@ impl Links {
 
 /// Interfaces whose address a newer one of ours has. Proxy and NSM of a node may have forgotten the connection that an interface belongs
 /// to, and have made another beside it: what is sent over the old one gets nowhere, and the kernel would prefer it.
+///
+/// An interface is as new as its newest address: one that was down has got its IPv6 addresses later than its IPv4 ones. Whatever the
+/// times are, each address stays with the newest interface that has it.
 fn replaced(addresses: &[Address], ours: &BTreeMap<u32, (u32, bool)>) -> BTreeSet<u32> {
-    let mut newest: BTreeMap<IpAddr, &Address> = BTreeMap::new();
-    let mut old = BTreeSet::new();
+    let mut interfaces: BTreeMap<u32, (u32, Vec<IpAddr>)> = BTreeMap::new();
     for address in addresses.iter().filter(|a| ours.contains_key(&a.index)) {
-        match newest.entry(address.net.addr()) {
-            Entry::Vacant(place) => _ = place.insert(address),
-            Entry::Occupied(mut place) if place.get().index != address.index => {
-                let before = *place.get();
-                if address.since > before.since {
-                    place.insert(address);
-                }
-                old.insert(if address.since > before.since { before.index } else { address.index });
-            }
-            Entry::Occupied(_) => {}
+        let (newest, ips) = interfaces.entry(address.index).or_default();
+        *newest = address.since.max(*newest);
+        ips.push(address.net.addr());
+    }
+    let mut newest_first: Vec<_> = interfaces.into_iter().collect();
+    newest_first.sort_by_key(|(index, (newest, _))| Reverse((*newest, *index)));
+    let mut held = BTreeSet::new();
+    let mut old = BTreeSet::new();
+    for (index, (_, ips)) in newest_first {
+        if ips.iter().any(|ip| held.contains(ip)) {
+            old.insert(index);
+        } else {
+            held.extend(ips);
         }
     }
     old
@@ -362,6 +372,34 @@ mod tests {
         let waiting = inputs.wait_for(|inputs| condition(inputs));
         let waited = tokio::time::timeout(Duration::from_secs(30), waiting).await;
         assert!(waited.is_ok(), "{what}: {:?}", shared.get());
+    }
+
+    #[test]
+    fn an_address_stays_with_the_newest_interface_that_has_it() {
+        let ours: BTreeMap<u32, (u32, bool)> = (1..5).map(|index| (index, (1500, true))).collect();
+        let old = |addresses: &[(u32, &str, u32)]| -> Vec<u32> {
+            let address = |&(index, net, since): &(u32, &str, u32)| Address {
+                index,
+                net: net.parse().unwrap(),
+                global: true,
+                tentative: false,
+                since,
+            };
+            replaced(&addresses.iter().map(address).collect::<Vec<_>>(), &ours).into_iter().collect()
+        };
+        let (v4, v6) = ("172.31.0.1/24", "fd00::1/64");
+        assert_eq!(old(&[(1, v4, 10), (1, v6, 10), (2, v4, 20), (2, v6, 20)]), [1]);
+        assert_eq!(old(&[(1, v4, 20), (2, v4, 10), (1, v6, 20)]), [2], "in one family only");
+        // The first one was down meanwhile, which cost it its IPv6 address: one of the two has to stay.
+        assert_eq!(old(&[(1, v4, 10), (2, v4, 20), (1, v6, 30), (2, v6, 20)]), [2]);
+        assert_eq!(
+            old(&[(1, v4, 10), (2, v4, 10), (2, v6, 10), (1, v6, 10)]),
+            [1],
+            "in the same instant, whatever the order"
+        );
+        // What goes because of one takes nothing with it.
+        assert_eq!(old(&[(1, v4, 10), (2, v4, 20), (2, v6, 20), (3, v6, 30)]), [2]);
+        assert!(old(&[(1, v4, 10), (2, "172.31.1.1/24", 20), (9, v4, 30)]).is_empty(), "nobody else's counts");
     }
 
     /// The newer one is the one whose address is newer, whatever the indexes say; it may hold for one of two families only.
