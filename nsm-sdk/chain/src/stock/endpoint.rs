@@ -101,7 +101,7 @@ impl EndpointBuilder {
 
     /// Lets callers watch only what they name among their own connections (NSM's policy `service_connection`, which it ships switched
     /// off). Without it everybody who is known to the trust domain may watch all. Who looks for a connection that is not its own,
-    /// or no longer there, is refused.
+    /// or no longer there, is refused. Connections are known by their callers' ids: who gives one the id of another's may watch both.
     #[must_use]
     pub fn guarded_monitor(mut self) -> Self {
         self.callers = Some(Callers::default());

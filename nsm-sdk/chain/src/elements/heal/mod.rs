@@ -8,16 +8,15 @@
 //! | fine | yes | dead | another endpoint is looked for |
 
 mod status;
+mod together;
 mod watch;
 
 pub use status::{ConnectionStatus, StatusSender};
 
 use super::begin::Begin;
 use crate::{CloseCall, Connection, Element, Error, Key, Next, REMOTE, RequestCall, Side, State, Task};
-use std::{
-    sync::{Arc, Weak},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
+use together::Together;
 use watch::{Gate, Watch};
 
 /// Whether the data path of a connection works.
@@ -63,7 +62,7 @@ impl LivenessCheck {
 pub struct Heal {
     key: Key<Option<Watching>>,
     check: Option<LivenessCheck>,
-    together: Option<Weak<Begin>>,
+    together: Option<Together>,
 }
 
 struct Watching {
@@ -83,7 +82,7 @@ impl Heal {
     /// depend on each other.
     #[must_use]
     pub fn together(mut self, begin: &Arc<Begin>) -> Self {
-        self.together = Some(Arc::downgrade(begin));
+        self.together = Some(Together::new(begin));
         self
     }
 

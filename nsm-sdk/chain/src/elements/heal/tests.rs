@@ -244,6 +244,31 @@ async fn a_wish_about_one_connection_refreshes_all_that_belong_together() {
     }
 }
 
+/// An endpoint that asks for all of them gets a few rounds, not one for each.
+#[tokio::test(start_paused = true)]
+async fn wishes_about_all_that_belong_together_are_no_storm() {
+    const COUNT: usize = 50;
+    let hop = Arc::new(Hop::default());
+    let builder = Client::builder("nsc", Arc::new(HopConnector(hop.clone()))).url("unix:///mgr").element(Life);
+    let client = builder.refresh_together().build();
+    for n in 0..COUNT {
+        let mut request = request();
+        request.connection.as_mut().unwrap().id = n.to_string();
+        client.request(request, TIMEOUT).await.unwrap();
+    }
+    settle().await;
+    let hub = hop.hub.lock().unwrap().clone();
+    for again in 1..3 {
+        let before = hop.requests();
+        hub.ask_for_refresh();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let requests = hop.requests() - before;
+        assert!((2 * COUNT..=5 * COUNT).contains(&requests), "{requests} requests, turn {again}");
+    }
+    assert!(hub.connections().iter().all(|connection| connection.state() == State::Up));
+    assert_eq!(hop.closes(), 0);
+}
+
 /// Asks for a refresh while the answer to the first request is on its way up: nobody listens yet.
 struct AsksEarly(Arc<Hop>, AtomicBool);
 

@@ -1,16 +1,15 @@
 //! One watch of one connection, and the healing it may end in.
 
-use super::{ConnectionStatus, LivenessCheck, StatusSender};
+use super::{ConnectionStatus, LivenessCheck, StatusSender, together::Together};
 use crate::{
-    Connection, ConnectionEventType, EventFactory, EventOptions, Fired, Remote, State,
-    elements::{begin::Begin, monitor::selector},
+    Connection, ConnectionEventType, EventFactory, EventOptions, Fired, Remote, State, elements::monitor::selector,
     remote::EventStream,
 };
 use futures_util::StreamExt;
 use rand::Rng;
 use std::{
     sync::{
-        Arc, Weak,
+        Arc,
         atomic::{AtomicU8, Ordering},
     },
     time::Duration,
@@ -58,7 +57,7 @@ pub(super) struct Watch {
     pub(super) proven: bool,
     pub(super) check: Option<LivenessCheck>,
     /// Whose other connections are refreshed with this one.
-    pub(super) together: Option<Weak<Begin>>,
+    pub(super) together: Option<Together>,
     pub(super) gate: Gate,
     pub(super) status: Option<Arc<StatusSender>>,
 }
@@ -143,10 +142,8 @@ impl Watch {
         // Not in this task, which ends with the request.
         tokio::spawn(async move {
             let Ok(Fired::Connection(_)) = refreshed.await else { return };
-            let Some(begin) = together.and_then(|begin| begin.upgrade()) else { return };
-            for id in begin.ids().into_iter().filter(|id| id != own.id()) {
-                // One that is not established has nothing to refresh and skips it.
-                drop(begin.factory(&id).map(|other| other.request(EventOptions::default())));
+            if let Some(together) = together {
+                together.follow(own.id());
             }
         });
     }

@@ -82,9 +82,14 @@ impl Hub {
 
     /// Asks the clients of all connections to request them again: something that they have been told is not so any more.
     pub fn ask_for_refresh(&self) {
-        for mut connection in self.connections() {
+        let ids: Vec<_> = lock(&self.0).connections.keys().cloned().collect();
+        for id in ids {
+            // One at a time, and as it is at that moment: requests and closes go on meanwhile.
+            let mut inner = lock(&self.0);
+            let Some(mut connection) = inner.connections.get(&id).map(Kept::get) else { continue };
             connection.set_state(State::RefreshRequested);
-            self.notify(&connection);
+            inner.announce(ConnectionEventType::Update, &connection);
+            inner.insert(&connection, Kept::new(&connection));
         }
     }
 
