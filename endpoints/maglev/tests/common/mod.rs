@@ -77,6 +77,7 @@ impl BpfFs {
 
 impl Drop for BpfFs {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.dir.path()).status();
+        // An engine that is dropped only after this still holds it.
+        let _ = Command::new("umount").arg("--lazy").arg(self.dir.path()).status();
     }
 }
