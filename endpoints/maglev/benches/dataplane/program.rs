@@ -15,28 +15,22 @@ const LARGE: Load = Load { flows: 1_000, targets: 1_000, kind: Kind::Plain };
 /// TC_ACT_REDIRECT.
 const REDIRECT: u32 = 7;
 
-/// Median time of many packets, of flows and sources all over the range.
-fn ours(balancer: &mut Balancer, load: Load, packets: u16) -> f64 {
-    let times: Vec<f64> = (0..packets)
-        .map(|n| {
-            let flow = (n as u32 * 7_919) % load.flows;
-            let p = packet([0; 6], [0; 6], Way::Balancer.fan_vip().into(), (20_000 + n, FIRST_PORT + flow as u16));
-            let run = balancer.engine.test_run(true, &p, REPEAT).unwrap_or_else(|e| panic!("{e}"));
-            assert_eq!(run.result, REDIRECT, "not the fast path");
-            run.nanoseconds as f64
-        })
-        .collect();
-    median(&times)
-}
-
-fn parse_only(programs: &Programs, packets: u16) -> f64 {
-    let times: Vec<f64> = (0..packets)
-        .map(|n| {
-            let p = packet([0; 6], [0; 6], Way::Balancer.fan_vip().into(), (20_000 + n, FIRST_PORT));
-            programs.parse(&p, REPEAT)
-        })
-        .collect();
-    median(&times)
+/// Median times of many packets, of flows and sources all over the range, and of parsing them alone; and the median of how many times one
+/// is the other. Each packet is measured both ways at once, because a shared machine is not of one speed for long.
+fn both(balancer: &mut Balancer, programs: &Programs, load: Load, packets: u16) -> [f64; 3] {
+    let mut times = [vec![], vec![], vec![]];
+    for n in 0..packets {
+        let flow = (n as u32 * 7_919) % load.flows;
+        let p = packet([0; 6], [0; 6], Way::Balancer.fan_vip().into(), (20_000 + n, FIRST_PORT + flow as u16));
+        let least = programs.parse(&p, REPEAT);
+        let run = balancer.engine.test_run(true, &p, REPEAT).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(run.result, REDIRECT, "not the fast path");
+        let took = run.nanoseconds as f64;
+        for (times, value) in times.iter_mut().zip([took, least, took / least]) {
+            times.push(value);
+        }
+    }
+    times.map(|times| median(&times))
 }
 
 pub(crate) fn measure(effort: &Effort, topology: &Topology, balancer: &mut Balancer, programs: &Programs) -> Section {
@@ -52,15 +46,14 @@ pub(crate) fn measure(effort: &Effort, topology: &Topology, balancer: &mut Balan
     for _ in 0..effort.rounds {
         for (load, samples) in loads.iter().zip(&mut hits) {
             balancer.configure(*load, true);
-            let least = parse_only(programs, packets);
-            parse.add(least);
             // The program asks for interfaces of the namespace that it runs in.
-            samples.add(topology.within("middle", || ours(balancer, *load, packets)));
-            samples.relate(least);
+            let [took, least, ratio] = topology.within("middle", || both(balancer, programs, *load, packets));
+            parse.add(least);
+            samples.pair(took, ratio);
         }
         untraced.configure(LARGE, true);
-        without.add(topology.within("middle", || ours(&mut untraced, LARGE, packets)));
-        without.relate(parse_only(programs, packets));
+        let [took, _, ratio] = topology.within("middle", || both(&mut untraced, programs, LARGE, packets));
+        without.pair(took, ratio);
     }
     let (size, verified) = balancer.engine.program_size().unwrap_or((0, 0));
     let mut section =

@@ -73,6 +73,8 @@ extern "C" fn ignore(_: libc::c_int) {}
 /// The programs, loaded; the sink is attached.
 pub(crate) struct Programs {
     ebpf: Ebpf,
+    /// Packets per second that saturated each way the last time.
+    rates: [Option<f64>; 3],
 }
 
 impl Programs {
@@ -90,7 +92,17 @@ impl Programs {
             tc::qdisc_add_clsact("mbf1").unwrap();
             sink.attach("mbf1", TcAttachType::Ingress).unwrap();
         });
-        Programs { ebpf }
+        Programs { ebpf, rates: [None; 3] }
+    }
+
+    /// Packets per second that saturated a way the last time.
+    pub(crate) fn rate(&self, way: Way) -> Option<f64> {
+        self.rates[way as usize]
+    }
+
+    /// See [`Programs::rate`].
+    pub(crate) fn set_rate(&mut self, way: Way, rate: f64) {
+        self.rates[way as usize] = Some(rate);
     }
 
     /// Time of one run of the parse-only program, ns; the packet is an ordinary one.

@@ -39,6 +39,12 @@ impl Samples {
         }
     }
 
+    /// A value whose ratio is known.
+    pub(crate) fn pair(&mut self, value: f64, ratio: f64) {
+        self.values.push(value);
+        self.ratios.push(ratio);
+    }
+
     /// This is the reference: the spread around its own median.
     pub(crate) fn relate_to_itself(&mut self) {
         let middle = self.median();

@@ -23,19 +23,16 @@ const BUSY: f64 = 0.95;
 /// What is offered has to be so many times what arrives, at least.
 const OVERLOAD: f64 = 1.05;
 
-/// Packets per second that are offered at first.
+/// Packets per second that are offered at first; later what was right the last time.
 const FIRST_RATE: f64 = 2e6;
 /// So many times what arrived is offered next.
 const NEXT: f64 = 1.12;
 /// So many times as much is offered after what was not enough.
 const MORE: f64 = 1.3;
 /// What is offered is not to be more than so many times what arrives, if that can be had in so many attempts.
-const NEAR: f64 = 1.2;
+const NEAR: f64 = 1.35;
 /// See [`NEAR`].
-const ATTEMPTS: u32 = 6;
-
-/// Figures of ours between two of plain forwarding.
-const BETWEEN: usize = 2;
+const ATTEMPTS: u32 = 4;
 
 /// What one sample has shown.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +54,7 @@ impl Sample {
 /// Offers a little more than CPU 1 can take. Not much more: each packet that is refused at the cable's end goes back to where CPU 1
 /// returns its own, and the two wait for each other there, which would be measured instead of the forwarding.
 fn saturate(programs: &mut Programs, topology: &Topology, way: Way, v6: bool, flows: u32, time: Duration) -> Sample {
-    let mut rate = FIRST_RATE;
+    let mut rate = programs.rate(way).unwrap_or(FIRST_RATE);
     let mut best: Option<Sample> = None;
     for _ in 0..ATTEMPTS {
         let sample = offer(programs, topology, way, v6, (flows, rate), time);
@@ -67,6 +64,7 @@ fn saturate(programs: &mut Programs, topology: &Topology, way: Way, v6: bool, fl
                 best = Some(sample);
             }
             if sample.offered <= NEAR * sample.arrived {
+                programs.set_rate(way, sample.arrived * NEXT);
                 break;
             }
             rate = sample.arrived * NEXT;
@@ -166,23 +164,20 @@ pub(crate) fn measure(
 ) -> Section {
     let version = if v6 { "IPv6" } else { "IPv4" };
     topology.own_core(true);
-    let time = Duration::from_millis(if effort.quick { 250 } else { 500 });
+    let time = Duration::from_millis(300);
     let loads = if v6 { Load::few() } else { Load::all(effort.quick) };
     let mut kernel = Figures::default();
     let mut ours: Vec<Figures> = loads.iter().map(|_| Figures::default()).collect();
     let mut theirs = Figures::default();
     for round in 0..effort.rounds {
-        // Plain forwarding once more after every other figure, which is related to what was forwarded just before and after it: the
-        // speed of a shared machine changes within a round.
+        // Plain forwarding once more after every figure, which is related to what was forwarded just before and after it: the speed of a
+        // shared machine changes within a round.
         let mut plain = vec![saturate(programs, topology, Way::Kernel, v6, 1, time)];
-        for (figures, loads) in ours.chunks_mut(BETWEEN).zip(loads.chunks(BETWEEN)) {
-            for (figures, load) in figures.iter_mut().zip(loads) {
-                balancer.configure(*load, true);
-                figures.add(&[saturate(programs, topology, Way::Balancer, v6, load.flows, time)]);
-            }
-            let flows = loads.last().map_or(1, |load| load.flows);
-            plain.push(saturate(programs, topology, Way::Kernel, v6, flows, time));
-            figures.iter_mut().for_each(|figures| figures.rate.relate(around(&plain)));
+        for (figures, load) in ours.iter_mut().zip(&loads) {
+            balancer.configure(*load, true);
+            figures.add(&[saturate(programs, topology, Way::Balancer, v6, load.flows, time)]);
+            plain.push(saturate(programs, topology, Way::Kernel, v6, load.flows, time));
+            figures.rate.relate(around(&plain));
         }
         if let Some(peer) = peer.as_ref().filter(|_| !v6) {
             let running = peer.start(topology, 4, true);
