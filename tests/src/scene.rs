@@ -1,11 +1,12 @@
 //! What scenarios start from: a stage of the demo with every component running.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use meridio_demo::cluster::Blueprint;
+use meridio_demo::cluster::{Blueprint, Pod};
 use meridio_demo::preflight;
 use meridio_demo::stage::Stage;
 use meridio_demo::topology::{Options, Trench};
@@ -100,4 +101,17 @@ pub fn check_clean(stage: &Stage) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Addresses of global scope of an interface of a pod, with their prefix lengths.
+///
+/// # Errors
+/// If they cannot be listed.
+pub fn addresses(pod: &Pod, interface: &str) -> Result<Vec<(IpAddr, u8)>> {
+    let text = pod.namespace.output("ip", &["-o", "address", "show", "dev", interface, "scope", "global"])?;
+    let net = |line: &str| {
+        let (address, length) = line.split_whitespace().nth(3)?.split_once('/')?;
+        Some((address.parse().ok()?, length.parse().ok()?))
+    };
+    Ok(text.lines().filter_map(net).collect())
 }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test states what it expects by unwrapping it")]
 
 use std::io::{BufRead as _, BufReader};
+use std::net::IpAddr;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use meridio_demo::cluster::Pod;
 use meridio_demo::stage::Stage;
 use meridio_demo::status::Observer;
 use meridio_demo::topology::{Kind, Trench};
-use meridio_tests::scene::{check_clean, scene, turn};
+use meridio_tests::scene::{addresses, check_clean, scene, turn};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Something that a watch sees when it has begun to listen.
@@ -96,17 +97,10 @@ fn a_proxy_that_is_killed_and_comes_back_takes_nothing_away() {
     check_clean(&stage).unwrap();
 }
 
-/// The bridge's addresses, its targets' gateways.
-fn bridge(proxy: &Pod) -> Vec<String> {
-    let text = proxy.namespace.output("ip", &["-o", "address", "show", "dev", "bridge0", "scope", "global"]).unwrap();
-    let address = |line: &str| line.split_whitespace().nth(3).and_then(|net| net.split('/').next()).map(str::to_owned);
-    text.lines().filter_map(address).collect()
-}
-
 /// Load balancers of the stage forget, or know again, how to answer this proxy itself; what it forwards is not concerned.
-fn deaf(stage: &Stage, addresses: &[String], deaf: bool) {
+fn deaf(stage: &Stage, addresses: &[(IpAddr, u8)], deaf: bool) {
     let change = if deaf { "add" } else { "delete" };
-    let route = |address: &String| format!("route {change} blackhole {address}\n");
+    let route = |(address, _): &(IpAddr, u8)| format!("route {change} blackhole {address}\n");
     let lines: String = addresses.iter().map(route).collect();
     for lb in stage.cluster.pods(Kind::LoadBalancer) {
         lb.namespace.ip(&lines).unwrap();
@@ -122,7 +116,7 @@ fn a_proxy_that_comes_back_without_nsm_and_hears_nobody_leaves_replies_their_way
     let proxy = stage.cluster.pods(Kind::Proxy).remove(0);
     let node = stage.cluster.pods(Kind::Node).into_iter().find(|node| node.plan.node == proxy.plan.node).unwrap();
     let nsm = node.process("nsm").unwrap();
-    let addresses = bridge(&proxy);
+    let addresses = addresses(&proxy, "bridge0").unwrap();
     assert_eq!(addresses.len(), 2, "{addresses:?}");
 
     let mark = traffic.mark();

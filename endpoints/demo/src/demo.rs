@@ -92,6 +92,9 @@ impl Show<'_> {
         for failure in &self.report.failures {
             println!("FAILED: {failure}");
         }
+        for line in self.report.events.iter().flat_map(|event| &event.log) {
+            println!("{line}");
+        }
         if self.settings.keep && self.settings.once {
             println!("kept up until Ctrl-C; look inside with: ip netns exec mdm-{}-lb-1 ip address", self.settings.id);
             while !self.stop.is_cancelled() {

@@ -1,15 +1,15 @@
 //! What happens to the trench while traffic flows, and what each of it may cost.
 
-use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cleanup;
 use crate::report::Event;
 use crate::status::Observer;
 use crate::topology::Kind;
 use crate::traffic::continuous::{Continuous, Direction, Mark, Window, first_answer};
+use crate::{cleanup, excerpt};
 
 /// Components whose restart is an event, with the kind of pod they live in.
 const COMPONENTS: [(&str, Kind); 8] = [
@@ -28,6 +28,10 @@ const OPENINGS: usize = 5;
 
 /// Patience for the trench to be whole again.
 const PATIENCE: Duration = Duration::from_secs(45);
+
+/// Log lines of this time before and after a loss are shown, and so many at most.
+const AROUND: Duration = Duration::from_millis(150);
+const EXCERPT: usize = 40;
 
 /// Names of all events, in order.
 pub fn names() -> Vec<String> {
@@ -112,7 +116,19 @@ impl Director<'_> {
     /// Adds what happened since `mark` to the event.
     fn account(&mut self, mark: Mark, rules: &Rules, event: &mut Event) {
         let window = self.traffic.since(mark);
+        let before = event.failures.len();
         tally(&window, mark.at, rules, event);
+        let times = window.losses.iter().map(|loss| loss.sent);
+        if event.failures.len() > before
+            && let (Some(first), Some(last)) = (times.clone().min(), times.max())
+        {
+            let at = |time: Instant| SystemTime::now() - time.elapsed();
+            let logs = &self.observer.cluster.blueprint().logs;
+            match excerpt::of(logs, at(first) - AROUND, at(last) + AROUND) {
+                Ok(lines) => event.log.extend(lines.into_iter().take(EXCERPT)),
+                Err(error) => event.log.push(format!("{error:#}")),
+            }
+        }
     }
 
     fn target_close(&mut self, event: &mut Event) -> Result<()> {
@@ -299,13 +315,20 @@ fn tally(window: &Window, begin: Instant, rules: &Rules, event: &mut Event) {
             let count = |direction| losses.iter().filter(|loss| loss.direction == direction).count();
             let first = losses.iter().map(after).min().unwrap_or(0);
             let v6 = losses.iter().filter(|loss| loss.is_ipv6()).count();
+            let mut of_targets = BTreeMap::<&str, u64>::new();
+            for loss in &losses {
+                *of_targets.entry(loss.target.as_deref().unwrap_or("nobody")).or_default() += 1;
+            }
+            let of_targets: Vec<_> =
+                of_targets.into_iter().map(|(target, count)| format!("{target} {count}")).collect();
             event.failures.push(format!(
-                "{} of {} packets lost ({} IPv4, {v6} IPv6; {} on the way in, {} on the way out), the first after {first} ms, the last after {} ms",
+                "{} of {} packets lost ({} IPv4, {v6} IPv6; {} on the way in, {} on the way out; {}), the first after {first} ms, the last after {} ms",
                 losses.len(),
                 window.sent,
                 losses.len() - v6,
                 count(Direction::Ingress),
                 count(Direction::Egress),
+                of_targets.join(", "),
                 ingress.max(egress)
             ));
         }

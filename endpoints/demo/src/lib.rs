@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod config;
 pub mod demo;
 pub mod events;
+pub mod excerpt;
 pub mod fabric;
 pub mod namespace;
 pub mod preflight;

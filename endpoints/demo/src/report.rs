@@ -43,6 +43,8 @@ pub struct Event {
     pub whole_ms: u64,
     /// Each criterion that does not hold, one line.
     pub failures: Vec<String>,
+    /// Where packets were lost that should not have been: what the components logged at that time.
+    pub log: Vec<String>,
 }
 
 /// Durations, milliseconds.

@@ -29,7 +29,7 @@ pub(crate) struct Bridge {
     netlink: Netlink,
     families: Families,
     index: u32,
-    /// Ports that are new, and whose load balancer is not known yet.
+    /// Ports that are new, and of which it is not known yet who is behind them.
     fresh: BTreeSet<String>,
 }
 
@@ -127,16 +127,16 @@ impl Bridge {
         self.route(&desired).await
     }
 
-    /// Behind a new port a load balancer may have another link-layer address than behind the old one, and the kernel would go on
-    /// sending to that for as long as it believes what it has heard (half a minute).
+    /// Behind a new port a load balancer or a target may have another link-layer address than behind the old one, and the kernel would
+    /// go on sending to that for as long as it believes what it has heard (half a minute): replies would be lost, or a target that
+    /// asks whether its gateway is alive would not hear the answer.
     async fn forget_neighbours(&mut self, inputs: &Inputs) -> Result<(), nsm_kernel::Error> {
-        for balancer in inputs.balancers.values() {
-            if balancer.interface.as_ref().is_some_and(|name| self.fresh.remove(name)) {
-                for address in &balancer.addresses {
-                    let forgotten = self.netlink.neighbour_delete(self.index, *address).await;
-                    nsm_kernel::error::ignore_missing(forgotten)?;
-                }
+        let known: Vec<_> = self.fresh.iter().filter_map(|name| Some((name.clone(), inputs.behind(name)?))).collect();
+        for (name, addresses) in known {
+            for address in addresses {
+                nsm_kernel::error::ignore_missing(self.netlink.neighbour_delete(self.index, *address).await)?;
             }
+            self.fresh.remove(&name);
         }
         Ok(())
     }

@@ -57,7 +57,14 @@ impl Element for TargetAddresses {
         }
         let result = next.request(call).await;
         match &result {
-            Ok(_) => drop(metadata.insert(&self.served, true)),
+            Ok(connection) => {
+                metadata.insert(&self.served, true);
+                if let Some(name) = ipcontext::interface(connection) {
+                    let ip = connection.context.as_ref().and_then(|context| context.ip_context.as_ref());
+                    let addresses = ipcontext::addresses(ip.map_or(&[], |ip| &ip.src_ip_addrs));
+                    self.shared.change(|inputs| _ = inputs.targets.insert(name.to_owned(), addresses));
+                }
+            }
             Err(_) if metadata.get(&self.served).is_none() => self.addresses.release_later(&id),
             Err(_) => {}
         }
@@ -66,6 +73,9 @@ impl Element for TargetAddresses {
 
     async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
         self.addresses.release_later(&first_segment(&call.message));
+        if let Some(name) = ipcontext::interface(&call.message) {
+            self.shared.change(|inputs| _ = inputs.targets.remove(name));
+        }
         next.close(call).await
     }
 }

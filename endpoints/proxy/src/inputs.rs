@@ -29,7 +29,9 @@ pub(crate) struct Inputs {
     pub(crate) bridge: BTreeSet<IpNet>,
     /// Load balancers by endpoint name.
     pub(crate) balancers: BTreeMap<String, Balancer>,
-    /// Next hops found in the table at start, in use until load balancers are known by name.
+    /// Addresses of the targets that this proxy serves, by the interface towards each.
+    pub(crate) targets: BTreeMap<String, BTreeSet<IpAddr>>,
+    /// Next hops found in the table at start, in use until all load balancers are known by name.
     pub(crate) inherited: BTreeSet<IpAddr>,
     /// Addresses that answer probes.
     pub(crate) answering: BTreeSet<IpAddr>,
@@ -37,6 +39,8 @@ pub(crate) struct Inputs {
     pub(crate) silent: BTreeSet<IpAddr>,
     /// Interfaces of connections, to be ports of the bridge.
     pub(crate) ports: BTreeSet<String>,
+    /// Who will vouch by name for what was found at start has done so.
+    pub(crate) settled: bool,
 }
 
 impl Inputs {
@@ -44,6 +48,19 @@ impl Inputs {
     pub(crate) fn probed(&self) -> BTreeSet<IpAddr> {
         let known = self.balancers.values().flat_map(|balancer| balancer.addresses.iter().copied());
         known.chain(self.inherited.iter().copied()).collect()
+    }
+
+    /// The addresses of whoever is behind the port `name`.
+    pub(crate) fn behind(&self, name: &str) -> Option<&BTreeSet<IpAddr>> {
+        let mut balancers = self.balancers.values();
+        let balancer = balancers.find(|balancer| balancer.interface.as_deref() == Some(name));
+        balancer.map(|balancer| &balancer.addresses).or_else(|| self.targets.get(name))
+    }
+
+    /// Whether there is a connection to every load balancer in the registry, and to one at least.
+    pub(crate) fn all_connected(&self) -> bool {
+        let mut registered = self.balancers.values().filter(|balancer| balancer.registered).peekable();
+        registered.peek().is_some() && registered.all(|balancer| balancer.interface.is_some())
     }
 
     /// Takes down what the probes say of an address.

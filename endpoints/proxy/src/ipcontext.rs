@@ -1,9 +1,12 @@
 //! Addresses of a connection between a target and this proxy (spec 6.3).
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use meridio_proto::nsm::connectioncontext::IpContext;
+use nsm_chain::Connection;
+use nsm_chain::elements::kernel_mechanism::NAME;
 
 /// What the IPAM gave for one connection, one entry per family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -62,6 +65,16 @@ fn texts(nets: &[IpNet]) -> Vec<String> {
 /// The address in `addr/len` or `addr`.
 pub(crate) fn address(text: &str) -> Option<IpAddr> {
     text.split('/').next()?.parse().ok()
+}
+
+/// Those in `list` that are addresses.
+pub(crate) fn addresses(list: &[String]) -> BTreeSet<IpAddr> {
+    list.iter().filter_map(|text| address(text)).collect()
+}
+
+/// This proxy's interface of a connection.
+pub(crate) fn interface(connection: &Connection) -> Option<&str> {
+    connection.mechanism.as_ref()?.parameters.get(NAME).map(String::as_str)
 }
 
 #[cfg(test)]

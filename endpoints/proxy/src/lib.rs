@@ -126,6 +126,7 @@ impl Parts {
             name: settings.name.clone(),
             request_timeout: settings.request_timeout.into(),
         };
+        tasks.spawn(Mesh::settle(shared.clone(), stop.clone()));
         tasks.spawn(mesh.run(stop.clone()));
         let endpoint = self.endpoint(&addresses);
         tasks.spawn(endpoint::announce(endpoint.hub().clone(), shared, stop.clone()));

@@ -15,12 +15,15 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::inputs::Shared;
+use crate::inputs::{Inputs, Shared};
 use crate::ipcontext;
 use crate::store::Store;
 
 /// A load balancer that is neither registered nor answering is given up after so long.
 pub(crate) const FORGET: Duration = Duration::from_secs(30);
+/// What was found at start is in use for so long at least after the first load balancer is known, and at most: the registry tells of
+/// them one by one, and one that is registered may never be reached.
+const SETTLE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
 /// Time for closing the connections at the end (spec 6.1), all at once.
 const CLOSE: Duration = Duration::from_secs(5);
 
@@ -79,6 +82,21 @@ impl Mesh {
             }
         }))
         .await;
+    }
+
+    /// Waits until what was found at start has a name now, or will not get one.
+    pub(crate) async fn settle(shared: Shared, stop: CancellationToken) {
+        let mut inputs = shared.subscribe();
+        let settled = async {
+            let known = inputs.wait_for(|inputs| inputs.balancers.values().any(|balancer| balancer.registered)).await;
+            drop(known);
+            tokio::time::sleep(SETTLE.0).await;
+            _ = tokio::time::timeout(SETTLE.1 - SETTLE.0, inputs.wait_for(Inputs::all_connected)).await;
+        };
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = settled => shared.change(|inputs| inputs.settled = true),
+        }
     }
 
     /// Keeps the connection to one load balancer until it is gone for good or `stop`.
@@ -162,15 +180,15 @@ impl Mesh {
             self.store.note(connection);
         }
         let ip = connection.context.as_ref().and_then(|context| context.ip_context.as_ref());
-        let addresses = ip.map(|ip| ip.dst_ip_addrs.iter().filter_map(|text| ipcontext::address(text)).collect());
-        let interface = connection.mechanism.as_ref().and_then(|mechanism| mechanism.parameters.get("name")).cloned();
+        let addresses = ipcontext::addresses(ip.map_or(&[], |ip| &ip.dst_ip_addrs));
+        let interface = ipcontext::interface(connection).map(str::to_owned);
         self.shared.change(|inputs| {
             let balancer = inputs.balancers.entry(endpoint.to_owned()).or_default();
             if balancer.up != status.is_up() {
                 tracing::info!(load_balancer = endpoint, up = status.is_up(), "NSM");
             }
             balancer.up = status.is_up();
-            balancer.addresses = addresses.unwrap_or_default();
+            balancer.addresses = addresses;
             inputs.ports.extend(interface.clone());
             if let Some(old) = std::mem::replace(&mut balancer.interface, interface.clone())
                 && Some(&old) != interface.as_ref()

@@ -45,7 +45,8 @@ impl RoutingPlan {
 /// What the data path says (the link is there, probes are answered) counts more than what the control plane says
 /// (registered, up): a load balancer that only the control plane has lost stays if there is no better one, and if no
 /// probe is answered at all, the probes are believed less than the links. What was in use when the proxy began stays beside what it
-/// has connected to until one of these has answered.
+/// has connected to until one of these has answered, and if it answers itself until all of them are connected to: a restart moves
+/// no reply to another load balancer.
 pub(crate) fn next_hops(inputs: &Inputs, links: &BTreeSet<String>, v6: bool) -> BTreeSet<IpAddr> {
     let of_family = |addresses: &BTreeSet<IpAddr>| -> Vec<IpAddr> {
         addresses.iter().copied().filter(|address| address.is_ipv6() == v6).collect()
@@ -63,7 +64,8 @@ pub(crate) fn next_hops(inputs: &Inputs, links: &BTreeSet<String>, v6: bool) -> 
 
     let good = alive(pick(&|balancer| balancer.registered && balancer.up));
     if good.iter().any(|address| inputs.answering.contains(address)) {
-        return good;
+        let vouched = |address: &IpAddr| !inputs.settled && inputs.answering.contains(address);
+        return good.into_iter().chain(inherited.into_iter().filter(vouched)).collect();
     }
     if !good.is_empty() {
         return &good | &alive(inherited);

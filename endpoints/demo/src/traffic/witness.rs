@@ -86,10 +86,14 @@ fn watch(socket: &Socket, arrivals: &Arrivals) {
     }
 }
 
-/// Classic BPF over an IP packet: UDP to the flow's port, IPv4 without options or IPv6 without extension headers.
+/// Classic BPF over an IP packet: for this host (a bridge floods what is for a neighbour that has just gone), UDP to the flow's port,
+/// IPv4 without options or IPv6 without extension headers.
 fn filter() -> Vec<SockFilter> {
     let (byte, half, and, equal, end) = (0x30, 0x28, 0x54, 0x15, 0x06);
+    let packet_type = (libc::SKF_AD_OFF + libc::SKF_AD_PKTTYPE).cast_unsigned();
     vec![
+        SockFilter::new(byte, 0, 0, packet_type),
+        SockFilter::new(equal, 12, 0, u32::from(libc::PACKET_OTHERHOST)),
         SockFilter::new(byte, 0, 0, 0),
         SockFilter::new(and, 0, 0, 0xf0),
         SockFilter::new(equal, 0, 4, 0x40),

@@ -66,18 +66,28 @@ fn control_plane_loss_alone_never_takes_the_last_one() {
 }
 
 #[test]
-fn next_hops_found_at_start_serve_until_the_first_one_is_known() {
+fn next_hops_found_at_start_serve_until_all_are_known() {
     let (full, links) = two();
     let mut inputs = Inputs { inherited: [ip("172.16.0.4"), ip("172.16.0.6")].into(), ..Inputs::default() };
     assert_eq!(hops(&inputs, &links).len(), 2);
     inputs.silent.insert(ip("172.16.0.6"));
     assert_eq!(hops(&inputs, &links), [ip("172.16.0.4")]);
-    inputs.balancers = full.balancers;
     inputs.silent.clear();
-    inputs.balancers.remove("lb-1");
-    assert_eq!(hops(&inputs, &links).len(), 2, "it has a name, and has not answered yet");
+    inputs.judge(ip("172.16.0.4"), true);
+    inputs.balancers = full.balancers.clone();
+    inputs.balancers.get_mut("lb-1").unwrap().interface = None;
+    inputs.balancers.get_mut("lb-1").unwrap().addresses.clear();
+    assert_eq!(hops(&inputs, &links).len(), 2, "lb-2 has a name, and has not answered yet");
     inputs.judge(ip("172.16.0.6"), true);
-    assert_eq!(hops(&inputs, &links), [ip("172.16.0.6")]);
+    assert!(!inputs.all_connected());
+    assert_eq!(hops(&inputs, &links).len(), 2, "the other one answers as well, and may be connected to any moment");
+    inputs.settled = true;
+    assert_eq!(hops(&inputs, &links), [ip("172.16.0.6")], "nobody has vouched for it");
+    inputs.settled = false;
+    inputs.answering.remove(&ip("172.16.0.4"));
+    assert_eq!(hops(&inputs, &links), [ip("172.16.0.6")], "it does not answer");
+    inputs.balancers = full.balancers;
+    assert!(inputs.all_connected() && !Inputs::default().all_connected());
 }
 
 #[test]
