@@ -9,7 +9,11 @@
 //!
 //! Each step has a bound: one that a manager does not finish in time is broken off, said so, and its figures are those of what was done.
 
+#[path = "nsm/figures.rs"]
+mod figures;
+
 use anyhow::{Context as _, Result, bail};
+use figures::{Latency, aims, mib, ms};
 use meridio_tests::{
     leaks,
     mesh::{self, Carrier, Nse, Process, TIMEOUT, World},
@@ -166,6 +170,24 @@ impl Path4 {
         Ok((made.into_iter().flat_map(|(connections, _)| connections).collect(), failed))
     }
 
+    /// Another client of the same name goes on with them, several at a time, for no longer than `bound`. Returns how many it has.
+    async fn take_over(&self, client: &Client, connections: &[Connection], bound: Duration) -> usize {
+        let (begin, mut done) = (Instant::now(), 0);
+        for some in connections.chunks(WORKERS) {
+            if begin.elapsed() >= bound {
+                break;
+            }
+            let request = |one: &Connection| {
+                let connection = Some(one.clone());
+                nsm_chain::NetworkServiceRequest { connection, ..self.world.request(&one.id, Carrier::Veth) }
+            };
+            let requests = some.iter().map(|one| client.request(request(one), TIMEOUT));
+            let results = futures_util::future::join_all(requests).await;
+            done += results.iter().filter(|result| result.is_ok()).count();
+        }
+        done
+    }
+
     /// Closes them, several at a time, for no longer than `bound`. Returns how many are closed, and how many could not be.
     async fn close(&self, client: &Client, connections: &[Connection], bound: Duration) -> (usize, usize) {
         let (begin, mut done) = (Instant::now(), (0, 0));
@@ -250,34 +272,6 @@ impl Path4 {
     }
 }
 
-/// Distribution of some times.
-#[derive(Clone, Copy)]
-struct Latency {
-    p50: Duration,
-    p99: Duration,
-    longest: Duration,
-}
-
-impl Latency {
-    fn of(mut times: Vec<Duration>) -> Self {
-        times.sort();
-        let at = |part: usize| times.get((times.len() * part / 100).min(times.len() - 1)).copied().unwrap_or_default();
-        Self { p50: at(50), p99: at(99), longest: at(100) }
-    }
-
-    fn json(self) -> Value {
-        json!({ "p50_ms": ms(self.p50), "p99_ms": ms(self.p99), "max_ms": ms(self.longest) })
-    }
-}
-
-fn ms(time: Duration) -> f64 {
-    (time.as_secs_f64() * 100_000.0).round() / 100.0
-}
-
-fn mib(bytes: u64) -> f64 {
-    (bytes as f64 / 1024.0 / 1024.0 * 100.0).round() / 100.0
-}
-
 async fn rate(other: Option<&Path>, size: &Size) -> Result<Value> {
     let path = Path4::start(other).await?;
     let mut result = json!({});
@@ -307,7 +301,7 @@ async fn live(other: Option<&Path>, size: &Size) -> Result<Value> {
     let (many, each_step) = size.patience;
     path.sequential(Carrier::Veth, WARM_UP, each_step).await;
     let before = mesh::usage(path.pid)?;
-    let client = path.world.client("nsc-live", &path.manager, SHORT_LIFE).await?;
+    let client = path.world.client("nsc-live", &path.manager, LONG_LIFE).await?;
     let begin = Instant::now();
     let (connections, failed) = path.establish(&client, size.live, many).await?;
     let (establish, count) = (begin.elapsed(), connections.len());
@@ -324,13 +318,22 @@ async fn live(other: Option<&Path>, size: &Size) -> Result<Value> {
         mib(standing.resident),
         each(standing.descriptors as u64, before.descriptors as u64),
     );
-    let (latency, lost) = path.sequential(Carrier::Veth, size.sequential, each_step).await;
-    println!(
-        "  one more, one at a time: p50 {:.2} ms, p99 {:.2} ms, longest {:.2} ms, {lost} failed",
-        ms(latency.p50),
-        ms(latency.p99),
-        ms(latency.longest)
-    );
+    let one_more = async |while_what: &str| {
+        let (latency, lost) = path.sequential(Carrier::Veth, size.sequential, each_step).await;
+        println!(
+            "  one more{while_what}, one at a time: p50 {:.2} ms, p99 {:.2} ms, longest {:.2} ms, {lost} failed",
+            ms(latency.p50),
+            ms(latency.p99),
+            ms(latency.longest)
+        );
+        (latency, lost)
+    };
+    let (latency, lost) = one_more("").await;
+    drop(client);
+    let client = path.world.client("nsc-live", &path.manager, SHORT_LIFE).await?;
+    let taken = path.take_over(&client, &connections, each_step).await;
+    println!("  {taken} of them go on with tokens of {SHORT_LIFE:?}, by another client of the same name");
+    let (busy_latency, busy_lost) = one_more(" meanwhile").await;
     let refresh = refreshing(&path, size.refreshing).await?;
     let settled = mesh::usage(path.pid)?;
     println!("  manager {:.1} MiB resident after that", mib(settled.resident));
@@ -357,7 +360,7 @@ async fn live(other: Option<&Path>, size: &Size) -> Result<Value> {
     let memory = |of: fn(&mesh::Usage) -> u64| json!({ "before": mib(of(&before)), "live": mib(of(&standing)), "refreshed": mib(of(&settled)), "after": mib(of(&after)) });
     Ok(json!({
         "connections": count,
-        "failed_requests": failed + lost,
+        "failed_requests": failed + lost + busy_lost,
         "establish_s": establish.as_secs_f64(),
         "closed": closed,
         "close_s": closing.as_secs_f64(),
@@ -366,6 +369,8 @@ async fn live(other: Option<&Path>, size: &Size) -> Result<Value> {
         "kib_per_connection": kib,
         "descriptors": { "before": before.descriptors, "live": standing.descriptors, "after": after.descriptors },
         "request_latency": latency.json(),
+        "taken_over": taken,
+        "request_latency_while_refreshing": busy_latency.json(),
         "refresh": refresh,
     }))
 }
@@ -408,38 +413,6 @@ fn leak(size: &Size) -> Result<Value> {
         "tasks": [report.before.tasks, report.after.tasks],
         "left": report.left(),
     }))
-}
-
-/// The aims, as far as this run can say: text, value, whether it holds.
-fn aims(result: &Value) -> Vec<(String, bool)> {
-    let number = |path: &str| result.pointer(path).and_then(Value::as_f64);
-    let mut aims = Vec::new();
-    if let Some(p99) = number("/live/ours/request_latency/p99_ms") {
-        aims.push((
-            format!("p99 of a local Request with kernel work, many live: {p99:.1} ms (at most 50)"),
-            p99 <= 50.0,
-        ));
-    }
-    if let (Some(ours), Some(theirs)) =
-        (number("/rate/ours/nothing/new_per_s"), number("/rate/other/nothing/new_per_s"))
-    {
-        let ratio = ours / theirs;
-        aims.push((format!("requests/s: {ratio:.1} times the other manager's (at least 5)"), ratio >= 5.0));
-    }
-    if let (Some(ours), Some(theirs)) =
-        (number("/live/ours/resident_mib/live"), number("/live/other/resident_mib/live"))
-    {
-        // Where the other manager was too slow it has fewer connections to hold: in its favour.
-        let ratio = ours / theirs;
-        let text = format!(
-            "resident memory: {ours:.1} MiB of {theirs:.1} MiB, {ratio:.3} of the other manager's (at most 0.1)"
-        );
-        aims.push((text, ratio <= 0.1));
-    }
-    if let Some(left) = result.pointer("/leaks/left").and_then(Value::as_array) {
-        aims.push((format!("left after all cycles: {left:?} (nothing)"), left.is_empty()));
-    }
-    aims
 }
 
 fn machine() -> Value {
