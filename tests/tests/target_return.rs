@@ -1,4 +1,4 @@
-//! A target that leaves and comes back: its addresses are the same, its link is another one.
+//! Targets that leave and come back.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test states what it expects by unwrapping it")]
 
 use std::collections::BTreeSet;
@@ -41,6 +41,7 @@ fn link_layer_address(pod: &Pod) -> String {
     link.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).unwrap().to_owned()
 }
 
+/// Its addresses are the same, its link is another one.
 #[test]
 fn a_target_that_comes_back_hears_its_gateway_at_once() {
     let _turn = turn();
@@ -65,5 +66,34 @@ fn a_target_that_comes_back_hears_its_gateway_at_once() {
         macs.insert(link_layer_address(&target));
     }
     assert!(macs.len() > 1, "the link was never another one: nothing was tested");
+    check_clean(&stage).unwrap();
+}
+
+/// Nobody is told that the pod has gone: its registration, its addresses and the connection's id are those of its predecessor.
+#[test]
+fn a_target_that_is_made_anew_under_its_name_gets_its_traffic() {
+    let _turn = turn();
+    let stage = scene("tgnew", vec![Trench::fixture('a', 0)]).unwrap();
+    let observer = &stage.observers[0];
+    let traffic = observer.traffic().unwrap();
+    let target = stage.cluster.pods(Kind::Target).remove(0);
+    let (name, before) =
+        (target.plan.name.clone(), (addresses(&target, INTERFACE).unwrap(), link_layer_address(&target)));
+    drop(target);
+    stage.cluster.delete_pod(&name).unwrap();
+    stage.cluster.recreate_pod(&name).unwrap();
+    let opened = observer.open(&name, Duration::from_secs(10)).unwrap();
+    observer.wait_whole(&observer.targets_of_trench(), PATIENCE, &mut |line| println!("{line}")).unwrap();
+    let whole = opened.elapsed();
+    let target = stage.cluster.pod(&name).unwrap();
+    let after = (addresses(&target, INTERFACE).unwrap(), link_layer_address(&target));
+    println!("whole {whole:?} after it was opened; {after:?}");
+    assert_eq!(before, after, "neighbours notice nothing");
+    let mark = traffic.mark();
+    std::thread::sleep(Duration::from_secs(2));
+    let window = traffic.since(mark);
+    println!("{} packets sent, {} lost", window.sent, window.losses.len());
+    assert!(window.losses.is_empty(), "{:?}", window.losses.first());
+    assert!(whole < Duration::from_secs(3), "{whole:?}");
     check_clean(&stage).unwrap();
 }

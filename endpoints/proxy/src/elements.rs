@@ -41,21 +41,26 @@ impl Element for TargetAddresses {
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
         let metadata = call.ctx.metadata(NAME, call.id())?.clone();
         let id = first_segment(call.connection_mut());
-        let bridge: Vec<IpNet> = self.bridge().into_iter().collect();
-        if bridge.is_empty() {
-            return Err(Error::new(NAME, id, "the bridge has no address yet").with_code(Code::Unavailable));
+        let again = |text: &str| Error::new(NAME, id.clone(), text).with_code(Code::Unavailable);
+        if self.bridge().is_empty() {
+            return Err(again("the bridge has no address yet"));
         }
         let allocated = self.addresses.of_connection(&id).await;
+        let bridge = self.bridge();
         let context = ip_context(call.connection_mut());
         match allocated {
-            Ok(allocation) => ipcontext::apply(context, &allocation, &bridge),
+            Ok(allocation) => ipcontext::apply(context, &allocation, &bridge.iter().copied().collect::<Vec<_>>()),
             // A connection that works does not end because the IPAM is away.
             Err(status) if has_addresses(context) => {
                 tracing::warn!(connection = id, error = %status, "no answer of the IPAM, addresses stay as they are");
             }
             Err(status) => return Err(Error::new(NAME, id, format!("no address: {status}")).with_code(status.code())),
         }
-        let result = next.request(call).await;
+        let result = match next.request(call).await {
+            // Who has the connection already is told of new gateways; this target would not be.
+            Ok(_) if self.bridge() != bridge => Err(again("the bridge's addresses have changed meanwhile")),
+            result => result,
+        };
         match &result {
             Ok(connection) => {
                 metadata.insert(&self.served, true);

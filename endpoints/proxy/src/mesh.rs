@@ -51,10 +51,24 @@ impl Mesh {
             NetworkServiceEndpoint { network_service_names: vec![self.service.clone()], ..Default::default() };
         let mut events = self.registry.watch_nse(template);
         let mut links: BTreeMap<String, (CancellationToken, JoinHandle<()>)> = BTreeMap::new();
+        let mut inherits = true;
+        let inherited = tokio::time::sleep(FORGET);
+        tokio::pin!(inherited);
         loop {
             let event = tokio::select! {
                 () = stop.cancelled() => break,
                 event = events.next() => match event { Some(event) => event, None => break },
+                () = &mut inherited, if inherits => {
+                    // Load balancers that went while this proxy was away: NSM ends their connections. Without any, perhaps the
+                    // registry does not answer.
+                    inherits = links.is_empty();
+                    if inherits {
+                        inherited.as_mut().reset(Instant::now() + FORGET);
+                    } else {
+                        self.store.keep_only(&links.keys().map(|endpoint| self.id(endpoint)).collect());
+                    }
+                    continue;
+                }
             };
             let name = event.object.name.clone();
             let registered = !event.deleted;
@@ -99,9 +113,13 @@ impl Mesh {
         }
     }
 
+    fn id(&self, endpoint: &str) -> String {
+        format!("{}-{}-{endpoint}", self.name, self.service)
+    }
+
     /// Keeps the connection to one load balancer until it is gone for good or `stop`.
     async fn keep(self, endpoint: String, stop: CancellationToken) {
-        let id = format!("{}-{}-{endpoint}", self.name, self.service);
+        let id = self.id(&endpoint);
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
         let mut tries = TRIES;
         let connected = async {

@@ -3,7 +3,7 @@
 //! NSM recognises a connection by the ids on its path. If its managers and the client have all forgotten them, another connection is made
 //! beside the old one, and at a load balancer on another node, where nothing was restarted, two interfaces claim one address.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fs, io};
@@ -54,6 +54,16 @@ impl Store {
     pub(crate) fn forget(&self, id: &str) {
         let mut connections = self.connections();
         if connections.remove(id).is_some() {
+            self.write(&connections);
+        }
+    }
+
+    /// Of those that are not in `ids` nobody has spoken since the start: they are no longer wanted either.
+    pub(crate) fn keep_only(&self, ids: &BTreeSet<String>) {
+        let mut connections = self.connections();
+        let before = connections.len();
+        connections.retain(|id, _| ids.contains(id));
+        if connections.len() != before {
             self.write(&connections);
         }
     }
@@ -122,6 +132,10 @@ mod tests {
         store.forget("a");
         let store = open();
         assert_eq!((store.connection("a"), store.connection("b")), (None, Some(connection("b", ""))));
+
+        store.note(&connection("c", ""));
+        store.keep_only(&["b".to_owned(), "never noted".to_owned()].into());
+        assert_eq!((open().connection("b"), open().connection("c")), (Some(connection("b", "")), None));
 
         // Proxies of several trenches share the directory, whatever they are called.
         for other in ["proxy/1.new", "new", "proxy/1.json"] {

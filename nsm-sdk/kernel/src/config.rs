@@ -108,6 +108,8 @@ pub enum Step {
     AddAddress(IpNet),
     /// Delete an address.
     DeleteAddress(IpNet),
+    /// Tell neighbours where the addresses of the interface are now.
+    Announce,
     /// Add or replace a route.
     SetRoute(Route),
     /// Delete a route.
@@ -215,7 +217,15 @@ fn plan_addresses(wanted: &InterfaceConfig, seen: &Observed, steps: &mut Vec<Ste
     let Some(addresses) = &wanted.addresses else { return Vec::new() };
     let have: BTreeSet<IpNet> = seen.addresses.iter().filter(|a| a.global).map(|a| a.net).collect();
     let want: BTreeSet<IpNet> = addresses.iter().copied().collect();
-    steps.extend(addresses.iter().filter(|a| !have.contains(a)).map(|a| Step::AddAddress(*a)));
+    let host = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
+    let missing = addresses.iter().copied().filter(|a| !have.contains(a));
+    let (hosts, nets): (Vec<IpNet>, Vec<IpNet>) = missing.partition(host);
+    // Whoever has heard of these addresses before believes that they are behind another link. Single addresses are not looked for by
+    // neighbours, and may be those of others as well; the first ones come when the link is new but in its place.
+    let announce = !nets.is_empty() || !hosts.is_empty() && !have.iter().any(host);
+    steps.extend(nets.into_iter().map(Step::AddAddress));
+    steps.extend(announce.then_some(Step::Announce));
+    steps.extend(hosts.into_iter().map(Step::AddAddress));
     have.difference(&want).map(|a| Step::DeleteAddress(*a)).collect()
 }
 
@@ -275,12 +285,27 @@ async fn observe(netlink: &Netlink, name: &str, wanted: &InterfaceConfig) -> Res
     })
 }
 
-async fn apply_step(netlink: &Netlink, index: u32, step: &Step) -> Result<(), Error> {
+/// Has the kernel send a gratuitous ARP request and an unsolicited neighbour advertisement (RFC 5227, RFC 4861 7.2.6) for each address,
+/// as it does when the link-layer address changes: it is set to what it is. The kernel forgets the neighbours of the interface with that.
+async fn announce(netlink: &Netlink, link: &Link) {
+    let Some(mac) = link.mac else { return };
+    let again = LinkChange { mac: Some(mac), ..LinkChange::default() };
+    if let Err(error) = netlink.link_change(link.index, &again).await {
+        tracing::debug!(interface = link.name, %error, "neighbours are not told of new addresses");
+    }
+}
+
+async fn apply_step(netlink: &Netlink, link: &Link, step: &Step) -> Result<(), Error> {
+    let index = link.index;
     match step {
         Step::Link { mtu } => {
             netlink.link_change(index, &LinkChange { up: Some(true), mtu: *mtu, ..Default::default() }).await
         }
         Step::AddAddress(net) => netlink.address_replace(index, *net).await,
+        Step::Announce => {
+            announce(netlink, link).await;
+            Ok(())
+        }
         Step::DeleteAddress(net) => ignore_missing(netlink.address_delete(index, *net).await),
         Step::SetRoute(route) => netlink.route_replace(route).await,
         Step::DeleteRoute(route) => ignore_missing(netlink.route_delete(route).await),
@@ -305,12 +330,12 @@ pub async fn apply(netns: &Netns, interface: &str, wanted: &InterfaceConfig) -> 
         if steps.is_empty() {
             break;
         }
-        if steps.iter().any(|s| matches!(s, Step::AddAddress(IpNet::V6(_)))) {
+        if steps.iter().any(|s| matches!(s, Step::AddAddress(_))) {
             let name = interface.to_string();
             netns.run(move || sysctl::prepare_interface_here(&name)).await?;
         }
         for step in &steps {
-            apply_step(netlink, seen.link.index, step).await?;
+            apply_step(netlink, &seen.link, step).await?;
         }
         written += steps.len();
     }
@@ -332,7 +357,7 @@ pub async fn clear_policies(netns: &Netns, interface: &str) -> Result<(), Error>
     let mut steps = Vec::new();
     plan_policies(wanted.policies.as_deref().unwrap_or_default(), &seen, &mut steps);
     for step in &steps {
-        apply_step(netlink, seen.link.index, step).await?;
+        apply_step(netlink, &seen.link, step).await?;
     }
     Ok(())
 }

@@ -48,6 +48,66 @@ async fn policy_rules(ns: &Netns) -> Vec<Rule> {
     rules
 }
 
+/// What somebody has heard of these addresses before is put right at once, and nothing is said of single addresses.
+#[tokio::test]
+async fn neighbours_hear_of_new_addresses() {
+    let (ns, peer) = pair().await;
+    let there = peer.netlink().await.unwrap();
+    let index = there.link_by_name("peer").await.unwrap().unwrap().index;
+    for address in ["172.16.1.1/24", "fd00:0:0:1::1/64"] {
+        there.address_replace(index, net(address)).await.unwrap();
+    }
+    let (old, new) = (mac_from_seed("somebody else"), mac_from_seed("nsm-0"));
+    let ips = ["172.16.1.6", "fd00:0:0:1::6", "20.0.0.1", "2000::1"].map(|ip| ip.parse::<IpAddr>().unwrap());
+    let heard = async || {
+        let neighbours = there.neighbours(Some(index)).await.unwrap();
+        ips.map(|ip| neighbours.iter().find(|n| n.ip == ip).and_then(|n| n.mac))
+    };
+    for ip in ips {
+        there.neighbour_replace(index, ip, old, false).await.unwrap();
+    }
+    assert_eq!(heard().await, [Some(old); 4]);
+    apply(&ns, "nsm-0", &target()).await.unwrap();
+    let told = async || {
+        while heard().await != [Some(new), Some(new), Some(old), Some(old)] {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    let in_time = tokio::time::timeout(std::time::Duration::from_secs(2), told()).await;
+    assert!(in_time.is_ok(), "{:?}", heard().await);
+}
+
+#[test]
+fn neighbours_are_told_once_of_nets_and_of_the_first_single_addresses() {
+    let link = Link {
+        index: 7,
+        name: "nsm-0".into(),
+        alias: String::new(),
+        kind: "veth".into(),
+        mac: Some(mac_from_seed("nsm-0")),
+        mtu: 1450,
+        up: true,
+        running: true,
+        master: None,
+        peer: None,
+        peer_nsid: None,
+        vxlan: None,
+    };
+    let steps = |have: &[&str], want: &[&str]| {
+        let addresses =
+            have.iter().map(|a| Address { net: net(a), index: 7, global: true, tentative: false, since: 0 }).collect();
+        let seen = Observed { link: link.clone(), addresses, routes: vec![], rules: vec![], neighbours: vec![] };
+        let addresses = Some(want.iter().map(|a| net(a)).collect());
+        plan(&InterfaceConfig { addresses, ..InterfaceConfig::default() }, &seen)
+    };
+    let add = |a: &str| Step::AddAddress(net(a));
+    let (own, vip, other) = ("172.16.1.6/24", "20.0.0.1/32", "20.0.0.2/32");
+    assert_eq!(steps(&[], &[vip, own]), [add(own), Step::Announce, add(vip)]);
+    assert_eq!(steps(&[own], &[own, vip]), [Step::Announce, add(vip)]);
+    assert_eq!(steps(&[own, vip], &[own, vip, other]), [add(other)], "neighbours are in use by then");
+    assert_eq!(steps(&[own, vip], &[own, vip]), []);
+}
+
 #[tokio::test]
 async fn equal_content_writes_nothing() {
     let (ns, _peer) = pair().await;

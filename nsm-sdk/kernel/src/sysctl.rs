@@ -39,7 +39,8 @@ pub async fn read(netns: &Netns, key: &str) -> Result<String, Error> {
 }
 
 /// Lets an interface work at once: IPv6 on, no duplicate address detection (it would hold back neighbour solicitations of
-/// forwarded packets for a second), and IPv4 addresses of one subnet that survive the deletion of the first one.
+/// forwarded packets for a second), IPv4 addresses of one subnet that survive the deletion of the first one, and neighbours that are told
+/// of new link-layer addresses.
 /// What cannot be set (no IPv6, read-only) is left: the addresses themselves say clearly enough if they cannot be used.
 pub fn prepare_interface_here(name: &str) {
     for (key, value) in [
@@ -47,6 +48,8 @@ pub fn prepare_interface_here(name: &str) {
         (format!("ipv6/conf/{name}/accept_dad"), "0"),
         (format!("ipv6/conf/{name}/dad_transmits"), "0"),
         (format!("ipv4/conf/{name}/promote_secondaries"), "1"),
+        (format!("ipv4/conf/{name}/arp_notify"), "1"),
+        (format!("ipv6/conf/{name}/ndisc_notify"), "1"),
     ] {
         if let Err(e) = write_here(&key, value) {
             tracing::debug!(interface = name, error = %e, "interface setting left as it is");

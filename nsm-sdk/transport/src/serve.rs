@@ -2,19 +2,21 @@
 
 use crate::{Error, Listener, Stream, Transport, deadline::DeadlineLayer, stream::Socket, transport::chain};
 use rustls::ServerConfig;
-use std::{io, sync::Arc, time::Duration};
+use std::{collections::VecDeque, io, sync::Arc, time::Duration};
 use tokio::{
-    sync::{Semaphore, mpsc},
-    task::JoinSet,
-    time::{sleep, timeout},
+    sync::mpsc,
+    task::{AbortHandle, JoinSet},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_rustls::{TlsAcceptor, TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{service::Routes, transport::Server};
 
-/// Handshakes at the same time; further connections wait in the kernel's queue.
+/// Handshakes at the same time; further connections wait in the kernel's queue ...
 const HANDSHAKES: usize = 64;
+/// ... until one ends, or has taken so long: who says nothing has a place only as long as nobody needs it.
+const HANDSHAKE_SHARE: Duration = Duration::from_secs(1);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// What calls in progress get when the server stops. Streams never end by themselves, so they are cut after it.
 const GRACE: Duration = Duration::from_millis(300);
@@ -73,24 +75,17 @@ struct Acceptor {
 impl Acceptor {
     /// Accepts for ever. Handshakes run beside it: a client that is slow or silent holds up nobody.
     async fn accept_loop(self, listener: Listener) {
-        let (slots, mut handshakes) = (Arc::new(Semaphore::new(HANDSHAKES)), JoinSet::new());
+        let mut handshakes = Handshakes::default();
         loop {
-            while handshakes.try_join_next().is_some() {}
             let accepted = tokio::select! {
                 () = self.stop.cancelled() => return,
                 accepted = async {
-                    let slot = slots.clone().acquire_owned().await.ok();
-                    listener.accept().await.map(|socket| (slot, socket))
+                    handshakes.place().await;
+                    listener.accept().await
                 } => accepted,
             };
             match accepted {
-                Ok((slot, socket)) => {
-                    let acceptor = self.clone();
-                    handshakes.spawn(async move {
-                        acceptor.finish(socket).await;
-                        drop(slot);
-                    });
-                }
+                Ok(socket) => handshakes.begin(self.clone().finish(socket)),
                 Err(cause) => {
                     tracing::debug!(address = %listener.address(), %cause, "connection not accepted");
                     sleep(ACCEPT_PAUSE).await;
@@ -115,5 +110,71 @@ impl Acceptor {
             .await
             .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "handshake took too long"))??;
         Stream::tls(TlsStream::Server(session))
+    }
+}
+
+/// Handshakes under way, with the times of their begin, oldest first.
+#[derive(Default)]
+struct Handshakes {
+    tasks: JoinSet<()>,
+    oldest: VecDeque<(Instant, AbortHandle)>,
+}
+
+impl Handshakes {
+    fn begin(&mut self, handshake: impl Future<Output = ()> + Send + 'static) {
+        self.oldest.push_back((Instant::now(), self.tasks.spawn(handshake)));
+    }
+
+    /// Waits until there is a place for another one.
+    async fn place(&mut self) {
+        while self.tasks.try_join_next().is_some() {}
+        self.oldest.retain(|(_, task)| !task.is_finished());
+        while self.tasks.len() >= HANDSHAKES {
+            let patience = self.oldest.front().map_or_else(Instant::now, |(begin, _)| *begin + HANDSHAKE_SHARE);
+            if timeout_at(patience, self.tasks.join_next()).await.is_err()
+                && let Some((_, task)) = self.oldest.pop_front()
+            {
+                tracing::debug!("a slow handshake is ended: others wait");
+                task.abort();
+                self.tasks.join_next().await;
+            }
+            self.oldest.retain(|(_, task)| !task.is_finished());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn begin(handshakes: &mut Handshakes, takes: Duration) -> Duration {
+        let asked = Instant::now();
+        handshakes.place().await;
+        handshakes.begin(sleep(takes));
+        asked.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_silent_make_room_for_others_and_the_quick_are_waited_for() {
+        let (mut handshakes, quick, silent) = (Handshakes::default(), Duration::from_millis(20), HANDSHAKE_TIMEOUT);
+        for _ in 0..HANDSHAKES {
+            assert_eq!(begin(&mut handshakes, silent).await, Duration::ZERO);
+        }
+        // All places are taken at the same moment, and become free at the same moment.
+        let waited = begin(&mut handshakes, quick).await;
+        assert!((HANDSHAKE_SHARE..HANDSHAKE_SHARE * 2).contains(&waited), "{waited:?}");
+        for _ in 1..2 * HANDSHAKES {
+            assert!(begin(&mut handshakes, quick).await <= quick * 2);
+        }
+        // Those in time are not cut short, however many wait.
+        let mut handshakes = Handshakes::default();
+        for _ in 0..HANDSHAKES {
+            begin(&mut handshakes, quick).await;
+        }
+        assert!(begin(&mut handshakes, quick).await <= quick * 2);
+        assert!(handshakes.tasks.len() <= HANDSHAKES);
+        while let Some(ended) = handshakes.tasks.join_next().await {
+            assert!(ended.is_ok(), "{ended:?}");
+        }
     }
 }

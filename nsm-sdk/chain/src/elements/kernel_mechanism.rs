@@ -92,13 +92,25 @@ impl KernelClient {
         Self { interface: Some(limit(name).to_owned()), ..Self::default() }
     }
 
-    fn made_up(&self, service: &str, id: &str) -> String {
+    /// The name, and whether it was given just now.
+    fn made_up(&self, service: &str, id: &str) -> (String, bool) {
         let mut given = self.given();
         let free = |name: &String| given.get(name).is_none_or(|other| other == id);
         let name = (0..ATTEMPTS).map(|number| name_of(service, id, number)).find(free);
         let name = name.unwrap_or_else(|| random_name(service));
-        given.insert(name.clone(), id.to_owned());
-        name
+        let new = given.insert(name.clone(), id.to_owned()).is_none();
+        (name, new)
+    }
+
+    /// Gives up the name of a connection that is none.
+    fn take_back(&self, service: &str, id: &str) {
+        let mut given = self.given();
+        for name in (0..ATTEMPTS).map(|number| name_of(service, id, number)) {
+            if given.get(&name).is_some_and(|other| other == id) {
+                given.remove(&name);
+                break;
+            }
+        }
     }
 
     fn given(&self) -> MutexGuard<'_, HashMap<String, String>> {
@@ -129,25 +141,27 @@ impl Element for KernelClient {
         if !preferences.iter().any(|preference| preference.r#type == KERNEL) {
             preferences.push(Mechanism { cls: LOCAL.into(), r#type: KERNEL.into(), ..Default::default() });
         }
+        let mut new = false;
+        let mut made_up = || {
+            let (name, first) = self.made_up(&service, &id);
+            new |= first;
+            name
+        };
         for preference in preferences.iter_mut().filter(|preference| preference.r#type == KERNEL) {
-            complete(&mut preference.parameters, || {
-                self.interface.clone().unwrap_or_else(|| self.made_up(&service, &id))
-            });
+            complete(&mut preference.parameters, || self.interface.clone().unwrap_or_else(&mut made_up));
         }
-        next.request(call).await
+        let result = next.request(call).await;
+        // A refresh that fails leaves the connection as it is.
+        if new && result.is_err() {
+            self.take_back(&service, &id);
+        }
+        result
     }
 
     async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
         let (service, id) = (call.message.network_service.clone(), call.id().to_owned());
         let result = next.close(call).await;
-        let mut given = self.given();
-        for name in (0..ATTEMPTS).map(|number| name_of(&service, &id, number)) {
-            if given.get(&name) == Some(&id) {
-                given.remove(&name);
-                break;
-            }
-        }
-        drop(given);
+        self.take_back(&service, &id);
         result
     }
 }
@@ -268,13 +282,27 @@ mod tests {
             (0..100_000).find_map(|n: u32| Some((names.insert(name_of(long, &n.to_string(), 0), n)?, n))).unwrap();
         let client = KernelClient::new();
         let [one, other] = [one, other].map(|n| n.to_string());
-        let shared = client.made_up(long, &one);
-        assert_ne!(client.made_up(long, &other), shared);
-        assert_eq!(client.made_up(long, &one), shared);
+        let (shared, _) = client.made_up(long, &one);
+        assert_ne!(client.made_up(long, &other).0, shared);
+        assert_eq!(client.made_up(long, &one), (shared.clone(), false));
         let connection = Connection { id: one, network_service: long.into(), ..Default::default() };
         let chain = Chain::builder().element(client.clone()).build();
         chain.close(CloseCall::new(connection, Context::new())).await.unwrap();
-        assert_eq!(client.made_up(long, &other), shared, "free again");
+        assert_eq!(client.made_up(long, &other).0, shared, "free again");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_fails_at_first_keeps_no_name() {
+        let (client, spy) = (KernelClient::new(), Arc::new(Spy::default()));
+        let chain = Chain::builder().element(client.clone()).element(spy.clone()).build();
+        spy.fail_requests(true);
+        chain.request(request_id("c", Context::new())).await.unwrap_err();
+        assert!(client.given().is_empty());
+        spy.fail_requests(false);
+        chain.request(request_id("c", Context::new())).await.unwrap();
+        spy.fail_requests(true);
+        chain.request(request_id("c", Context::new())).await.unwrap_err();
+        assert_eq!(client.given().len(), 1, "a refresh that fails");
     }
 
     // Conformance 91
