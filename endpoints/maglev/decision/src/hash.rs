@@ -43,7 +43,17 @@ pub const fn row(hash: u32, rows: u32) -> u32 {
 
 /// 64 bits from two numbers: the only source of "randomness" of the tables, the same on every machine.
 pub const fn pair(a: u64, b: u64) -> u64 {
-    let h = mix(mix(0x7461_626c_6573_2031, a), b);
+    pair_with(first(a), b)
+}
+
+/// What [`pair`] makes of its first number, for many second ones.
+pub const fn first(a: u64) -> u64 {
+    mix(0x7461_626c_6573_2031, a)
+}
+
+/// [`pair`] of what was given to [`first`], and `b`.
+pub const fn pair_with(first: u64, b: u64) -> u64 {
+    let h = mix(first, b);
     let h = (h ^ (h >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
     h ^ (h >> 32)
 }
