@@ -20,7 +20,7 @@ use crate::{Error, Netns, sysctl};
 const TABLE_RESERVED: u32 = 253;
 /// A table number above all byte-sized ones is free of reserved meanings again.
 const TABLE_LARGE: u32 = 256;
-/// Changes may undo each other (deleting an address takes routes along), so the loop looks again, a few times.
+/// Where changes may undo each other ([`look_again`]) the loop looks again, a few times.
 const ROUNDS: usize = 4;
 
 /// A route over the interface.
@@ -315,6 +315,12 @@ async fn apply_step(netlink: &Netlink, link: &Link, step: &Step) -> Result<(), E
     }
 }
 
+/// Whether some of these steps may have undone others: deleting an address takes routes along, and announcing addresses takes neighbours.
+fn look_again(wanted: &InterfaceConfig, steps: &[Step]) -> bool {
+    let takes = |step: &Step| matches!(step, Step::DeleteAddress(_) | Step::DeleteRoute(_) | Step::DeleteRule(_));
+    steps.iter().any(takes) || steps.contains(&Step::Announce) && !wanted.neighbours.is_empty()
+}
+
 /// Makes the interface be as wanted. Returns how many changes were written: 0 if it was so already.
 ///
 /// # Errors
@@ -338,6 +344,9 @@ pub async fn apply(netns: &Netns, interface: &str, wanted: &InterfaceConfig) -> 
             apply_step(netlink, &seen.link, step).await?;
         }
         written += steps.len();
+        if !look_again(wanted, &steps) {
+            break;
+        }
     }
     Ok(written)
 }

@@ -90,19 +90,16 @@ fn message(index: u32, ip: IpAddr) -> NeighbourMessage {
 impl Netlink {
     /// All IP neighbours, or those of one interface.
     pub async fn neighbours(&self, index: Option<u32>) -> Result<Vec<Neighbour>, Error> {
-        let mut found = Vec::new();
-        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let mut message = NeighbourMessage::default();
-            message.header.family = family;
-            if let Some(index) = index {
-                message.attributes.push(NeighbourAttribute::IfIndex(index));
-            }
-            let answer = self.dump("list neighbours", RouteNetlinkMessage::GetNeighbour(message)).await?;
-            found.extend(answer.iter().filter_map(|m| match m {
-                RouteNetlinkMessage::NewNeighbour(n) => parse_neighbour(n),
-                _ => None,
-            }));
-        }
+        // Without a family the kernel lists all of them in one go.
+        let mut message = NeighbourMessage::default();
+        message.attributes.extend(index.map(NeighbourAttribute::IfIndex));
+        let answer = self.dump("list neighbours", RouteNetlinkMessage::GetNeighbour(message)).await?;
+        let ip = |m: &&NeighbourMessage| matches!(m.header.family, AddressFamily::Inet | AddressFamily::Inet6);
+        let neighbours = answer.iter().filter_map(|m| match m {
+            RouteNetlinkMessage::NewNeighbour(n) => Some(n),
+            _ => None,
+        });
+        let mut found: Vec<Neighbour> = neighbours.filter(ip).filter_map(parse_neighbour).collect();
         found.retain(|n| index.is_none_or(|i| i == n.index));
         Ok(found)
     }

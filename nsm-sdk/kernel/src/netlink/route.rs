@@ -262,25 +262,20 @@ impl Netlink {
     }
 
     async fn routes_like(&self, table: Option<u32>, index: Option<u32>) -> Result<Vec<Route>, Error> {
-        let mut found = Vec::new();
-        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let mut message = RouteMessage::default();
-            message.header.address_family = family;
-            if let Some(table) = table {
-                message.attributes.push(RouteAttribute::Table(table));
-            }
-            if let Some(index) = index {
-                message.attributes.push(RouteAttribute::Oif(index));
-            }
-            match self.dump("list routes", RouteNetlinkMessage::GetRoute(message)).await {
-                Ok(answer) => found.extend(answer.iter().filter_map(|m| match m {
-                    RouteNetlinkMessage::NewRoute(r) => parse_route(r),
-                    _ => None,
-                })),
-                Err(e) if e.is_missing() || e.errno() == Some(libc::EOPNOTSUPP) => {}
-                Err(e) => return Err(e),
-            }
-        }
+        // Without a family the kernel lists all of them in one go.
+        let mut message = RouteMessage::default();
+        message.attributes.extend(table.map(RouteAttribute::Table));
+        message.attributes.extend(index.map(RouteAttribute::Oif));
+        let answer = match self.dump("list routes", RouteNetlinkMessage::GetRoute(message)).await {
+            Err(e) if e.is_missing() => return Ok(Vec::new()),
+            answer => answer?,
+        };
+        let ip = |m: &&RouteMessage| matches!(m.header.address_family, AddressFamily::Inet | AddressFamily::Inet6);
+        let routes = answer.iter().filter_map(|m| match m {
+            RouteNetlinkMessage::NewRoute(r) => Some(r),
+            _ => None,
+        });
+        let mut found: Vec<Route> = routes.filter(ip).filter_map(parse_route).collect();
         found.retain(|r| table.is_none_or(|t| t == r.table));
         Ok(found)
     }

@@ -178,22 +178,16 @@ fn message(rule: &Rule) -> RuleMessage {
 impl Netlink {
     /// All rules of both families.
     pub async fn rules(&self) -> Result<Vec<Rule>, Error> {
-        let mut found = Vec::new();
-        for v6 in [false, true] {
-            let mut message = RuleMessage::default();
-            message.header.family = if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
-            message.header.action = RuleAction::Unspec;
-            match self.dump("list rules", RouteNetlinkMessage::GetRule(message)).await {
-                Ok(answer) => found.extend(answer.iter().filter_map(|m| match m {
-                    RouteNetlinkMessage::NewRule(r) => parse(r),
-                    _ => None,
-                })),
-                // A kernel without IPv6 has no rules of it.
-                Err(e) if v6 && e.errno() == Some(libc::EOPNOTSUPP) => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(found)
+        // Without a family the kernel lists all of them in one go.
+        let mut message = RuleMessage::default();
+        message.header.action = RuleAction::Unspec;
+        let answer = self.dump("list rules", RouteNetlinkMessage::GetRule(message)).await?;
+        let ip = |m: &&RuleMessage| matches!(m.header.family, AddressFamily::Inet | AddressFamily::Inet6);
+        let rules = answer.iter().filter_map(|m| match m {
+            RouteNetlinkMessage::NewRule(r) => Some(r),
+            _ => None,
+        });
+        Ok(rules.filter(ip).filter_map(parse).collect())
     }
 
     /// Adds a rule. The kernel refuses an equal one of the same priority; without a priority it would add a second one.
