@@ -220,9 +220,11 @@ fn plan_addresses(wanted: &InterfaceConfig, seen: &Observed, steps: &mut Vec<Ste
     let host = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
     let missing = addresses.iter().copied().filter(|a| !have.contains(a));
     let (hosts, nets): (Vec<IpNet>, Vec<IpNet>) = missing.partition(host);
-    // Whoever has heard of these addresses before believes that they are behind another link. Single addresses are not looked for by
-    // neighbours, and may be those of others as well; the first ones come when the link is new but in its place.
-    let announce = !nets.is_empty() || !hosts.is_empty() && !have.iter().any(host);
+    // Whoever has heard of an address before believes that it is behind another link. An interface that gets single addresses of a
+    // service beside its own one is a target's, and by then it is in its place; for others, of which a namespace may have a thousand,
+    // it costs the kernel too much. The single addresses themselves are those of others as well.
+    let own = !nets.is_empty() || have.iter().any(|net| !host(net));
+    let announce = own && !hosts.is_empty() && !have.iter().any(host);
     steps.extend(nets.into_iter().map(Step::AddAddress));
     steps.extend(announce.then_some(Step::Announce));
     steps.extend(hosts.into_iter().map(Step::AddAddress));

@@ -78,7 +78,7 @@ async fn neighbours_hear_of_new_addresses() {
 }
 
 #[test]
-fn neighbours_are_told_once_of_nets_and_of_the_first_single_addresses() {
+fn neighbours_are_told_before_the_first_single_addresses_come() {
     let link = Link {
         index: 7,
         name: "nsm-0".into(),
@@ -102,6 +102,8 @@ fn neighbours_are_told_once_of_nets_and_of_the_first_single_addresses() {
     };
     let add = |a: &str| Step::AddAddress(net(a));
     let (own, vip, other) = ("172.16.1.6/24", "20.0.0.1/32", "20.0.0.2/32");
+    assert_eq!(steps(&[], &[own]), [add(own)]);
+    assert_eq!(steps(&[], &[vip]), [add(vip)], "there is nothing to tell");
     assert_eq!(steps(&[], &[vip, own]), [add(own), Step::Announce, add(vip)]);
     assert_eq!(steps(&[own], &[own, vip]), [Step::Announce, add(vip)]);
     assert_eq!(steps(&[own, vip], &[own, vip, other]), [add(other)], "neighbours are in use by then");
