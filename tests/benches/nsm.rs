@@ -331,9 +331,15 @@ async fn live(other: Option<&Path>, size: &Size) -> Result<Value> {
     let (latency, lost) = one_more("").await;
     drop(client);
     let client = path.world.client("nsc-live", &path.manager, SHORT_LIFE).await?;
+    let begin = Instant::now();
     let taken = path.take_over(&client, &connections, each_step).await;
     println!("  {taken} of them go on with tokens of {SHORT_LIFE:?}, by another client of the same name");
+    // The first of them are refreshed after a fifth of their tokens' life.
+    tokio::time::sleep((SHORT_LIFE / 4).saturating_sub(begin.elapsed())).await;
+    let (asked, begin) = (path.nse.requests(), Instant::now());
     let (busy_latency, busy_lost) = one_more(" meanwhile").await;
+    let others = (path.nse.requests() - asked).saturating_sub(size.sequential);
+    println!("  and {:.1} refreshes a second at that time", others as f64 / begin.elapsed().as_secs_f64());
     let refresh = refreshing(&path, size.refreshing).await?;
     let settled = mesh::usage(path.pid)?;
     println!("  manager {:.1} MiB resident after that", mib(settled.resident));
@@ -360,7 +366,7 @@ async fn live(other: Option<&Path>, size: &Size) -> Result<Value> {
     let memory = |of: fn(&mesh::Usage) -> u64| json!({ "before": mib(of(&before)), "live": mib(of(&standing)), "refreshed": mib(of(&settled)), "after": mib(of(&after)) });
     Ok(json!({
         "connections": count,
-        "failed_requests": failed + lost + busy_lost,
+        "failed_requests": failed + lost + busy_lost + (count - taken),
         "establish_s": establish.as_secs_f64(),
         "closed": closed,
         "close_s": closing.as_secs_f64(),

@@ -94,6 +94,7 @@ fn a_target_that_is_made_anew_under_its_name_gets_its_traffic() {
     let window = traffic.since(mark);
     println!("{} packets sent, {} lost", window.sent, window.losses.len());
     assert!(window.losses.is_empty(), "{:?}", window.losses.first());
-    assert!(whole < Duration::from_secs(3), "{whole:?}");
+    // By itself a kernel doubts what it has heard of a neighbour after 15 s at the earliest.
+    assert!(whole < Duration::from_secs(10), "{whole:?}");
     check_clean(&stage).unwrap();
 }

@@ -28,7 +28,7 @@ impl TargetAddresses {
     }
 
     fn bridge(&self) -> BTreeSet<IpNet> {
-        self.shared.get().bridge
+        self.shared.look(|inputs| inputs.bridge.clone())
     }
 }
 
@@ -67,7 +67,7 @@ impl Element for TargetAddresses {
                 if let Some(name) = ipcontext::interface(connection) {
                     let ip = connection.context.as_ref().and_then(|context| context.ip_context.as_ref());
                     let addresses = ipcontext::addresses(ip.map_or(&[], |ip| &ip.src_ip_addrs));
-                    self.shared.change(|inputs| _ = inputs.targets.insert(name.to_owned(), addresses));
+                    self.shared.change(|inputs| _ = inputs.targets.insert(id.clone(), (name.to_owned(), addresses)));
                 }
             }
             Err(_) if metadata.get(&self.served).is_none() => self.addresses.release_later(&id),
@@ -77,10 +77,9 @@ impl Element for TargetAddresses {
     }
 
     async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
-        self.addresses.release_later(&first_segment(&call.message));
-        if let Some(name) = ipcontext::interface(&call.message) {
-            self.shared.change(|inputs| _ = inputs.targets.remove(name));
-        }
+        let id = first_segment(&call.message);
+        self.addresses.release_later(&id);
+        self.shared.change(|inputs| _ = inputs.targets.remove(&id));
         next.close(call).await
     }
 }

@@ -29,9 +29,9 @@ pub(crate) struct Inputs {
     pub(crate) bridge: BTreeSet<IpNet>,
     /// Load balancers by endpoint name.
     pub(crate) balancers: BTreeMap<String, Balancer>,
-    /// Addresses of the targets that this proxy serves, by the interface towards each.
-    pub(crate) targets: BTreeMap<String, BTreeSet<IpAddr>>,
-    /// Next hops found in the table at start, in use until all load balancers are known by name.
+    /// Interface towards each target that this proxy serves, and the target's addresses, by connection id.
+    pub(crate) targets: BTreeMap<String, (String, BTreeSet<IpAddr>)>,
+    /// Next hops found in the table at start, in use until all load balancers are known by name, or long enough.
     pub(crate) inherited: BTreeSet<IpAddr>,
     /// Addresses that answer probes.
     pub(crate) answering: BTreeSet<IpAddr>,
@@ -54,7 +54,8 @@ impl Inputs {
     pub(crate) fn behind(&self, name: &str) -> Option<&BTreeSet<IpAddr>> {
         let mut balancers = self.balancers.values();
         let balancer = balancers.find(|balancer| balancer.interface.as_deref() == Some(name));
-        balancer.map(|balancer| &balancer.addresses).or_else(|| self.targets.get(name))
+        let target = || self.targets.values().find(|(interface, _)| interface == name);
+        balancer.map(|balancer| &balancer.addresses).or_else(|| target().map(|(_, addresses)| addresses))
     }
 
     /// Whether there is a connection to every load balancer in the registry, and to one at least.
@@ -106,8 +107,9 @@ impl Shared {
         });
     }
 
-    pub(crate) fn get(&self) -> Inputs {
-        self.0.borrow().clone()
+    /// What `of` says of the inputs as they are now.
+    pub(crate) fn look<T>(&self, of: impl FnOnce(&Inputs) -> T) -> T {
+        of(&self.0.borrow())
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<Inputs> {

@@ -260,7 +260,7 @@ impl Mesh {
 
 fn alive(shared: &Shared, connection: &Connection) -> bool {
     let ip = connection.context.as_ref().and_then(|context| context.ip_context.as_ref());
-    let silent = shared.get().silent;
+    let silent = shared.look(|inputs| inputs.silent.clone());
     let mut addresses = ip.into_iter().flat_map(|ip| &ip.dst_ip_addrs).filter_map(|text| ipcontext::address(text));
     addresses.all(|address| !silent.contains(&address))
 }

@@ -10,7 +10,7 @@ use nsm_kernel::ping::{self, Pinger};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::inputs::Shared;
+use crate::inputs::{Inputs, Shared};
 use crate::mesh::FORGET;
 
 /// How an address is judged from its probes in a row.
@@ -103,8 +103,10 @@ async fn probe(shared: Shared, pinger: Arc<Pinger>, address: IpAddr, interval: D
             // Nobody has vouched for it by name in all this time either.
             shared.change(|inputs| _ = inputs.inherited.remove(&address));
         }
-        let before = shared.get();
-        if before.answering.contains(&address) == answering && before.silent.contains(&address) != answering {
+        let known = |inputs: &Inputs| {
+            inputs.answering.contains(&address) == answering && inputs.silent.contains(&address) != answering
+        };
+        if shared.look(known) {
             continue;
         }
         tracing::info!(load_balancer = %address, answering, "probe");

@@ -45,8 +45,8 @@ impl RoutingPlan {
 /// What the data path says (the link is there, probes are answered) counts more than what the control plane says
 /// (registered, up): a load balancer that only the control plane has lost stays if there is no better one, and if no
 /// probe is answered at all, the probes are believed less than the links. What was in use when the proxy began stays beside what it
-/// has connected to until one of these has answered, and if it answers itself until all of them are connected to: a restart moves
-/// no reply to another load balancer.
+/// has connected to until one of these has answered, and if it answers itself until all of them are connected to (for some seconds at
+/// most): a restart moves no reply to another load balancer.
 pub(crate) fn next_hops(inputs: &Inputs, links: &BTreeSet<String>, v6: bool) -> BTreeSet<IpAddr> {
     let of_family = |addresses: &BTreeSet<IpAddr>| -> Vec<IpAddr> {
         addresses.iter().copied().filter(|address| address.is_ipv6() == v6).collect()

@@ -221,7 +221,7 @@ fn plan_addresses(wanted: &InterfaceConfig, seen: &Observed, steps: &mut Vec<Ste
     let missing = addresses.iter().copied().filter(|a| !have.contains(a));
     let (hosts, nets): (Vec<IpNet>, Vec<IpNet>) = missing.partition(host);
     // Whoever has heard of an address before believes that it is behind another link. An interface that gets single addresses of a
-    // service beside its own one is a target's, and by then it is in its place; for others, of which a namespace may have a thousand,
+    // service beside its own one is a target's, and by then it mostly is in its place; for others, of which a namespace may have a thousand,
     // it costs the kernel too much. The single addresses themselves are those of others as well.
     let own = !nets.is_empty() || have.iter().any(|net| !host(net));
     let announce = own && !hosts.is_empty() && !have.iter().any(host);
@@ -287,25 +287,30 @@ async fn observe(netlink: &Netlink, name: &str, wanted: &InterfaceConfig) -> Res
     })
 }
 
-/// Has the kernel send a gratuitous ARP request and an unsolicited neighbour advertisement (RFC 5227, RFC 4861 7.2.6) for each address,
-/// as it does when the link-layer address changes: it is set to what it is. The kernel forgets the neighbours of the interface with that.
-async fn announce(netlink: &Netlink, link: &Link) {
-    let Some(mac) = link.mac else { return };
+/// Has the kernel send a gratuitous ARP request and an unsolicited neighbour advertisement (RFC 5227, RFC 4861 7.2.6) for each address
+/// that the interface has now, as it does when the link-layer address changes: it is set to what it is. The kernel forgets the neighbours
+/// of the interface with that.
+async fn announce(netns: &Netns, link: &Link) -> Result<(), Error> {
+    let Some(mac) = link.mac else { return Ok(()) };
+    sysctl::notify(netns, &link.name, true).await?;
     let again = LinkChange { mac: Some(mac), ..LinkChange::default() };
-    if let Err(error) = netlink.link_change(link.index, &again).await {
-        tracing::debug!(interface = link.name, %error, "neighbours are not told of new addresses");
-    }
+    let announced = netns.netlink().await?.link_change(link.index, &again).await;
+    // The single addresses that come later are never announced.
+    sysctl::notify(netns, &link.name, false).await?;
+    announced
 }
 
-async fn apply_step(netlink: &Netlink, link: &Link, step: &Step) -> Result<(), Error> {
-    let index = link.index;
+async fn apply_step(netns: &Netns, link: &Link, step: &Step) -> Result<(), Error> {
+    let (netlink, index) = (netns.netlink().await?, link.index);
     match step {
         Step::Link { mtu } => {
             netlink.link_change(index, &LinkChange { up: Some(true), mtu: *mtu, ..Default::default() }).await
         }
         Step::AddAddress(net) => netlink.address_replace(index, *net).await,
         Step::Announce => {
-            announce(netlink, link).await;
+            if let Err(error) = announce(netns, link).await {
+                tracing::debug!(interface = link.name, %error, "neighbours are not told of new addresses");
+            }
             Ok(())
         }
         Step::DeleteAddress(net) => ignore_missing(netlink.address_delete(index, *net).await),
@@ -343,7 +348,7 @@ pub async fn apply(netns: &Netns, interface: &str, wanted: &InterfaceConfig) -> 
             netns.run(move || sysctl::prepare_interface_here(&name)).await?;
         }
         for step in &steps {
-            apply_step(netlink, &seen.link, step).await?;
+            apply_step(netns, &seen.link, step).await?;
         }
         written += steps.len();
         if !look_again(wanted, &steps) {
@@ -368,7 +373,7 @@ pub async fn clear_policies(netns: &Netns, interface: &str) -> Result<(), Error>
     let mut steps = Vec::new();
     plan_policies(wanted.policies.as_deref().unwrap_or_default(), &seen, &mut steps);
     for step in &steps {
-        apply_step(netlink, &seen.link, step).await?;
+        apply_step(netns, &seen.link, step).await?;
     }
     Ok(())
 }

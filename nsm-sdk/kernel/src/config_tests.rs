@@ -75,6 +75,8 @@ async fn neighbours_hear_of_new_addresses() {
     };
     let in_time = tokio::time::timeout(std::time::Duration::from_secs(2), told()).await;
     assert!(in_time.is_ok(), "{:?}", heard().await);
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    assert_eq!(heard().await, [Some(new), Some(new), Some(old), Some(old)], "and nothing after that");
 }
 
 #[test]

@@ -39,8 +39,7 @@ pub async fn read(netns: &Netns, key: &str) -> Result<String, Error> {
 }
 
 /// Lets an interface work at once: IPv6 on, no duplicate address detection (it would hold back neighbour solicitations of
-/// forwarded packets for a second), IPv4 addresses of one subnet that survive the deletion of the first one, and neighbours that are told
-/// of new link-layer addresses.
+/// forwarded packets for a second), and IPv4 addresses of one subnet that survive the deletion of the first one.
 /// What cannot be set (no IPv6, read-only) is left: the addresses themselves say clearly enough if they cannot be used.
 pub fn prepare_interface_here(name: &str) {
     for (key, value) in [
@@ -48,13 +47,18 @@ pub fn prepare_interface_here(name: &str) {
         (format!("ipv6/conf/{name}/accept_dad"), "0"),
         (format!("ipv6/conf/{name}/dad_transmits"), "0"),
         (format!("ipv4/conf/{name}/promote_secondaries"), "1"),
-        (format!("ipv4/conf/{name}/arp_notify"), "1"),
-        (format!("ipv6/conf/{name}/ndisc_notify"), "1"),
     ] {
         if let Err(e) = write_here(&key, value) {
             tracing::debug!(interface = name, error = %e, "interface setting left as it is");
         }
     }
+}
+
+/// Whether the kernel announces an interface's addresses when it comes up or gets another link-layer address.
+pub async fn notify(netns: &Netns, name: &str, on: bool) -> Result<(), Error> {
+    let value = if on { "1" } else { "0" };
+    let keys = [format!("ipv4/conf/{name}/arp_notify"), format!("ipv6/conf/{name}/ndisc_notify")];
+    write(netns, keys.map(|key| (key, value.to_owned())).into()).await
 }
 
 /// Lets every group of the namespace open unprivileged ICMP sockets (liveness checks of clients).

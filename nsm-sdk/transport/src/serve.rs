@@ -2,11 +2,11 @@
 
 use crate::{Error, Listener, Stream, Transport, deadline::DeadlineLayer, stream::Socket, transport::chain};
 use rustls::ServerConfig;
-use std::{collections::VecDeque, io, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 use tokio::{
-    sync::mpsc,
-    task::{AbortHandle, JoinSet},
-    time::{Instant, sleep, timeout, timeout_at},
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::sleep,
 };
 use tokio_rustls::{TlsAcceptor, TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,7 +16,7 @@ use tonic::{service::Routes, transport::Server};
 /// Handshakes at the same time; further connections wait in the kernel's queue ...
 const HANDSHAKES: usize = 64;
 /// ... until one ends, or has taken so long: who says nothing has a place only as long as nobody needs it.
-const HANDSHAKE_SHARE: Duration = Duration::from_secs(1);
+const HANDSHAKE_SHARE: Duration = Duration::from_secs(3);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// What calls in progress get when the server stops. Streams never end by themselves, so they are cut after it.
 const GRACE: Duration = Duration::from_millis(300);
@@ -85,7 +85,10 @@ impl Acceptor {
                 } => accepted,
             };
             match accepted {
-                Ok(socket) => handshakes.begin(self.clone().finish(socket)),
+                Ok(socket) => {
+                    let finish = self.clone().finish(socket, handshakes.pressed.subscribe());
+                    handshakes.tasks.spawn(finish);
+                }
                 Err(cause) => {
                     tracing::debug!(address = %listener.address(), %cause, "connection not accepted");
                     sleep(ACCEPT_PAUSE).await;
@@ -94,8 +97,8 @@ impl Acceptor {
         }
     }
 
-    async fn finish(self, socket: Socket) {
-        match self.handshake(socket).await {
+    async fn finish(self, socket: Socket, pressed: watch::Receiver<bool>) {
+        match patiently(self.handshake(socket), pressed).await {
             Ok(stream) => {
                 // A full queue or a stopped server: either way the connection's fate is decided there.
                 let _ = self.ready.send(Ok(stream.cut_by(self.cut.cancelled_owned()))).await;
@@ -106,75 +109,94 @@ impl Acceptor {
 
     async fn handshake(&self, socket: Socket) -> io::Result<Stream> {
         let Some(config) = &self.tls else { return Ok(Stream::plain(socket)) };
-        let session = timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config.clone()).accept(socket))
-            .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "handshake took too long"))??;
+        let session = TlsAcceptor::from(config.clone()).accept(socket).await?;
         Stream::tls(TlsStream::Server(session))
     }
 }
 
-/// Handshakes under way, with the times of their begin, oldest first.
+/// Gives a handshake its time: all of it, or its share if others wait.
+async fn patiently<T>(
+    handshake: impl Future<Output = io::Result<T>>,
+    mut pressed: watch::Receiver<bool>,
+) -> io::Result<T> {
+    let share = async {
+        sleep(HANDSHAKE_SHARE).await;
+        if pressed.wait_for(|pressed| *pressed).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    let slow = |text: &str| io::Error::new(io::ErrorKind::TimedOut, text);
+    tokio::select! {
+        done = handshake => done,
+        () = share => Err(slow("handshake took too long while others waited")),
+        () = sleep(HANDSHAKE_TIMEOUT) => Err(slow("handshake took too long")),
+    }
+}
+
+/// Handshakes under way, and whether somebody waits for a place among them.
 #[derive(Default)]
 struct Handshakes {
     tasks: JoinSet<()>,
-    oldest: VecDeque<(Instant, AbortHandle)>,
+    pressed: watch::Sender<bool>,
 }
 
 impl Handshakes {
-    fn begin(&mut self, handshake: impl Future<Output = ()> + Send + 'static) {
-        self.oldest.push_back((Instant::now(), self.tasks.spawn(handshake)));
-    }
-
     /// Waits until there is a place for another one.
     async fn place(&mut self) {
         while self.tasks.try_join_next().is_some() {}
-        self.oldest.retain(|(_, task)| !task.is_finished());
         while self.tasks.len() >= HANDSHAKES {
-            let patience = self.oldest.front().map_or_else(Instant::now, |(begin, _)| *begin + HANDSHAKE_SHARE);
-            if timeout_at(patience, self.tasks.join_next()).await.is_err()
-                && let Some((_, task)) = self.oldest.pop_front()
-            {
-                tracing::debug!("a slow handshake is ended: others wait");
-                task.abort();
-                self.tasks.join_next().await;
-            }
-            self.oldest.retain(|(_, task)| !task.is_finished());
+            self.pressed.send_replace(true);
+            self.tasks.join_next().await;
         }
+        self.pressed.send_if_modified(|pressed| std::mem::replace(pressed, false));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::time::Instant;
 
     async fn begin(handshakes: &mut Handshakes, takes: Duration) -> Duration {
         let asked = Instant::now();
         handshakes.place().await;
-        handshakes.begin(sleep(takes));
+        let handshake = async move {
+            sleep(takes).await;
+            Ok(())
+        };
+        let handshake = patiently(handshake, handshakes.pressed.subscribe());
+        handshakes.tasks.spawn(async move { _ = handshake.await });
         asked.elapsed()
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_silent_make_room_for_others_and_the_quick_are_waited_for() {
-        let (mut handshakes, quick, silent) = (Handshakes::default(), Duration::from_millis(20), HANDSHAKE_TIMEOUT);
+    async fn the_silent_make_room_for_others() {
+        let (mut handshakes, quick, silent) = (Handshakes::default(), Duration::from_millis(20), HANDSHAKE_TIMEOUT * 2);
         for _ in 0..HANDSHAKES {
             assert_eq!(begin(&mut handshakes, silent).await, Duration::ZERO);
         }
-        // All places are taken at the same moment, and become free at the same moment.
         let waited = begin(&mut handshakes, quick).await;
         assert!((HANDSHAKE_SHARE..HANDSHAKE_SHARE * 2).contains(&waited), "{waited:?}");
         for _ in 1..2 * HANDSHAKES {
             assert!(begin(&mut handshakes, quick).await <= quick * 2);
         }
-        // Those in time are not cut short, however many wait.
-        let mut handshakes = Handshakes::default();
-        for _ in 0..HANDSHAKES {
-            begin(&mut handshakes, quick).await;
-        }
-        assert!(begin(&mut handshakes, quick).await <= quick * 2);
         assert!(handshakes.tasks.len() <= HANDSHAKES);
-        while let Some(ended) = handshakes.tasks.join_next().await {
-            assert!(ended.is_ok(), "{ended:?}");
-        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_is_short_only_where_others_wait() {
+        let after = async |takes: Duration, pressed: bool| {
+            let handshake = async move {
+                sleep(takes).await;
+                Ok(())
+            };
+            let begin = Instant::now();
+            let pressed = watch::Sender::new(pressed);
+            (patiently(handshake, pressed.subscribe()).await.is_ok(), begin.elapsed().as_secs())
+        };
+        assert_eq!(after(Duration::from_secs(2), true).await, (true, 2));
+        assert_eq!(after(Duration::from_secs(5), true).await, (false, 3));
+        assert_eq!(after(Duration::from_secs(5), false).await, (true, 5));
+        assert_eq!(after(Duration::from_secs(20), false).await, (false, 10));
     }
 }

@@ -324,7 +324,7 @@ async fn a_silent_client_holds_up_nobody() {
     let Address::Unix(path) = &served.address else { panic!() };
     let mut silent = Vec::new();
     // First there is room for all of them, then for no more.
-    for (clients, takes) in [(20, Duration::from_secs(1)), (80, Duration::from_secs(4))] {
+    for (clients, takes) in [(20, Duration::from_secs(1)), (80, Duration::from_secs(6))] {
         for _ in 0..clients {
             silent.push(tokio::net::UnixStream::connect(path).await.unwrap());
         }

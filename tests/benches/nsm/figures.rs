@@ -14,7 +14,9 @@ pub(crate) struct Latency {
 impl Latency {
     pub(crate) fn of(mut times: Vec<Duration>) -> Self {
         times.sort();
-        let at = |part: usize| times.get((times.len() * part / 100).min(times.len() - 1)).copied().unwrap_or_default();
+        let at = |part: usize| {
+            times.get((times.len() * part / 100).min(times.len().saturating_sub(1))).copied().unwrap_or_default()
+        };
         Self { p50: at(50), p99: at(99), longest: at(100) }
     }
 

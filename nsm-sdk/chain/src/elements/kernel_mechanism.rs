@@ -137,6 +137,8 @@ impl Element for KernelClient {
 
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
         let (service, id) = (call.connection().network_service.clone(), call.id().to_owned());
+        // One that has its mechanism already is taken up after a restart.
+        let established = call.connection().mechanism.is_some();
         let preferences = &mut call.message.mechanism_preferences;
         if !preferences.iter().any(|preference| preference.r#type == KERNEL) {
             preferences.push(Mechanism { cls: LOCAL.into(), r#type: KERNEL.into(), ..Default::default() });
@@ -152,7 +154,7 @@ impl Element for KernelClient {
         }
         let result = next.request(call).await;
         // A refresh that fails leaves the connection as it is.
-        if new && result.is_err() {
+        if new && !established && result.is_err() {
             self.take_back(&service, &id);
         }
         result
