@@ -292,11 +292,11 @@ async fn observe(netlink: &Netlink, name: &str, wanted: &InterfaceConfig) -> Res
 /// of the interface with that.
 async fn announce(netns: &Netns, link: &Link) -> Result<(), Error> {
     let Some(mac) = link.mac else { return Ok(()) };
-    sysctl::notify(netns, &link.name, true).await?;
+    let before = sysctl::notify(netns, &link.name).await?;
     let again = LinkChange { mac: Some(mac), ..LinkChange::default() };
     let announced = netns.netlink().await?.link_change(link.index, &again).await;
-    // The single addresses that come later are never announced.
-    sysctl::notify(netns, &link.name, false).await?;
+    // The single addresses that come later are announced only where somebody else wants that.
+    sysctl::write(netns, before).await?;
     announced
 }
 

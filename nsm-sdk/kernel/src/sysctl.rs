@@ -54,11 +54,16 @@ pub fn prepare_interface_here(name: &str) {
     }
 }
 
-/// Whether the kernel announces an interface's addresses when it comes up or gets another link-layer address.
-pub async fn notify(netns: &Netns, name: &str, on: bool) -> Result<(), Error> {
-    let value = if on { "1" } else { "0" };
+/// Has the kernel announce an interface's addresses when it gets another link-layer address. Returns what was set before, to be written
+/// again; what cannot be set (no IPv6) is left.
+pub async fn notify(netns: &Netns, name: &str) -> Result<Vec<(String, String)>, Error> {
     let keys = [format!("ipv4/conf/{name}/arp_notify"), format!("ipv6/conf/{name}/ndisc_notify")];
-    write(netns, keys.map(|key| (key, value.to_owned())).into()).await
+    let set = |key: String| {
+        let before = read_here(&key).ok()?.trim().to_owned();
+        write_here(&key, "1").ok()?;
+        Some((key, before))
+    };
+    netns.run(move || keys.into_iter().filter_map(set).collect()).await
 }
 
 /// Lets every group of the namespace open unprivileged ICMP sockets (liveness checks of clients).
