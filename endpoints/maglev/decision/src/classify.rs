@@ -205,9 +205,9 @@ fn missed(list: &ByteList, asked: &Asked) -> u64 {
         if statement.protocol == UNUSED {
             break;
         }
-        let at = (statement.offset & 31) as usize;
-        let byte = |i: usize| asked.bytes.get(at + i).copied().unwrap_or(0) as u32;
-        let word = (byte(0) << 24) | (byte(1) << 16) | (byte(2) << 8) | byte(3);
+        let (at, odd) = ((statement.offset / 4 & 7) as usize, statement.offset as u32 & 3);
+        let word = |i: usize| asked.header.get(i).copied().unwrap_or(0) as u64;
+        let word = ((word(at) << 32 | word(at + 1)) << (8 * odd) >> 32) as u32;
         let value = word >> (32u32.wrapping_sub(8 * statement.size as u32) & 31);
         let differs = not_zero((value & statement.mask) ^ statement.value);
         let other = not_zero((statement.protocol ^ asked.protocol) as u32);
@@ -226,8 +226,8 @@ fn not_zero(value: u32) -> u64 {
 /// What byte matches are asked of, and the answer.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked {
-    /// The beginning of the L4 header.
-    bytes: [u8; 36],
+    /// The beginning of the L4 header, as numbers.
+    header: [u32; 9],
     /// Bytes known; statements beyond are taken as met.
     known: u32,
     /// Lists that were asked; 0: byte matches play no part for this packet.
@@ -242,7 +242,7 @@ pub struct Asked {
 
 impl Default for Asked {
     fn default() -> Self {
-        Asked { bytes: [0; 36], known: 0, lists: 0, base: 0, missed: 0, protocol: 0 }
+        Asked { header: [0; 9], known: 0, lists: 0, base: 0, missed: 0, protocol: 0 }
     }
 }
 
@@ -307,31 +307,30 @@ impl Asked {
     fn read<P: Packet>(&mut self, packet: &P, transport: &Transport, usual: u32) -> bool {
         self.protocol = transport.protocol;
         if transport.quote != 0 {
-            let ([a, b], [c, d]) = (transport.sport.to_be_bytes(), transport.dport.to_be_bytes());
             self.known = 4;
-            self.fill([a, b, c, d]);
+            self.header[0] = (transport.sport as u32) << 16 | transport.dport as u32;
             return true;
         }
         match transport.protocol {
             protocol::TCP => {
                 self.known = 20;
-                packet.read_usual::<20>(transport.offset, usual).map(|h| self.fill(h)).is_some()
+                packet.words::<5>(transport.offset, usual).map(|h| self.fill(h)).is_some()
             }
             protocol::UDP => {
                 self.known = 8;
-                packet.read_usual::<8>(transport.offset, usual).map(|h| self.fill(h)).is_some()
+                packet.words::<2>(transport.offset, usual).map(|h| self.fill(h)).is_some()
             }
             _ => {
                 self.known = 12;
-                packet.read::<12>(transport.offset).map(|h| self.fill(h)).is_some()
+                packet.words::<3>(transport.offset, usual).map(|h| self.fill(h)).is_some()
             }
         }
     }
 
     #[inline(always)]
-    fn fill<const N: usize>(&mut self, header: [u8; N]) {
-        for (to, from) in self.bytes.iter_mut().zip(header) {
-            *to = from;
+    fn fill<const N: usize>(&mut self, words: [u32; N]) {
+        for (to, from) in self.header.iter_mut().zip(words) {
+            *to = u32::from_be(from);
         }
     }
 }

@@ -34,6 +34,10 @@ pub trait Tables {
     fn active(&self, stream: &StreamEntry) -> u32;
     /// Identifier in a row.
     fn row(&self, chunk: u32, index: u32) -> Option<u16>;
+    /// Begins to read what belongs to a target, of a packet that most likely goes there; on the host there is nothing to do.
+    fn fetch(&self, target: u32, v6: bool) {
+        let _ = (target, v6);
+    }
     /// A target.
     fn target(&self, index: u32) -> Option<&TargetEntry>;
     /// Translated port.
@@ -106,6 +110,26 @@ impl Default for Decision {
     }
 }
 
+/// The stream that a packet most likely belongs to: that of the last one with a similar port.
+#[derive(Clone, Copy, Debug)]
+struct Expected([u8; EXPECTED]);
+/// As many as one byte has values.
+const EXPECTED: usize = 256;
+const _: () = assert!(MAX_STREAMS <= EXPECTED, "a slot is a byte");
+
+impl Default for Expected {
+    fn default() -> Self {
+        Expected([0; EXPECTED])
+    }
+}
+
+impl Expected {
+    #[inline(always)]
+    fn of(&mut self, port: u16) -> Option<&mut u8> {
+        self.0.get_mut(port as usize % EXPECTED)
+    }
+}
+
 /// What a decision needs memory for. The eBPF side keeps it in a per-CPU map.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Scratch {
@@ -131,6 +155,7 @@ pub struct Scratch {
     first: FragmentValue,
     nat: NatKey,
     asked: Asked,
+    expected: Expected,
 }
 
 impl Scratch {
@@ -221,6 +246,9 @@ pub fn translation<T: Tables>(tables: &T, s: &mut Scratch, direction: u16, port:
 /// Flow, row, target.
 #[inline(always)]
 fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scratch) -> Result<(), Reason> {
+    // Row, next hop and the port's flows are in no cache when there are many, so each is a wait for memory. Rather than one
+    // after the other, they begin here together.
+    let expected = expected(tables, s);
     if flags & flag::SOURCES != 0 {
         s.prefix.address = if s.transport.quote != 0 { s.quoted.dst } else { s.network.src };
     }
@@ -235,23 +263,21 @@ fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scr
     s.decision.flow = index;
     s.decision.counter = flow.counter;
     s.decision.slot = slot;
-    let stream = tables.stream(slot).ok_or(Reason::Internal)?;
-    let copy = tables.active(stream) & 1;
+    let place = match expected {
+        Some(place) if place.slot == slot => place,
+        _ => {
+            if let Some(expected) = s.expected.of(s.transport.dport) {
+                *expected = slot as u8;
+            }
+            place(tables, s, slot).ok_or(Reason::Internal)?
+        }
+    };
+    let Place { stream, copy, row, identifier, .. } = place;
     let ready = if copy == 0 { stream.ready[0] } else { stream.ready[1] };
     if ready == 0 {
         return Err(Reason::NoTarget);
     }
-    let sctp_ports_only = stream.flags & stream_flag::SCTP_PORTS_ONLY != 0;
-    // By value: behind a reference nothing is known of their alignment, and they would be read byte by byte.
-    let src = if s.transport.quote != 0 { s.quoted.dst } else { s.network.src };
-    let t = &s.transport;
-    let hash = hash::key(src, s.network.dst, t.protocol, t.sport, t.dport, sctp_ports_only);
-    let row = hash::row(hash, stream.rows);
     s.decision.row = row;
-    let base = if copy == 0 { stream.chunk[0] } else { stream.chunk[1] };
-    let rows = CHUNK_ROWS as u32;
-    let (chunk, within) = if row < rows { (base, row) } else { (base + row / rows, row % rows) };
-    let identifier = tables.row(chunk, within).unwrap_or(0) as u32;
     to_target(s, stream, copy, identifier)?;
     if flags & flag::NAT != 0 && matches!(s.transport.kind, Kind::Ports) {
         let port = translation(tables, s, 0, s.transport.dport);
@@ -266,6 +292,44 @@ fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scr
         tables.remember(&s.fragment, &s.first);
     }
     Ok(())
+}
+
+/// Where a packet goes if it belongs to a stream.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    slot: u32,
+    stream: &'a StreamEntry,
+    /// Copy of the stream's table that was in use.
+    copy: u32,
+    row: u32,
+    /// 0: the row has no target.
+    identifier: u32,
+}
+
+#[inline(always)]
+fn place<'a, T: Tables>(tables: &'a T, s: &Scratch, slot: u32) -> Option<Place<'a>> {
+    let stream = tables.stream(slot)?;
+    let copy = tables.active(stream) & 1;
+    let sctp_ports_only = stream.flags & stream_flag::SCTP_PORTS_ONLY != 0;
+    // By value: behind a reference nothing is known of their alignment, and they would be read byte by byte.
+    let src = if s.transport.quote != 0 { s.quoted.dst } else { s.network.src };
+    let t = &s.transport;
+    let hash = hash::key(src, s.network.dst, t.protocol, t.sport, t.dport, sctp_ports_only);
+    let row = hash::row(hash, stream.rows);
+    let base = if copy == 0 { stream.chunk[0] } else { stream.chunk[1] };
+    let rows = CHUNK_ROWS as u32;
+    let (chunk, within) = if row < rows { (base, row) } else { (base + row / rows, row % rows) };
+    let identifier = tables.row(chunk, within).unwrap_or(0) as u32;
+    Some(Place { slot, stream, copy, row, identifier })
+}
+
+/// The place of a packet in the stream that it most likely belongs to, and a first look at what it will need of the target.
+#[inline(always)]
+fn expected<'a, T: Tables>(tables: &'a T, s: &mut Scratch) -> Option<Place<'a>> {
+    let slot = *s.expected.of(s.transport.dport)? as u32;
+    let place = place(tables, s, slot)?;
+    tables.fetch(target_index(place.stream.target_base, place.identifier, place.copy), s.network.v6);
+    Some(place)
 }
 
 /// In which respects a flow matches the packet that `s` was used for to decide; for explanations, on the host. `None`: the

@@ -22,11 +22,34 @@ pub trait Packet {
     fn is_super(&self) -> bool {
         false
     }
-    /// As `read`, for what most packets have at this place: the reader may have a shorter way there.
+    /// `N` words as they lie in memory, for what most packets have at `usual`: the reader may have a shorter way there. (Words,
+    /// because where two ways meet the compiler would put bytes together one by one.)
     #[inline(always)]
-    fn read_usual<const N: usize>(&self, offset: u32, usual: u32) -> Option<[u8; N]> {
+    fn words<const N: usize>(&self, offset: u32, usual: u32) -> Option<[u32; N]> {
         let _ = usual;
-        self.read(offset)
+        let mut words = [0; N];
+        for (word, at) in words.iter_mut().zip((offset..).step_by(4)) {
+            *word = u32::from_ne_bytes(self.read(at)?);
+        }
+        Some(words)
+    }
+}
+
+/// The upper and the lower half of a word of the packet.
+#[inline(always)]
+const fn parts(word: u32) -> (u16, u16) {
+    let word = u32::from_be(word);
+    ((word >> 16) as u16, word as u16)
+}
+
+/// An IPv6 address of its words.
+#[inline(always)]
+fn address(words: [u32; 4]) -> [u8; 16] {
+    let [a, b, c, d] = words.map(|word| word as u128);
+    if cfg!(target_endian = "little") {
+        (a | b << 32 | c << 64 | d << 96).to_ne_bytes()
+    } else {
+        (a << 96 | b << 64 | c << 32 | d).to_ne_bytes()
     }
 }
 
@@ -153,44 +176,48 @@ fn mapped(address: u32) -> [u8; 16] {
 #[inline(always)]
 pub fn network<P: Packet>(packet: &P, ethertype: u16, offset: u32, n: &mut Network) -> bool {
     if ethertype == ETH_IPV4 {
-        let Some(h) = packet.read_usual::<20>(offset, 0) else { return false };
-        if h[0] >> 4 != 4 {
+        let Some([first, second, third, src, dst]) = packet.words::<5>(offset, 0) else { return false };
+        let (first, total) = parts(first);
+        if first >> 12 != 4 {
             return false;
         }
-        let words = h[0] & 0x0f;
-        let total = u16::from_be_bytes([h[2], h[3]]) as u32;
-        let header = (words as u32) * 4;
-        n.src = mapped(u32::from_be_bytes([h[12], h[13], h[14], h[15]]));
-        n.dst = mapped(u32::from_be_bytes([h[16], h[17], h[18], h[19]]));
+        let words = (first >> 8) as u32 & 0x0f;
+        let total = total as u32;
+        let header = words * 4;
+        n.src = mapped(u32::from_be(src));
+        n.dst = mapped(u32::from_be(dst));
         n.v6 = false;
         n.next = offset + header;
-        n.protocol = h[9];
         // A length of 0 in a super-packet means "too long to say" (Linux calls it BIG TCP): it ends where the buffer ends.
         let long = total == 0 && packet.is_super();
         n.end = if long { packet.len() } else { offset + total };
-        n.ttl = h[8];
-        n.checksum = u16::from_be_bytes([h[10], h[11]]);
+        let (lifetime, checksum) = parts(third);
+        n.protocol = lifetime as u8;
+        n.ttl = (lifetime >> 8) as u8;
+        n.checksum = checksum;
         n.options = words > 5;
-        n.fragment = u16::from_be_bytes([h[6], h[7]]) & 0x3fff;
-        n.id = u16::from_be_bytes([h[4], h[5]]);
+        let (id, fragment) = parts(second);
+        n.fragment = fragment & 0x3fff;
+        n.id = id;
         n.lying = words < 5 || (total < header && !long);
         true
     } else if ethertype == ETH_IPV6 {
-        let Some(h) = packet.read_usual::<8>(offset, 0) else { return false };
-        if h[0] >> 4 != 6 {
+        let Some([first, second]) = packet.words::<2>(offset, 0) else { return false };
+        if u32::from_be(first) >> 28 != 6 {
             return false;
         }
-        let Some(src) = packet.read_usual::<16>(offset + 8, 8) else { return false };
-        let Some(dst) = packet.read_usual::<16>(offset + 24, 24) else { return false };
-        n.src = src;
-        n.dst = dst;
-        let payload = u16::from_be_bytes([h[4], h[5]]) as u32;
+        let Some(src) = packet.words::<4>(offset + 8, 8) else { return false };
+        let Some(dst) = packet.words::<4>(offset + 24, 24) else { return false };
+        n.src = address(src);
+        n.dst = address(dst);
+        let (payload, next) = parts(second);
+        let payload = payload as u32;
         n.v6 = true;
         n.next = offset + 40;
-        n.protocol = h[6];
+        n.protocol = (next >> 8) as u8;
         // As above. Of any other packet 0 means that nothing follows.
         n.end = if payload == 0 && packet.is_super() { packet.len() } else { offset + 40 + payload };
-        n.ttl = h[7];
+        n.ttl = next as u8;
         n.checksum = 0;
         n.options = false;
         n.fragment = 0;
@@ -310,34 +337,34 @@ pub fn transport<P: Packet>(
             if up.offset + 20 > network.end {
                 return Err(Reason::Truncated);
             }
-            let h = packet.read_usual::<13>(up.offset, usual).ok_or(Reason::Truncated)?;
+            let [both, _, _, fourth] = packet.words::<4>(up.offset, usual).ok_or(Reason::Truncated)?;
             // The header of a first fragment may go on in the next one.
-            let header = (h[12] >> 4) as u32 * 4;
+            let header = (u32::from_be(fourth) >> 28) * 4;
             if header < 20 || (!t.first_fragment && up.offset + header > network.end) {
                 return Err(Reason::Malformed);
             }
-            ports(t, [h[0], h[1], h[2], h[3]]);
+            ports(t, parts(both));
         }
         protocol::UDP => {
             if up.offset + 8 > network.end {
                 return Err(Reason::Truncated);
             }
-            let h = packet.read_usual::<6>(up.offset, usual).ok_or(Reason::Truncated)?;
-            let length = u16::from_be_bytes([h[4], h[5]]) as u32;
+            let [both, second] = packet.words::<2>(up.offset, usual).ok_or(Reason::Truncated)?;
+            let length = parts(second).0 as u32;
             let beyond = !t.first_fragment && up.offset + length > network.end;
             // IPv6 knows a length of 0: it is in the jumbo option (RFC 2675, 4).
             let unsaid = length == 0 && network.v6;
             if !unsaid && (length < 8 || beyond) {
                 return Err(Reason::Malformed);
             }
-            ports(t, [h[0], h[1], h[2], h[3]]);
+            ports(t, parts(both));
         }
         protocol::SCTP => {
             if up.offset + 12 > network.end {
                 return Err(Reason::Truncated);
             }
             let h = packet.read::<4>(up.offset).ok_or(Reason::Truncated)?;
-            ports(t, h);
+            ports(t, parts(u32::from_ne_bytes(h)));
         }
         protocol::ICMP if !network.v6 => icmp(packet, network, quoted, t)?,
         protocol::ICMPV6 if network.v6 => icmp(packet, network, quoted, t)?,
@@ -347,10 +374,10 @@ pub fn transport<P: Packet>(
 }
 
 #[inline(always)]
-fn ports(t: &mut Transport, h: [u8; 4]) {
+fn ports(t: &mut Transport, (source, destination): (u16, u16)) {
     t.kind = Kind::Ports;
-    t.sport = u16::from_be_bytes([h[0], h[1]]);
-    t.dport = u16::from_be_bytes([h[2], h[3]]);
+    t.sport = source;
+    t.dport = destination;
 }
 
 #[inline(always)]
@@ -409,7 +436,8 @@ fn quoted<P: Packet>(packet: &P, outer: &Network, inner: &mut Network, t: &mut T
                 return Err(Reason::Truncated);
             }
             let h = packet.read::<4>(up.offset).ok_or(Reason::Truncated)?;
-            ports(t, [h[2], h[3], h[0], h[1]]);
+            let (source, destination) = parts(u32::from_ne_bytes(h));
+            ports(t, (destination, source));
         }
         protocol::ICMP | protocol::ICMPV6 => {
             if up.offset + 6 > outer.end {

@@ -224,6 +224,18 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn fetch(&self, target: u32, v6: bool) {
+        if let Some(hop) = Hop::of(Hop::place(target, v6)) {
+            // SAFETY: the pointer is into a map value; volatile because nobody asks for what is read.
+            unsafe { (&raw const (*hop).place).read_volatile() };
+        }
+        if let Some(counter) = TARGET_HITS.get_ptr(target / 2) {
+            // SAFETY: as above.
+            unsafe { (&raw const (*counter).packets).read_volatile() };
+        }
+    }
+
+    #[inline(always)]
     fn target(&self, index: u32) -> Option<&TargetEntry> {
         TARGETS.get(index)
     }

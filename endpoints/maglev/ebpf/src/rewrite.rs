@@ -44,7 +44,7 @@ pub fn age(ctx: &TcContext, network: &Network) -> Result<(), Reason> {
         if at + 2 > ctx.data_end() {
             return store(ctx, 7, &[ttl], RECOMPUTE);
         }
-        // SAFETY: within the packet, as just checked; alignment as in `Skb::read_usual`. And a helper with plain arguments,
+        // SAFETY: within the packet, as just checked; alignment as in `skb::direct`. And a helper with plain arguments,
         // which changes nothing where the network card has made no sum.
         unsafe {
             (at as *mut u16).write(u16::from_ne_bytes([network.protocol, ttl]));
@@ -61,7 +61,7 @@ pub fn age(ctx: &TcContext, network: &Network) -> Result<(), Reason> {
     if at + 4 > ctx.data_end() {
         return store(ctx, 8, &word.to_be_bytes(), 0);
     }
-    // SAFETY: within the packet, as just checked; alignment as in `Skb::read_usual`.
+    // SAFETY: within the packet, as just checked; alignment as in `skb::direct`.
     unsafe { (at as *mut u32).write(word.to_be()) };
     Ok(())
 }
@@ -74,7 +74,7 @@ pub fn link(ctx: &TcContext, addresses: &[u32; 3]) -> bool {
         return false;
     }
     let words = at as *mut u32;
-    // SAFETY: within the packet, as just checked; alignment as in `Skb::read_usual`.
+    // SAFETY: within the packet, as just checked; alignment as in `skb::direct`.
     unsafe {
         words.write(addresses[0]);
         words.add(1).write(addresses[1]);

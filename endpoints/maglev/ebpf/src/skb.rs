@@ -52,7 +52,7 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
-    fn read_usual<const N: usize>(&self, offset: u32, usual: u32) -> Option<[u8; N]> {
+    fn words<const N: usize>(&self, offset: u32, usual: u32) -> Option<[u32; N]> {
         // Constants, because the verifier wants to know where it is in the packet.
         let direct = match usual {
             0 if offset == 0 => direct::<0, N>(self.0),
@@ -63,37 +63,46 @@ impl Packet for Skb<'_> {
             _ => None,
         };
         // It may lie behind the linear part.
-        direct.or_else(|| self.read(offset))
+        direct.or_else(|| self.load(offset))
     }
 }
 
-/// Bytes of the packet where they are, without a call; `None`: not all of them are in its linear part.
+impl Skb<'_> {
+    /// Words of the packet, wherever they lie.
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        let mut words = MaybeUninit::<[u32; N]>::uninit();
+        // SAFETY: the helper writes 4 N bytes to a buffer of as many; if it fails it fills them with 0.
+        unsafe {
+            let at = offset.wrapping_add(L2);
+            let to = words.as_mut_ptr().cast();
+            if bpf_skb_load_bytes(self.0.as_ptr().cast(), at, to, 4 * N as u32) == 0 {
+                Some(words.assume_init())
+            } else {
+                None
+            }
+        }
+    }
+}
+
+/// Words of the packet where they are, without a call; `None`: not all of them are in its linear part.
 #[inline(always)]
-fn direct<const AT: usize, const N: usize>(ctx: &TcContext) -> Option<[u8; N]> {
+fn direct<const AT: usize, const N: usize>(ctx: &TcContext) -> Option<[u32; N]> {
     let from = ctx.data() + L2 as usize + AT;
-    if from + N > ctx.data_end() {
+    if from + 4 * N > ctx.data_end() {
         return None;
     }
-    let mut bytes = [0u8; N];
-    let mut at = 0;
+    let mut words = [0u32; N];
+    let mut n = 0;
     // SAFETY: within the packet, as just checked. Words need not be aligned: the verifier would refuse the program on
     // a machine where they have to be.
     unsafe {
-        while at + 4 <= N {
-            let word = ((from + at) as *const u32).read().to_ne_bytes();
-            (bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]) = (word[0], word[1], word[2], word[3]);
-            at += 4;
-        }
-        if at + 2 <= N {
-            let word = ((from + at) as *const u16).read().to_ne_bytes();
-            (bytes[at], bytes[at + 1]) = (word[0], word[1]);
-            at += 2;
-        }
-        if at < N {
-            bytes[at] = ((from + at) as *const u8).read();
+        while n < N {
+            words[n] = ((from + 4 * n) as *const u32).read();
+            n += 1;
         }
     }
-    Some(bytes)
+    Some(words)
 }
 
 /// Ethernet type of a packet.
