@@ -75,6 +75,8 @@ pub(crate) struct Programs {
     ebpf: Ebpf,
     /// Packets per second that saturated each way the last time.
     rates: [Option<f64>; 3],
+    /// Of each way the generator's interface and link address, and the other end's.
+    links: [Option<(u32, [u8; 6], [u8; 6])>; 3],
 }
 
 impl Programs {
@@ -92,7 +94,7 @@ impl Programs {
             tc::qdisc_add_clsact("mbf1").unwrap();
             sink.attach("mbf1", TcAttachType::Ingress).unwrap();
         });
-        Programs { ebpf, rates: [None; 3] }
+        Programs { ebpf, rates: [None; 3], links: [None; 3] }
     }
 
     /// Packets per second that saturated a way the last time.
@@ -145,20 +147,17 @@ impl Programs {
 
     /// Tells the generator what to send, and how many packets per second; the packet is its first.
     pub(crate) fn aim(&mut self, topology: &Topology, way: Way, v6: bool, flows: u32, rate: f64) -> Vec<u8> {
-        let near = format!("mbg{}", way as u8);
         let vip: IpAddr = if v6 { way.fan_vip6().into() } else { way.fan_vip().into() };
-        let (from, to) = (topology.mac("generator", &near), topology.mac("middle", &way.interface()));
+        let near = format!("mbg{}", way as u8);
+        // Asked once: there are hundreds of samples.
+        let (index, from, to) = *self.links[way as usize].get_or_insert_with(|| {
+            let index = topology.index("generator", &near);
+            (index, topology.mac("generator", &near), topology.mac("middle", &way.interface()))
+        });
         let packet = packet(from, to, vip, (20_000, FIRST_PORT));
         let ports_at = if v6 { 54 } else { 34 };
         let mut value = [0u8; 88];
-        let words = [
-            topology.index("generator", &near),
-            ports_at,
-            FIRST_PORT as u32,
-            flows,
-            SOURCE_PORTS,
-            (256e9 / rate) as u32,
-        ];
+        let words = [index, ports_at, FIRST_PORT as u32, flows, SOURCE_PORTS, (256e9 / rate) as u32];
         for (to, word) in value.chunks_exact_mut(4).zip(words) {
             to.copy_from_slice(&word.to_ne_bytes());
         }
