@@ -5,7 +5,8 @@
 //!   later one that overtook it, and redirects it here. It is kept until the first one has been seen or [`HOLD`] is
 //!   over. Then it goes back through the interface into the program, which now knows its target, or counts it as dropped.
 //! * ICMP errors that this machine makes about replies of a VIP, such as one that is too big for the external link. They are
-//!   routed here, and go straight back into the program, which finds the target that has sent the reply.
+//!   routed here, and go straight back into the program, which finds the target that has sent the reply. (Of a reply whose port is
+//!   translated the quote is translated first: see [`crate::quote`].)
 //!
 //! If somebody deletes the interface the thread ends, and no fragment is sent that way any more until [`Engine::tend`] has made
 //! another one.
@@ -27,9 +28,9 @@ use meridio_decision::layout::{FragmentKey, FragmentValue};
 use meridio_decision::packet::{Kind, network, transport};
 use meridio_decision::{Scratch, decide::fragment_key};
 
-use crate::config_entry::ConfigEntry;
 use crate::error::Error;
 use crate::image::Bytes;
+use crate::quote::Known;
 use crate::sys::{RawMap, monotonic};
 use crate::tap;
 
@@ -98,23 +99,22 @@ impl Held {
 enum Errand {
     /// A later fragment, and what it has in common with the others of its packet.
     Fragment(FragmentKey),
-    /// An ICMP error.
+    /// An ICMP error; what it is about is in the memory that it was read into.
     Error,
     /// Chatter of the interface.
     None,
 }
 
-fn errand(frame: &[u8]) -> Errand {
+fn errand(frame: &[u8], s: &mut Scratch) -> Errand {
     let (Some(ethertype), Some(packet)) = (frame.get(12..14), frame.get(L2..)) else { return Errand::None };
     let packet = Bytes(packet);
-    let mut s = Scratch::default();
     if !network(&packet, u16::from_be_bytes([ethertype[0], ethertype[1]]), 0, &mut s.network)
         || transport(&packet, &s.network, &mut s.quoted, &mut s.transport).is_err()
     {
         return Errand::None;
     }
     if s.transport.kind == Kind::LaterFragment {
-        fragment_key(&mut s);
+        fragment_key(s);
         return Errand::Fragment(s.fragment);
     }
     if s.transport.quote != 0 { Errand::Error } else { Errand::None }
@@ -133,24 +133,25 @@ pub(crate) struct Detour {
 
 impl Detour {
     /// Makes the interface in the network namespace of this thread, has the program attached to it, and lets fragments be sent there.
-    /// `map` knows where first fragments went.
+    /// `map` knows where first fragments went, `known` which ports clients know.
     ///
     /// # Errors
     /// Why there is none. Then no fragments are sent to one.
     pub(crate) fn start(
         map: RawMap,
-        config: Arc<ConfigEntry>,
+        known: Known,
         attach: impl FnOnce(&str) -> Result<(), Error>,
     ) -> Result<Self, String> {
         let (tap, interface) = tap::open().map_err(|e| e.to_string())?;
         let (index, mac) = tap::bring_up(&interface).map_err(|e| format!("{interface}: {e}"))?;
         attach(&interface).map_err(|e| e.to_string())?;
         let (stop, stopped) = UnixStream::pair().map_err(|e| e.to_string())?;
+        let config = known.config.clone();
         config.change(|config| config.hold = index).map_err(|e| e.to_string())?;
         let ended = Arc::new(Mutex::new(None));
         let (end, shared) = (ended.clone(), config.clone());
         let thread = std::thread::Builder::new().name("detour".into()).spawn(move || {
-            let Err(error) = hold(tap, mac, &map, &stopped) else { return };
+            let Err(error) = hold(tap, mac, &map, &known, &stopped) else { return };
             tracing::error!(interface, %error, "fragments out of order and local ICMP errors are dropped for now");
             // First the packets, then who may ask.
             if let Err(error) = shared.change(|config| config.hold = 0) {
@@ -204,8 +205,8 @@ impl Drop for Detour {
     }
 }
 
-fn hold(mut tap: File, mac: [u8; 6], map: &RawMap, stop: &UnixStream) -> io::Result<()> {
-    let mut held = Held::default();
+fn hold(mut tap: File, mac: [u8; 6], map: &RawMap, ports: &Known, stop: &UnixStream) -> io::Result<()> {
+    let (mut held, mut s) = (Held::default(), Scratch::default());
     let mut buffer = vec![0u8; MAX_FRAME];
     let known = |key: &FragmentKey| {
         let first = map.get(key, FragmentValue::default()).ok().flatten();
@@ -226,7 +227,7 @@ fn hold(mut tap: File, mac: [u8; 6], map: &RawMap, stop: &UnixStream) -> io::Res
                 Err(e) => return Err(e),
             };
             let mut frame = buffer[..length].to_vec();
-            let errand = errand(&frame);
+            let errand = errand(&frame, &mut s);
             if errand == Errand::None {
                 continue;
             }
@@ -234,7 +235,13 @@ fn hold(mut tap: File, mac: [u8; 6], map: &RawMap, stop: &UnixStream) -> io::Res
             frame[..6].copy_from_slice(&mac);
             let back = match errand {
                 Errand::Fragment(key) => held.take(key, frame, Instant::now()).err(),
-                _ => Some(frame),
+                _ => {
+                    let put = frame.get_mut(L2..).map(|packet| ports.put(packet, &s));
+                    if let Some(Err(error)) = put {
+                        tracing::debug!(%error, "a local ICMP error goes on with the port of the target");
+                    }
+                    Some(frame)
+                }
             };
             if let Some(frame) = back {
                 send(&mut tap, frame);
@@ -298,6 +305,7 @@ mod tests {
 
     #[test]
     fn chatter_is_told_from_errands() {
+        let errand = |frame: &[u8]| errand(frame, &mut Scratch::default());
         assert_eq!(errand(&[]), Errand::None);
         let frame = |packet: &[u8]| [&[0; 12][..], &[8, 0], packet].concat();
         let mut later = vec![0x45, 0, 0, 28, 0, 9, 0, 5, 64, 17, 0, 0, 10, 0, 0, 1, 20, 0, 0, 1];

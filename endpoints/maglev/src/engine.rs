@@ -19,6 +19,7 @@ use crate::gone;
 use crate::grace::Retired;
 use crate::kernel::{Kernel, Options, remove_pins};
 use crate::owner::Lock;
+use crate::quote::Known;
 use crate::steps::{Placed, place, within};
 use crate::sys::{RawMap, monotonic, text};
 use crate::table::Table;
@@ -141,8 +142,14 @@ impl Engine {
             return;
         }
         let (kernel, config) = (&mut self.kernel, self.config.clone());
-        let map = kernel.maps.fragments.try_clone().map_err(|e| e.to_string());
-        self.detour = map.and_then(|map| Detour::start(map, config, |name| kernel.attach_ingress(name)));
+        let maps = &kernel.maps;
+        let clone = |map: &RawMap| map.try_clone().map_err(|e| e.to_string());
+        let all = [&maps.fragments, &maps.vips, &maps.nats].map(clone);
+        let [fragments, vips, nats] = all;
+        self.detour = fragments.and_then(|fragments| {
+            let known = Known { vips: vips?, nats: nats?, config };
+            Detour::start(fragments, known, |name| kernel.attach_ingress(name))
+        });
         if let Err(error) = &self.detour {
             tracing::warn!(error, "fragments out of order are dropped");
         }

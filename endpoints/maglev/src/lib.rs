@@ -25,6 +25,7 @@ mod maps;
 mod owner;
 mod place;
 mod qdisc;
+mod quote;
 pub mod reference;
 mod snapshot;
 mod steps;

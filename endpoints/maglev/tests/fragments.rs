@@ -4,51 +4,117 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::time::Duration;
 
-use common::build::{fragment, udp};
+use common::build::{ends, fragment, is_right, sctp, udp};
 use common::net::{eventually, ip};
 use common::scene::{SOON, Scene, client, vip};
 use meridio_maglev::Reason;
 
-/// Fragments of one datagram, and whether a packet is one of them.
+/// Fragments of one datagram from the client, and whether a packet is one of them.
 fn fragments(v6: bool, sport: u16, id: u32, port: u16) -> (Vec<Vec<u8>>, impl Fn(&[u8]) -> bool + Copy) {
-    let (src, dst) = (client(v6), vip(v6));
-    let whole = udp(src, dst, (sport, port), &vec![7; 2_000]);
+    parts((client(v6), vip(v6)), (sport, port), id)
+}
+
+fn parts((src, dst): (IpAddr, IpAddr), ports: (u16, u16), id: u32) -> (Vec<Vec<u8>>, impl Fn(&[u8]) -> bool + Copy) {
+    let whole = udp(src, dst, ports, &vec![7; 2_000]);
     let parts = [(0, 696), (696, 1392), (1392, whole.len())];
     let list = parts.map(|(from, to)| fragment(src, dst, 17, &whole[from..to], id, from as u16, to != whole.len()));
+    let v6 = src.is_ipv6();
     let ours = move |p: &[u8]| {
         if v6 {
-            p[6] == 44 && p[44..48] == id.to_be_bytes()
+            p[0] >> 4 == 6 && p[6] == 44 && p[44..48] == id.to_be_bytes()
         } else {
-            p[9] == 17 && p[4..6] == (id as u16).to_be_bytes()
+            p[0] >> 4 == 4 && p[9] == 17 && p[4..6] == (id as u16).to_be_bytes()
         }
     };
     (list.to_vec(), ours)
 }
 
+/// Source and destination port of the datagram that fragments make, of which the sum has to be right.
+fn whole(fragments: &[Vec<u8>]) -> (u16, u16) {
+    let part = |p: &Vec<u8>| match p[0] >> 4 {
+        6 => (u16::from_be_bytes([p[42], p[43]]) & 0xfff8, p[48..].to_vec()),
+        _ => ((u16::from_be_bytes([p[6], p[7]]) & 0x1fff) * 8, p[20..].to_vec()),
+    };
+    let mut parts: Vec<(u16, Vec<u8>)> = fragments.iter().map(part).collect();
+    parts.sort();
+    let l4: Vec<u8> = parts.into_iter().flat_map(|(_, bytes)| bytes).collect();
+    let (src, dst) = ends(&fragments[0]);
+    assert!(l4.len() == 2_008 && is_right(&l4, src, dst, 17), "the sum over the whole datagram");
+    (u16::from_be_bytes([l4[0], l4[1]]), u16::from_be_bytes([l4[2], l4[3]]))
+}
+
 #[test]
 fn fragments_follow_their_flow_in_any_order() {
     let scene = Scene::new();
-    for v6 in [false, true] {
+    // The second port is translated.
+    for (v6, (known, own)) in [false, true].into_iter().flat_map(|v6| [(v6, (4000, 4000)), (v6, (80, 5000))]) {
         for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [2, 1, 0], [1, 2, 0]] {
             let mut owners = BTreeSet::new();
             for _ in 0..6 {
-                let (sport, owner) = scene.owner(v6, 4000);
-                let (list, ours) = fragments(v6, sport, sport as u32, 4000);
+                let (sport, owner) = scene.owner(v6, known);
+                let (list, ours) = fragments(v6, sport, sport as u32, known);
                 for n in order {
                     scene.send(&list[n]);
                     std::thread::sleep(Duration::from_millis(3));
                 }
                 let seen = scene.arrived(3, ours);
                 assert!(seen.iter().all(|(n, _)| *n == owner), "v6 {v6}, order {order:?}: not all at target {owner}");
+                let seen: Vec<Vec<u8>> = seen.into_iter().map(|(_, packet)| packet).collect();
+                assert_eq!(whole(&seen), (sport, own), "v6 {v6}, order {order:?}");
                 owners.insert(owner);
             }
             assert!(owners.len() == 2 || order != [0, 1, 2], "both targets have their share");
         }
     }
-    assert!(scene.count(Reason::FragmentHeld) >= 4 * 2 * 6, "out of order means held");
+    assert!(scene.count(Reason::FragmentHeld) >= 2 * 4 * 2 * 6, "out of order means held");
     assert_eq!(scene.count(Reason::FragmentUnknown), 0);
+}
+
+#[test]
+fn fragments_of_replies_get_the_port_that_clients_know() {
+    let scene = Scene::new();
+    for v6 in [false, true] {
+        for (known, own) in [(4000, 4000), (80, 5000)] {
+            let (sport, owner) = scene.owner(v6, known);
+            let (list, ours) = parts((vip(v6), client(v6)), (own, sport), sport as u32);
+            for packet in &list {
+                scene.reply(owner as u32 + 1, packet);
+            }
+            assert!(eventually(SOON, || scene.client.matching(ours).len() == 3), "v6 {v6}, port {known}");
+            assert_eq!(whole(&scene.client.matching(ours)), (known, sport), "v6 {v6}");
+        }
+    }
+}
+
+/// The checksum of an SCTP packet changes with what lies behind the port, and how much that is only the last fragment says.
+#[test]
+fn sctp_in_fragments_is_not_translated_but_counted() {
+    let scene = Scene::new();
+    for v6 in [false, true] {
+        let (here, there) = (client(v6), vip(v6));
+        let first = |(src, dst), ports, id| {
+            let whole = sctp(src, dst, ports, &[0, 3, 0, 16, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]);
+            fragment(src, dst, 132, &whole[..16], id, 0, true)
+        };
+        for id in 1..3 {
+            let before = scene.count(Reason::Untranslatable);
+            match id {
+                1 => scene.send(&first((here, there), (1_234, 80), id)),
+                _ => scene.reply(1, &first((there, here), (5000, 1_234), id)),
+            }
+            assert!(eventually(SOON, || scene.count(Reason::Untranslatable) == before + 1), "v6 {v6}, {id}");
+        }
+        // A port that stays what it is makes no trouble.
+        let reply = first((there, here), (4000, 1_234), 3);
+        scene.reply(1, &reply);
+        let header = if v6 { 40 } else { 20 };
+        let same = |p: &[u8]| p.len() == reply.len() && p[header..] == reply[header..];
+        assert!(eventually(SOON, || !scene.client.matching(same).is_empty()));
+        assert!(scene.client.matching(|p| p.windows(4).any(|w| w == [0x13, 0x88, 4, 210])).is_empty());
+    }
 }
 
 #[test]

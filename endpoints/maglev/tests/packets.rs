@@ -92,8 +92,8 @@ fn too_big_is_told_by_the_vip_in_the_clients_words() {
     for n in 1..=2 {
         ip(&format!("-n {} link set nsm{n} mtu 1400", scene.net.name("l")));
     }
-    // The program believes what it knows of a link for four ticks of the kernel, which has at least 100 a second.
-    std::thread::sleep(Duration::from_millis(50));
+    // The program believes what it knows of a link for eight ticks of the kernel, which has at least 100 a second.
+    std::thread::sleep(Duration::from_millis(100));
     for v6 in [false, true] {
         for port in [4000, 80] {
             let (src, dst, sport) = (client(v6), vip(v6), scene.fresh());
@@ -131,11 +131,12 @@ fn errors_about_replies_reach_the_target_that_sent_them() {
         ip(&format!("-n {l} {family} rule add pref 201 to {vip} lookup 4098"));
         ip(&format!("-n {l} {family} route add default dev {name} table 4098"));
     }
-    for v6 in [false, true] {
+    // The port that a client knows, and the one that the target answers from.
+    for (v6, (known, own)) in [false, true].into_iter().flat_map(|v6| [(v6, (4000, 4000)), (v6, (80, 5000))]) {
         for _ in 0..4 {
-            let (sport, owner) = scene.owner(v6, 4000);
+            let (sport, owner) = scene.owner(v6, known);
             let (src, dst) = (vip(v6), client(v6));
-            let reply = packet(src, dst, 17, &udp(src, dst, (4000, sport), &[5; 1_420]));
+            let reply = packet(src, dst, 17, &udp(src, dst, (own, sport), &[5; 1_420]));
             scene.reply(owner as u32 + 1, &reply);
             let (kind, header): ([u8; 2], usize) = if v6 { ([2, 0], 40) } else { ([3, 4], 20) };
             let seen = scene.arrived(1, |p| {
@@ -145,11 +146,12 @@ fn errors_about_replies_reach_the_target_that_sent_them() {
                         && l4.get(10 + header..12 + header) == Some(&sport.to_be_bytes()[..])
                 })
             });
-            assert_eq!(seen[0].0, owner, "v6 {v6}");
+            assert_eq!(seen[0].0, owner, "v6 {v6}, port {known}");
             let (protocol, message) = l4(&seen[0].1).unwrap();
             let (from, to) = build::ends(&seen[0].1);
             assert!(to == src && is_right(message, from, to, protocol));
             assert_eq!(message[6..8], 1400u16.to_be_bytes());
+            assert_eq!(message[8 + header..10 + header], own.to_be_bytes(), "the target knows its own port");
         }
     }
 }

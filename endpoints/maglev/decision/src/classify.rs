@@ -205,7 +205,7 @@ fn missed(list: &ByteList, asked: &Asked) -> u64 {
         if statement.protocol == UNUSED {
             break;
         }
-        let (at, odd) = ((statement.offset / 4 & 7) as usize, statement.offset as u32 & 3);
+        let (at, odd) = (((statement.offset / 4) & 7) as usize, statement.offset as u32 & 3);
         let word = |i: usize| asked.header.get(i).copied().unwrap_or(0) as u64;
         let word = ((word(at) << 32 | word(at + 1)) << (8 * odd) >> 32) as u32;
         let value = word >> (32u32.wrapping_sub(8 * statement.size as u32) & 31);
@@ -224,7 +224,7 @@ fn not_zero(value: u32) -> u64 {
 }
 
 /// What byte matches are asked of, and the answer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Asked {
     /// The beginning of the L4 header, as numbers.
     header: [u32; 9],
@@ -238,12 +238,6 @@ pub struct Asked {
     missed: u32,
     /// IP protocol.
     protocol: u8,
-}
-
-impl Default for Asked {
-    fn default() -> Self {
-        Asked { header: [0; 9], known: 0, lists: 0, base: 0, missed: 0, protocol: 0 }
-    }
 }
 
 impl Asked {

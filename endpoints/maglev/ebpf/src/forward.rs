@@ -6,7 +6,11 @@ use aya_ebpf::{
     helpers::generated::{bpf_check_mtu, bpf_fib_lookup, bpf_jiffies64, bpf_redirect_neigh, bpf_redirect_peer},
     programs::TcContext,
 };
-use meridio_decision::{Packet, Reason, Scratch, layout::TargetEntry, packet::Network};
+use meridio_decision::{
+    Packet, Reason, Scratch,
+    layout::TargetEntry,
+    packet::{Network, Transport},
+};
 
 use crate::{
     maps::{Hop, TARGETS},
@@ -14,6 +18,7 @@ use crate::{
     skb::{L2, Skb},
 };
 
+const TCP: u8 = 6;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const CHECK_MTU_SEGS: u64 = 1;
@@ -199,7 +204,6 @@ fn look(ctx: &TcContext, v6: bool, hop: &mut Hop) -> bool {
 /// over IPv6 of more than 64 KiB, up to some version after 6.18.)
 #[inline(always)]
 fn fits(ctx: &TcContext, s: &Scratch, ifindex: u32) -> bool {
-    const TCP: u8 = 6;
     const HOP_BY_HOP: u8 = 0;
     const JUMBO_OPTION: u32 = 8;
     let (network, transport) = (&s.network, &s.transport);
@@ -210,10 +214,20 @@ fn fits(ctx: &TcContext, s: &Scratch, ifindex: u32) -> bool {
     if result != SEGMENTS_TOO_LONG || !jumbo || transport.protocol != TCP {
         return result == 0;
     }
-    let Some([words]) = Skb(ctx).read::<1>(transport.offset.wrapping_add(12)) else { return false };
-    let headers = transport.offset.wrapping_add((words as u32 >> 4) * 4).wrapping_sub(JUMBO_OPTION);
+    segment(ctx, transport).is_some_and(|length| length.wrapping_sub(JUMBO_OPTION) <= mtu)
+}
+
+/// Length of the segments that a super-packet stands for, from the network header on.
+#[inline(always)]
+fn segment(ctx: &TcContext, transport: &Transport) -> Option<u32> {
+    const UDP_HEADER: u32 = 8;
+    let header = match transport.protocol {
+        TCP => (Skb(ctx).read::<1>(transport.offset.wrapping_add(12))?[0] as u32 >> 4) * 4,
+        _ => UDP_HEADER,
+    };
     // SAFETY: reads of the context's fields.
-    headers.wrapping_add(unsafe { (*ctx.skb.skb).gso_size }) <= mtu
+    let payload = unsafe { (*ctx.skb.skb).gso_size };
+    Some(transport.offset.wrapping_add(header).wrapping_add(payload))
 }
 
 /// Why this packet needs the stack.
@@ -234,9 +248,9 @@ fn slow(ctx: &TcContext, s: &Scratch, target: &TargetEntry, ifindex: u32) -> Opt
     } else if target.mtu != 0 {
         // SAFETY: reads of the context's fields.
         let gso = unsafe { (*ctx.skb.skb).gso_size };
-        // 60 and 60: the longest headers in front of a segment; too careful by at most a few bytes.
-        let size = if gso == 0 { ctx.len().wrapping_sub(L2) } else { gso + 120 };
-        if size > target.mtu {
+        let whole = ctx.len().wrapping_sub(L2);
+        let size = if gso == 0 { Some(whole) } else { segment(ctx, &s.transport) };
+        if size.is_none_or(|size| size > target.mtu) {
             return Some(Reason::SlowMtu);
         }
     }

@@ -122,8 +122,12 @@ fn record(config: *const Config, decision: &Decision) {
 #[classifier]
 pub fn meridio_egress(ctx: TcContext) -> i32 {
     let ethertype = ethertype(&ctx);
-    if ethertype == ETH_IPV4 || ethertype == ETH_IPV6 {
-        rewrite::outgoing(&ctx, ethertype);
+    if (ethertype == ETH_IPV4 || ethertype == ETH_IPV6)
+        && let Err(reason) = rewrite::outgoing(&ctx, ethertype)
+    {
+        // With a port that its client does not know it would be of no use to anybody.
+        count(&REASONS, reason as u32, Size { segments: 1, bytes: ctx.len().wrapping_sub(L2) });
+        return TC_ACT_SHOT;
     }
     TC_ACT_UNSPEC
 }

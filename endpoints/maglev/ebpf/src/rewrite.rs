@@ -118,7 +118,7 @@ fn port(ctx: &TcContext, network: &Network, t: &Transport, field: u32, from: u16
 fn sctp(ctx: &TcContext, network: &Network, t: &Transport, field: u32, change: u16) -> Result<(), Reason> {
     if t.first_fragment {
         // How far the end of the packet is, only the last fragment says.
-        return Err(Reason::Helper);
+        return Err(Reason::Untranslatable);
     }
     let old = Skb(ctx).read::<4>(t.offset + 8).ok_or(Reason::Helper)?;
     // 0: left to the network card, or agreed to be none (RFC 9653).
@@ -178,38 +178,38 @@ fn is_icmp(skb: &Skb<'_>, v4: bool) -> bool {
 /// Replies of targets: sets the source port back to the one that the client addressed. ICMP errors about packets to a VIP:
 /// sets the quoted destination port back, and lets one that says "too big" come from the VIP, because the address of a
 /// load balancer means nothing outside and may be filtered there.
+///
+/// # Errors
+/// Why it cannot be done; the packet may be half changed.
 #[inline(always)]
-pub fn outgoing(ctx: &TcContext, ethertype: u16) {
+pub fn outgoing(ctx: &TcContext, ethertype: u16) -> Result<(), Reason> {
     let skb = Skb(ctx);
-    let Some(config) = CONFIG.get_ptr(0) else { return };
+    let Some(config) = CONFIG.get_ptr(0) else { return Ok(()) };
     // What leaves is looked up without a memory of prefixes.
     let maps = &Maps { config, remember: false };
     let (switches, flags) = maps.generation();
     let nat = flags & flag::NAT != 0;
     if !nat && !is_icmp(&skb, ethertype == ETH_IPV4) {
-        return;
+        return Ok(());
     }
-    let Some(scratch) = EGRESS_SCRATCH.get_ptr_mut(0) else { return };
+    let Some(scratch) = EGRESS_SCRATCH.get_ptr_mut(0) else { return Ok(()) };
     // SAFETY: a per-CPU value that only this program uses, and it does not nest on one CPU.
     let s = unsafe { &mut *scratch };
     s.enter(switches);
     if !packet::network(&skb, ethertype, 0, &mut s.network)
         || packet::transport(&skb, &s.network, &mut s.quoted, &mut s.transport).is_err()
     {
-        return;
+        return Ok(());
     }
     if s.transport.quote != 0 {
-        let _ = error(ctx, maps, s, nat);
-        return;
+        return error(ctx, maps, s, nat);
     }
     if !nat || !matches!(s.transport.kind, Kind::Ports) || !vip_class(maps, s, End::Source) {
-        return;
+        return Ok(());
     }
     let from = s.transport.sport;
     let to = translation(maps, s, 1, from);
-    if to != 0 {
-        let _ = port(ctx, &s.network, &s.transport, 0, from, to);
-    }
+    if to == 0 { Ok(()) } else { port(ctx, &s.network, &s.transport, 0, from, to) }
 }
 
 /// An ICMP error that leaves, about a packet that came from outside.
