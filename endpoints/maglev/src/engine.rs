@@ -182,6 +182,14 @@ impl Engine {
         Ok(())
     }
 
+    /// Whether a load balancer of any version is attached to an interface of this network namespace, by this process or another one.
+    ///
+    /// # Errors
+    /// The kernel cannot be asked.
+    pub fn attached(interface: &str) -> Result<bool, Error> {
+        Kernel::attached(interface)
+    }
+
     /// What is missing of the programs on an interface, in words; nothing: all is as [`Engine::attach`] left it. To be asked every
     /// few seconds: others may take the programs away, and nobody is told.
     ///

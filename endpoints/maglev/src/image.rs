@@ -21,6 +21,11 @@ impl Packet for Bytes<'_> {
         self.0.len() as u32
     }
 
+    /// Longer than any header can say: what else it may stand for cannot be seen here.
+    fn is_super(&self) -> bool {
+        self.0.len() > 40 + u16::MAX as usize
+    }
+
     fn read_into<const N: usize>(&self, offset: u32, bytes: &mut [u8; N]) -> bool {
         match self.0.get(offset as usize..).and_then(|rest| rest.first_chunk::<N>()) {
             Some(chunk) => {

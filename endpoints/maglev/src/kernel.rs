@@ -245,6 +245,13 @@ impl Kernel {
         Ok(missing)
     }
 
+    /// Whether a filter is where this load balancer has its own, whoever attached it.
+    pub(crate) fn attached(interface: &str) -> Result<bool, Error> {
+        let fault = |e: std::io::Error| Error::Attach { interface: interface.to_owned(), reason: e.to_string() };
+        let Some(index) = qdisc::index(interface) else { return Ok(false) };
+        Ok(qdisc::program(index, qdisc::INGRESS, PRIORITY, HANDLE.into()).map_err(fault)?.is_some())
+    }
+
     fn program_id(&mut self, name: &str) -> Result<u32, Error> {
         Ok(program(&mut self.ebpf, name)?.info().map_err(|e| Error::Load(chain(&e)))?.id())
     }

@@ -76,20 +76,24 @@ impl Dataplane {
             return true;
         }
         let (base, offset_start) = (self.settings.bpf_dir.clone(), self.settings.identifier_offset_start);
-        let chunks = self.settings.table_chunks;
+        let (chunks, interface) = (self.settings.table_chunks, self.settings.external_interface.clone());
         let open = move || {
             let kernel = Options { chunks, ..Options::new(meridio_maglev::own_directory(&base)?) };
-            Engine::open(meridio_maglev::Settings { kernel, offset_start })
+            let engine = Engine::open(meridio_maglev::Settings { kernel, offset_start })?;
+            // By maps of another version, too.
+            let forwards = engine.adopted() || Engine::attached(&interface)?;
+            Ok::<_, meridio_maglev::Error>((engine, forwards))
         };
         let opened = tokio::task::spawn_blocking(open).await;
         let reason = match opened {
-            Ok(Ok(engine)) => {
+            Ok(Ok((engine, forwards))) => {
                 if engine.adopted() {
                     self.availability.set(forwarding(&engine));
                 }
                 self.note_chunks(engine.chunks());
                 self.kept = Some(engine.adopted() && forwarding(&engine));
-                self.gate.open = engine.adopted();
+                // What an earlier process forwards need not be taken away until all targets are there again.
+                self.gate.open = forwards;
                 self.refused = None;
                 self.health.waiting("DataPlane", "a configuration to attach with", "is the NSP running?");
                 self.engine = Some(engine);
@@ -208,13 +212,16 @@ impl Dataplane {
             return done;
         };
         done &= self.configure(&desired, inputs).await;
+        let outcome = self.last.as_ref().map(|last| last.outcome.clone());
+        // Before the first packet is marked: without its rules it would go wherever this pod's default route leads.
+        if let Some(outcome) = &outcome {
+            done &= self.route(&desired, outcome).await;
+        }
         // Maps without a configuration would let packets for VIPs pass to the stack: attach afterwards.
         if self.engine.as_ref().is_some_and(Engine::configured) {
             done &= self.attach(inputs.external).await;
         }
-        if let Some(Round { outcome, .. }) = &self.last {
-            let outcome = outcome.clone();
-            done &= self.route(&desired, &outcome).await;
+        if let Some(outcome) = outcome {
             done &= self.announce(outcome.ready.missing);
             let odd = inputs.unusable.iter().map(|name| format!("interface {name} has no Ethernet header: not used"));
             self.report(&desired, outcome.ready.notes.into_iter().chain(odd).collect());

@@ -292,3 +292,41 @@ async fn pods_that_share_a_directory_do_not_find_each_others_tables() {
     Netns::anonymous().unwrap().run(other_pod).await.unwrap();
     assert_eq!((identifiers(&first, "s"), identifiers(&first, "z")), (vec![1, 2], vec![3, 4]));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_version_forwards_is_not_taken_away_until_all_targets_are_there() {
+    let directories = ["version-old", "version-new", "version-none"].map(Directory::new);
+    directories.iter().for_each(Directory::mount);
+    let paths = directories.each_ref().map(|directory| directory.0.clone());
+    let pod = move || {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let ip = |words: &str| {
+                assert!(std::process::Command::new("ip").args(words.split(' ')).status().unwrap().success(), "{words}");
+            };
+            ip("link add ext-vlan type veth peer name other");
+            ip("link set ext-vlan up");
+            ip("link set other up");
+            let here = Netns::current().unwrap();
+            let netlink = here.netlink().await.unwrap();
+            let links = netlink.links().await.unwrap();
+            let index = |name: &str| links.iter().find(|link| link.name == name).unwrap().index;
+            let [old, new, none] = paths.map(|path| std::mem::ManuallyDrop::new(Directory(path)));
+            let args = |name: &'static str| ["--external-interface", name];
+            let mut first = told(&old, &args("ext-vlan"));
+            first.step(&Inputs { external: Some(index("ext-vlan")), ..good() }).await;
+            assert_eq!(waits_for(&first, "DataPlane"), None);
+            drop(first);
+            // A target whose subnet is not there is missing. Maps elsewhere are like maps of another layout: not adopted.
+            let far = nsp::Target { ips: vec!["172.30.0.9/24".into()], ..target("s", 2) };
+            let inputs = |index| Inputs { targets: Some(vec![target("s", 1), far]), external: Some(index), ..good() };
+            for (directory, name, open) in [(&new, "ext-vlan", true), (&none, "other", false)] {
+                let mut second = told(directory, &args(name));
+                second.step(&inputs.clone()(index(name))).await;
+                assert!(!second.engine.as_ref().unwrap().adopted());
+                assert_eq!((identifiers(&second, "s"), second.gate.open), (vec![1], open), "{name}");
+            }
+        });
+    };
+    Netns::anonymous().unwrap().run(pod).await.unwrap();
+}

@@ -178,7 +178,7 @@ fn targets(
     let mut ready = Ready::default();
     let mut sorted: Vec<&nsp::Target> = messages.iter().collect();
     // All load balancers must choose the same one of two that claim one identifier.
-    sorted.sort_by(|a, b| a.ips.cmp(&b.ips));
+    sorted.sort_by_cached_key(|target| target.ips.iter().map(|ip| (address(ip), ip)).collect::<Vec<_>>());
     for message in sorted {
         if message.status != nsp::target::Status::Enabled as i32 {
             continue;

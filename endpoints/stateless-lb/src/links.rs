@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use futures_util::future::{Fuse, FusedFuture as _, FutureExt as _};
 use nsm_kernel::Netns;
 use nsm_kernel::monitor::{Event, Monitor, Topic};
 use nsm_kernel::netlink::{Address, Link, LinkChange, NeighbourState};
@@ -75,6 +76,8 @@ impl Links {
         probe.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut due: Option<Instant> = None;
         let mut doubted: BTreeMap<IpAddr, Instant> = BTreeMap::new();
+        // Beside the events: who is silent takes all of the time there is, and others may fail meanwhile.
+        let mut asking = std::pin::pin!(Fuse::terminated());
         loop {
             let settle = at(due);
             let confirm = at(doubted.values().min().copied());
@@ -110,9 +113,13 @@ impl Links {
                 }
                 () = at(suspects.next()) => self.back(&mut suspects),
                 _ = rescan.tick() => self.scan().await,
-                _ = probe.tick(), if suspects.any() => {
+                _ = probe.tick(), if suspects.any() && asking.is_terminated() => {
                     suspects.retain(|ip| self.is_target(ip));
-                    for ip in self.probe(suspects.out()).await {
+                    self.publish(&suspects);
+                    asking.set(self.probe(suspects.out()).fuse());
+                }
+                answers = &mut asking, if !asking.is_terminated() => {
+                    for ip in answers {
                         suspects.answer(ip);
                     }
                     self.publish(&suspects);

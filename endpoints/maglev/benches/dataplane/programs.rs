@@ -75,8 +75,15 @@ pub(crate) struct Programs {
     ebpf: Ebpf,
     /// Packets per second that saturated each way the last time.
     rates: [Option<f64>; 3],
-    /// Of each way the generator's interface and link address, and the other end's.
-    links: [Option<(u32, [u8; 6], [u8; 6])>; 3],
+    links: [Option<Cable>; 3],
+}
+
+/// The first cable of a way: the generator's interface, its link address, and that of the other end.
+#[derive(Clone, Copy)]
+struct Cable {
+    index: u32,
+    from: [u8; 6],
+    to: [u8; 6],
 }
 
 impl Programs {
@@ -150,9 +157,9 @@ impl Programs {
         let vip: IpAddr = if v6 { way.fan_vip6().into() } else { way.fan_vip().into() };
         let near = format!("mbg{}", way as u8);
         // Asked once: there are hundreds of samples.
-        let (index, from, to) = *self.links[way as usize].get_or_insert_with(|| {
-            let index = topology.index("generator", &near);
-            (index, topology.mac("generator", &near), topology.mac("middle", &way.interface()))
+        let Cable { index, from, to } = *self.links[way as usize].get_or_insert_with(|| {
+            let (index, from) = (topology.index("generator", &near), topology.mac("generator", &near));
+            Cable { index, from, to: topology.mac("middle", &way.interface()) }
         });
         let packet = packet(from, to, vip, (20_000, FIRST_PORT));
         let ports_at = if v6 { 54 } else { 34 };

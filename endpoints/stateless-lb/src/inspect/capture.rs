@@ -34,7 +34,7 @@ pub(crate) fn packets(path: &Path, most: usize) -> anyhow::Result<Vec<(usize, Re
                         links = vec![header.network];
                         None
                     }
-                    PcapBlockOwned::Legacy(block) => Some((0, block.data, block.caplen)),
+                    PcapBlockOwned::Legacy(block) => Some((0, block.data, block.caplen, block.origlen)),
                     PcapBlockOwned::NG(Block::SectionHeader(_)) => {
                         links.clear();
                         None
@@ -44,15 +44,18 @@ pub(crate) fn packets(path: &Path, most: usize) -> anyhow::Result<Vec<(usize, Re
                         None
                     }
                     PcapBlockOwned::NG(Block::EnhancedPacket(block)) => {
-                        Some((block.if_id as usize, block.data, block.caplen))
+                        Some((block.if_id as usize, block.data, block.caplen, block.origlen))
                     }
-                    PcapBlockOwned::NG(Block::SimplePacket(block)) => Some((0, block.data, block.data.len() as u32)),
+                    PcapBlockOwned::NG(Block::SimplePacket(block)) => {
+                        // As much of it as the interface's snapshot length let through, with padding.
+                        Some((0, block.data, block.origlen.min(block.data.len() as u32), block.origlen))
+                    }
                     PcapBlockOwned::NG(_) => None,
                 };
-                if let Some((interface, data, captured)) = found {
+                if let Some((interface, data, captured, sent)) = found {
                     let data = data.get(..captured as usize).unwrap_or(data);
                     let packet = match links.get(interface) {
-                        Some(link) => network(data, *link),
+                        Some(link) => network(data, *link).and_then(|packet| whole(packet, captured, sent)),
                         None => Err("its interface is not described".to_owned()),
                     };
                     packets.push((packets.len() + 1, packet));
@@ -96,6 +99,24 @@ fn network(data: &[u8], link: Linktype) -> Result<Packet, String> {
     }
 }
 
+/// A packet as long as it was: of one that the capture has cut, the payload is made up, which nobody asks for anything.
+fn whole(mut packet: Packet, captured: u32, sent: u32) -> Result<Packet, String> {
+    let cut = sent.saturating_sub(captured) as usize;
+    if cut > 0 && packet.bytes.len() < HEADERS {
+        return Err(format!("is cut off after {captured} of {sent} bytes: capture more of each (tcpdump -s 0)"));
+    }
+    if packet.bytes.len() + cut > LONGEST {
+        return Err(format!("is said to be {sent} bytes long, which no packet is"));
+    }
+    packet.bytes.resize(packet.bytes.len() + cut, 0);
+    Ok(packet)
+}
+
+/// What headers may take, those of a quoted packet included.
+const HEADERS: usize = 128;
+/// More than a super-packet has.
+const LONGEST: usize = 1 << 20;
+
 /// What some systems write for [`Linktype::RAW`].
 const DLT_RAW: Linktype = Linktype(12);
 
@@ -109,14 +130,20 @@ mod tests {
     use super::*;
 
     fn capture(link: u32, frames: &[Vec<u8>]) -> tempfile::NamedTempFile {
+        cut(link, frames, usize::MAX)
+    }
+
+    /// As with a snapshot length.
+    fn cut(link: u32, frames: &[Vec<u8>], most: usize) -> tempfile::NamedTempFile {
         let mut bytes = [0xa1b2_c3d4u32.to_le_bytes(), [2, 0, 4, 0], [0; 4], [0; 4]].concat();
         bytes.extend(65_535u32.to_le_bytes());
         bytes.extend(link.to_le_bytes());
         for frame in frames {
             bytes.extend([0; 8]);
+            let captured = frame.len().min(most);
+            bytes.extend((captured as u32).to_le_bytes());
             bytes.extend((frame.len() as u32).to_le_bytes());
-            bytes.extend((frame.len() as u32).to_le_bytes());
-            bytes.extend(frame);
+            bytes.extend(&frame[..captured]);
         }
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), bytes).unwrap();
@@ -138,6 +165,18 @@ mod tests {
         assert_eq!(packets(file.path(), 1).unwrap().len(), 1);
         let raw = capture(101, std::slice::from_ref(&packet.bytes));
         assert_eq!(packets(raw.path(), 10).unwrap(), [(1, Ok(packet))]);
+    }
+
+    #[test]
+    fn a_cut_packet_is_as_long_as_it_was() {
+        let packet = Question::parse("udp 10.0.0.1:1234 -> 20.0.0.1:4000 size 1400").unwrap().packet().unwrap();
+        let read = |most| packets(cut(101, std::slice::from_ref(&packet.bytes), most).path(), 9).unwrap().remove(0).1;
+        for most in [128, 262, 1_399, 1_400] {
+            let got = read(most).unwrap();
+            assert_eq!(got.bytes.len(), 1_400, "{most}");
+            assert_eq!(got.bytes[..128], packet.bytes[..128]);
+        }
+        assert_eq!(read(64).unwrap_err(), "is cut off after 64 of 1400 bytes: capture more of each (tcpdump -s 0)");
     }
 
     #[test]

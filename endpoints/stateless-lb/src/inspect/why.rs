@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
-use meridio_maglev::{Image, Target, Targets};
+use meridio_maglev::{Image, Reason, Target, Targets};
 use meridio_model::Configuration;
 
 use super::capture;
@@ -71,6 +71,9 @@ impl Settings {
     }
 }
 
+/// What a capture cannot tell.
+const SUPER_PACKET: &str = "  unless it is a super-packet, put together by GRO or left to segmentation: captures do not say, and of one the segments' size counts\n";
+
 /// Answers on standard output.
 ///
 /// # Errors
@@ -91,11 +94,14 @@ pub fn run(settings: &Settings) -> anyhow::Result<()> {
         match packet {
             Ok(packet) => {
                 let answer = image.explain(&packet.bytes, packet.ethertype);
-                let said = if settings.json {
+                let mut said = if settings.json {
                     format!("{}\n", json(&answer, &names))
                 } else {
                     text(&answer, &names, settings.all)
                 };
+                if settings.pcap.is_some() && !settings.json && answer.outcome == Reason::SlowMtu {
+                    said.push_str(SUPER_PACKET);
+                }
                 if !super::say(&said) {
                     return Ok(());
                 }
