@@ -47,6 +47,7 @@ pub struct Image {
     pub(crate) fragments: RefCell<HashMap<FragmentKey, FragmentValue>>,
     pub(crate) clock: Cell<u64>,
     pub(crate) unused: ByteList,
+    pub(crate) unused_stream: StreamEntry,
 }
 
 /// Chunk numbers of an image: those of a stream begin at this times its slot.
@@ -76,6 +77,7 @@ impl Image {
             fragments: RefCell::default(),
             clock: Cell::new(0),
             unused: ByteList::default(),
+            unused_stream: StreamEntry::default(),
         };
         let mut base = 0;
         for (n, stream) in config.streams.iter().enumerate() {
@@ -180,7 +182,7 @@ impl Tables for Image {
     }
 
     fn stream(&self, slot: u32) -> Option<&StreamEntry> {
-        self.streams.get(slot as usize)
+        self.streams.get(slot as usize).or((slot < MAX_STREAMS as u32).then_some(&self.unused_stream))
     }
 
     fn active(&self, stream: &StreamEntry) -> u32 {

@@ -47,6 +47,7 @@ fn read(live: &Live, config: &Config, entries: &[(u32, StreamEntry)]) -> Result<
         fragments: RefCell::new(fragments(live)?),
         clock: Cell::new(sys::monotonic()),
         unused: ByteList::default(),
+        unused_stream: StreamEntry::default(),
     };
     for (slot, entry) in entries {
         let slot = *slot as usize;

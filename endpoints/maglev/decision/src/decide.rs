@@ -28,7 +28,7 @@ pub trait Tables {
     fn flow(&self, generation: u32, index: u32) -> Option<&FlowEntry>;
     /// A list of byte matches of a generation.
     fn byte_list(&self, generation: u32, index: u32) -> Option<&ByteList>;
-    /// A stream.
+    /// A stream; one that is not used has no ready target. Of each slot below [`MAX_STREAMS`] there is one.
     fn stream(&self, slot: u32) -> Option<&StreamEntry>;
     /// The copy of a stream's table that is in use (read once per packet: it may change any time).
     fn active(&self, stream: &StreamEntry) -> u32;
@@ -248,7 +248,7 @@ pub fn translation<T: Tables>(tables: &T, s: &mut Scratch, direction: u16, port:
 fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scratch) -> Result<(), Reason> {
     // Row, next hop and the port's flows are in no cache when there are many, so each is a wait for memory. Rather than one
     // after the other, they begin here together.
-    let expected = expected(tables, s);
+    let expected = expected(tables, s).ok_or(Reason::Internal)?;
     if flags & flag::SOURCES != 0 {
         s.prefix.address = if s.transport.quote != 0 { s.quoted.dst } else { s.network.src };
     }
@@ -263,14 +263,13 @@ fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scr
     s.decision.flow = index;
     s.decision.counter = flow.counter;
     s.decision.slot = slot;
-    let place = match expected {
-        Some(place) if place.slot == slot => place,
-        _ => {
-            if let Some(expected) = s.expected.of(s.transport.dport) {
-                *expected = slot as u8;
-            }
-            place(tables, s, slot).ok_or(Reason::Internal)?
+    let place = if expected.slot == slot {
+        expected
+    } else {
+        if let Some(expected) = s.expected.of(s.transport.dport) {
+            *expected = slot as u8;
         }
+        place(tables, s, slot).ok_or(Reason::Internal)?
     };
     let Place { stream, copy, row, identifier, .. } = place;
     let ready = if copy == 0 { stream.ready[0] } else { stream.ready[1] };
@@ -324,6 +323,7 @@ fn place<'a, T: Tables>(tables: &'a T, s: &Scratch, slot: u32) -> Option<Place<'
 }
 
 /// The place of a packet in the stream that it most likely belongs to, and a first look at what it will need of the target.
+/// (`None` never happens: there is a place for each stream, used or not.)
 #[inline(always)]
 fn expected<'a, T: Tables>(tables: &'a T, s: &mut Scratch) -> Option<Place<'a>> {
     let slot = *s.expected.of(s.transport.dport)? as u32;
