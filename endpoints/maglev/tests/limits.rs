@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use common::build::{packet, udp};
 use common::{BpfFs, Rng, frame, target};
 use ipnet::IpNet;
-use meridio_maglev::{Config, Engine, Flow, Nat, Protocol, Stream, Targets};
+use meridio_maglev::{Config, ETH_IPV4, Engine, Flow, Image, Nat, Protocol, Stream, Targets};
 
 fn vip() -> IpNet {
     "20.0.0.1/32".parse().unwrap()
@@ -37,8 +37,46 @@ fn full(name: &str) -> Config {
 }
 
 fn datagram(port: u16) -> Vec<u8> {
+    frame(&from(1234, port), false)
+}
+
+fn from(source: u16, port: u16) -> Vec<u8> {
     let (src, dst) = ("10.0.0.1".parse().unwrap(), "20.0.0.1".parse().unwrap());
-    frame(&packet(src, dst, 17, &udp(src, dst, (1234, port), b"hello")), false)
+    packet(src, dst, 17, &udp(src, dst, (source, port), b"hello"))
+}
+
+/// The table of the largest stream, which lies in sixteen chunks: each packet gets the row and the target that the same code finds in
+/// memory.
+#[test]
+fn rows_of_the_largest_table_are_where_they_should_be() {
+    let fs = BpfFs::new();
+    let cpu = nix::sched::sched_getcpu().unwrap();
+    let mut set = nix::sched::CpuSet::new();
+    set.set(cpu).unwrap();
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).unwrap();
+    let mut engine = Engine::open(fs.settings()).unwrap();
+    engine.record(true).unwrap();
+    let mut config = full("f");
+    config.flows.truncate(1);
+    // Something in front of it, so that it does not begin at the first chunk.
+    let stream = |name: &str, max_targets| Stream { name: name.into(), max_targets, sctp_ports_only: false };
+    config.streams = vec![stream("other", 700), stream("s", 10_000)];
+    let ready: Targets = (1..=100).map(|n| (n * 100, target(n))).collect();
+    let targets = [("s".to_owned(), ready), ("other".to_owned(), [(1, target(1))].into())].into();
+    engine.apply(&config, &targets).unwrap();
+    let image = Image::new(&config, &targets).unwrap();
+    let (mut rows, mut identifiers) = (BTreeSet::new(), BTreeSet::new());
+    for source in 1..=60 {
+        let packet = from(source, 1000);
+        assert_eq!(engine.test_run(true, &frame(&packet, false), 1).unwrap().result, 7);
+        let seen = engine.last_decisions().unwrap()[cpu];
+        let wanted = image.explain(&packet, ETH_IPV4).decision;
+        assert_eq!((seen.row, seen.identifier), (wanted.row, wanted.identifier), "source port {source}");
+        rows.insert(seen.row);
+        identifiers.insert(seen.identifier);
+    }
+    assert!(rows.len() > 55 && rows.last().unwrap() > &900_000, "all over the table: {rows:?}");
+    assert!(identifiers.len() > 30, "{identifiers:?}");
 }
 
 /// All flows renamed, again and again, also over a restart: no two ever share a counter, and each begins at 0.
