@@ -20,6 +20,8 @@ pub(crate) struct Hop {
     /// Requests fail, the transport does not.
     pub(crate) refuse: AtomicBool,
     pub(crate) no_monitor: AtomicBool,
+    /// What is answered next is forgotten before anybody can listen.
+    pub(crate) forget: AtomicBool,
     pub(crate) dialled: Mutex<Vec<String>>,
     pub(crate) requests: Mutex<Vec<(String, NetworkServiceRequest)>>,
     pub(crate) closes: Mutex<Vec<(String, Connection)>>,
@@ -94,7 +96,10 @@ impl RemoteService for HopRemote {
         connection.set_state(crate::State::Up);
         let mut theirs = connection.clone();
         theirs.id = id.unwrap_or_default();
-        self.hop.hub().update(theirs);
+        self.hop.hub().update(theirs.clone());
+        if self.hop.forget.swap(false, SeqCst) {
+            self.hop.hub().delete(&theirs);
+        }
         Ok(connection)
     }
 

@@ -176,6 +176,49 @@ async fn a_failed_refresh_does_not_end_the_watch() {
     assert_eq!(last(&hop).state(), State::ReselectRequested);
 }
 
+// Conformance 49
+#[tokio::test(start_paused = true)]
+async fn a_loss_inside_a_failed_refresh_is_seen() {
+    let (client, hop) = client(None);
+    let connection = client.request(request(), TIMEOUT).await.unwrap();
+    settle().await;
+    hop.restart();
+    hop.refuse.store(true, SeqCst);
+    let again = NetworkServiceRequest { connection: Some(connection), ..Default::default() };
+    client.request(again, TIMEOUT).await.unwrap_err();
+    hop.refuse.store(false, SeqCst);
+    settle().await;
+    assert_eq!(last(&hop).state(), State::ReselectRequested);
+    assert!(client.watch("c").borrow().is_up());
+    let requests = hop.requests();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!((hop.requests(), hop.closes()), (requests, 1), "healed once");
+}
+
+// Conformance 49
+#[tokio::test(start_paused = true)]
+async fn a_hop_that_does_not_know_what_it_has_answered_is_lost() {
+    for alive in [None, Some(&Arc::new(AtomicBool::new(true)))] {
+        let (client, hop) = client(alive);
+        hop.forget.store(true, SeqCst);
+        client.request(request(), TIMEOUT).await.unwrap();
+        // One of the same hop that it knows is left alone.
+        let mut other = request();
+        other.connection.as_mut().unwrap().id = "d".into();
+        client.request(other, TIMEOUT).await.unwrap();
+        let before = tokio::time::Instant::now();
+        while hop.requests() < 3 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            assert!(before.elapsed() < Duration::from_secs(2), "it is watched for ever");
+        }
+        assert!(before.elapsed() > Duration::from_millis(50), "a young one is not healed at once");
+        assert_eq!(last(&hop).path.unwrap().path_segments[0].id, "c");
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!((hop.requests(), hop.closes()), (3, usize::from(alive.is_none())));
+        assert!(client.watch("c").borrow().is_up());
+    }
+}
+
 // Conformance 50
 #[tokio::test(start_paused = true)]
 async fn a_custom_reselect_function() {

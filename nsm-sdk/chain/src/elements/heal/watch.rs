@@ -112,13 +112,19 @@ impl Watch {
         loop {
             match next(&mut events).await {
                 Ok(event) => {
-                    let Some(news) = selector::translate(&self.connection, &event) else { continue };
+                    let initial = event.r#type() == ConnectionEventType::InitialStateTransfer;
+                    let news = match selector::translate(&self.connection, &event) {
+                        Some(news) => news,
+                        // It records a connection before it answers: it has been restarted, or has closed it since.
+                        None if initial => return selector::UNKNOWN.to_owned(),
+                        None => continue,
+                    };
                     let deleted = event.r#type() == ConnectionEventType::Delete;
                     match news.state() {
                         State::Down if deleted => return "the next hop has closed the connection".to_owned(),
                         State::Down => return "the next hop reports it down".to_owned(),
                         State::RefreshRequested => {
-                            if event.r#type() == ConnectionEventType::InitialStateTransfer {
+                            if initial {
                                 // The wish may be there again because granting it has failed: not at full speed.
                                 tokio::time::sleep(jittered(AGAIN)).await;
                             }

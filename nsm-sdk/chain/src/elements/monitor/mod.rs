@@ -43,10 +43,14 @@ async fn watch(hub: Hub, remote: Remote, mut own: Kept) {
                 Some(Err(status)) => break status.to_string(),
                 None => break "the stream has ended".to_owned(),
             };
-            if let Some(new) = news(&own, &event) {
-                tracing::info!(id = new.id, state = new.state().as_str_name(), "the next hop reports a change");
-                own = Kept::new(&new);
-                hub.update_kept(&new, own.clone());
+            match news(&own, &event) {
+                News::None => {}
+                News::Changed(new) => {
+                    tracing::info!(id = new.id, state = new.state().as_str_name(), "the next hop reports a change");
+                    own = Kept::new(&new);
+                    hub.update_kept(&new, own.clone());
+                }
+                News::Unknown => break selector::UNKNOWN.to_owned(),
             }
         },
     };
@@ -56,12 +60,22 @@ async fn watch(hub: Hub, remote: Remote, mut own: Kept) {
     hub.update(lost);
 }
 
-/// What an event changes of a connection.
-fn news(own: &Kept, event: &ConnectionEvent) -> Option<Connection> {
+/// What an event of the next hop means for a connection.
+enum News {
+    None,
+    Changed(Box<Connection>),
+    /// The next hop does not know it.
+    Unknown,
+}
+
+fn news(own: &Kept, event: &ConnectionEvent) -> News {
     let own = own.get();
-    let new = selector::translate(&own, event)?;
     let initial = event.r#type() == ConnectionEventType::InitialStateTransfer;
-    (new != own && !(initial && new.state() == own.state())).then_some(new)
+    match selector::translate(&own, event) {
+        None if initial => News::Unknown,
+        Some(new) if new != own && !(initial && new.state() == own.state()) => News::Changed(Box::new(new)),
+        _ => News::None,
+    }
 }
 
 #[async_trait::async_trait]

@@ -2,6 +2,9 @@
 
 use crate::{Connection, ConnectionEvent, ConnectionEventType, MonitorScopeSelector, PathSegment, State, path};
 
+/// What an initial state without the connection means: the next hop records what it answers before it does.
+pub const UNKNOWN: &str = "the next hop does not know the connection";
+
 /// Whether `selector` covers `connection`: its network services (none = all) and its segments, which have to occur
 /// one after the other in the path (none = all; empty name, id or token = any).
 pub fn matches(selector: &MonitorScopeSelector, connection: &Connection) -> bool {

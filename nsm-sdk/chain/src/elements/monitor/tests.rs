@@ -4,6 +4,7 @@ use crate::{
     core::testing::{Hop, HopConnector, Spy, request_with},
     elements::{begin::Begin, connect::ConnectServer, metadata::MetadataElement, updatepath::UpdatePath},
 };
+use futures_util::FutureExt;
 use std::{
     sync::{Arc, atomic::Ordering::SeqCst},
     time::Duration,
@@ -25,8 +26,12 @@ fn passthrough() -> (Chain, Hub, Arc<Hop>, Arc<Spy>) {
 }
 
 fn connection() -> Connection {
-    let own = PathSegment { name: "nsc".into(), id: "c".into(), ..Default::default() };
-    Connection { id: "c".into(), path: Some(Path { index: 0, path_segments: vec![own] }), ..Default::default() }
+    named("c")
+}
+
+fn named(id: &str) -> Connection {
+    let own = PathSegment { name: "nsc".into(), id: id.into(), ..Default::default() };
+    Connection { id: id.into(), path: Some(Path { index: 0, path_segments: vec![own] }), ..Default::default() }
 }
 
 async fn event(events: &mut Subscription) -> (ConnectionEventType, Option<Connection>) {
@@ -102,4 +107,23 @@ async fn a_lost_next_hop_is_down_and_so_is_a_failed_refresh() {
     spy.fail_requests(true);
     chain.request(request_with(answer)).await.unwrap_err();
     assert_eq!(event(&mut events).await.1.unwrap().state(), State::Down);
+}
+
+// Conformance 40
+#[tokio::test(start_paused = true)]
+async fn a_next_hop_that_does_not_know_what_it_has_answered_is_lost() {
+    let (chain, hub, hop, _) = passthrough();
+    chain.request(request_with(named("d"))).await.unwrap();
+    let mut events = hub.subscribe(MonitorScopeSelector::default());
+    event(&mut events).await;
+    hop.forget.store(true, SeqCst);
+    let answer = chain.request(request_with(connection())).await.unwrap();
+    for state in [State::Up, State::Down] {
+        let (kind, announced) = event(&mut events).await;
+        let announced = announced.unwrap();
+        assert_eq!((kind, announced.state()), (ConnectionEventType::Update, state));
+        assert_eq!(announced.id, answer.path.as_ref().unwrap().path_segments[1].id, "the other one is known");
+    }
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(events.next().now_or_never().is_none());
 }
