@@ -102,8 +102,9 @@ pub fn match_forwarders(
             continue;
         }
         let wanted = match &rule.metadata {
-            Some(metadata) => metadata.labels.clone(),
-            None => Labels::from([("p2p".to_owned(), "true".to_owned())]),
+            // Metadata without labels says as little as none.
+            Some(metadata) if !metadata.labels.is_empty() => metadata.labels.clone(),
+            _ => Labels::from([("p2p".to_owned(), "true".to_owned())]),
         };
         let found: Vec<_> = forwarders
             .iter()
@@ -225,8 +226,10 @@ mod tests {
     // Conformance 69
     #[test]
     fn forwarders_default_to_point_to_point() {
-        let service = service(vec![rule(&[], &[], false)]);
         let all = [endpoint("a", &[("p2p", "true")]), endpoint("b", &[("p2mp", "true")])];
-        assert_eq!(names(&match_forwarders(&service, &labels(&[]), &all, "s")), ["a"]);
+        for metadata in [None, Some(Metadata::default())] {
+            let service = service(vec![Match { metadata, ..rule(&[], &[], false) }]);
+            assert_eq!(names(&match_forwarders(&service, &labels(&[]), &all, "s")), ["a"], "{service:?}");
+        }
     }
 }
