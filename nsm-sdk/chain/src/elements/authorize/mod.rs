@@ -12,14 +12,16 @@ use tonic::Code;
 
 const NAME: &str = "authorize";
 
-fn check(policies: &Policies, connection: &Connection, segments: usize, peer: &Peer) -> Result<(), Error> {
+/// Checks the first `segments` of the path, as the process sees it whose segment `index` is.
+fn check(
+    policies: &Policies,
+    connection: &Connection,
+    index: usize,
+    segments: usize,
+    peer: &Peer,
+) -> Result<(), Error> {
     let all = connection.path.as_ref().map_or(&[][..], |path| &path.path_segments);
-    let input = Input {
-        index: path::index(connection),
-        segments: &all[..segments.min(all.len())],
-        leaf: &peer.leaf,
-        now: clock::now(),
-    };
+    let input = Input { index, segments: &all[..segments.min(all.len())], leaf: &peer.leaf, now: clock::now() };
     policies.check(&input).map_err(|cause| {
         let text = format!("an error occurred during authorization policy check: no sufficient privileges: {cause}");
         Error::new(NAME, &connection.id, text).with_code(Code::PermissionDenied)
@@ -47,8 +49,9 @@ impl AuthorizeServer {
     }
 
     fn check(&self, connection: &Connection, peer: Option<&Peer>) -> Result<(), Error> {
+        let index = path::index(connection);
         match peer {
-            Some(peer) => check(&self.policies, connection, path::index(connection).saturating_add(1), peer),
+            Some(peer) => check(&self.policies, connection, index, index.saturating_add(1), peer),
             None => Ok(()),
         }
     }
@@ -114,12 +117,15 @@ impl Element for AuthorizeClient {
         let metadata = call.ctx.metadata(NAME, call.id())?.clone();
         let postponed = call.ctx.postpone();
         let peer = call.ctx.remote.as_ref().and_then(|remote| remote.peer());
+        // Not the answer's: who answers must not choose which segment is looked at.
+        let index = path::index(&call.connection());
         let connection = next.request(call).await?;
         let Some(peer) = peer else { return Ok(connection) };
-        match check(&self.policies, &connection, usize::MAX, &peer) {
+        match check(&self.policies, &connection, index, usize::MAX, &peer) {
             Ok(()) => {
-                let own = path::segment(&connection, 0).map_or_else(String::new, |own| own.token.clone());
-                metadata.insert(&self.passed, (peer, own));
+                let own = connection.path.as_ref().and_then(|path| path.path_segments.get(index));
+                let token = own.map_or_else(String::new, |own| own.token.clone());
+                metadata.insert(&self.passed, (peer, token));
                 Ok(connection)
             }
             Err(error) if metadata.contains(&self.passed) => Err(error),
@@ -136,7 +142,8 @@ impl Element for AuthorizeClient {
             if let Some(own) = path::segment_mut(&mut connection, 0) {
                 own.token = token;
             }
-            check(&self.policies.clone().without(Policy::TokensExpired), &connection, usize::MAX, &peer)?;
+            let policies = self.policies.clone().without(Policy::TokensExpired);
+            check(&policies, &connection, path::index(&connection), usize::MAX, &peer)?;
         }
         next.close(call).await
     }

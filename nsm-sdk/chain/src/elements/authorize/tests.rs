@@ -125,11 +125,29 @@ impl Element for To {
     }
 }
 
+/// Answers as if the caller's segment were the next one.
+struct Shifts(std::sync::atomic::AtomicBool);
+
+#[async_trait::async_trait]
+impl Element for Shifts {
+    fn name(&self) -> &'static str {
+        "shifts"
+    }
+
+    async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+        let mut connection = next.request(call).await?;
+        if self.0.load(std::sync::atomic::Ordering::SeqCst) {
+            connection.path.as_mut().unwrap().index += 1;
+        }
+        Ok(connection)
+    }
+}
+
 // Conformance 21
 #[tokio::test]
 async fn clients_check_answers() {
     let (client, server) = sources();
-    let spy = Arc::new(Spy::default());
+    let (spy, shifts) = (Arc::new(Spy::default()), Arc::new(Shifts(false.into())));
     let service = LocalService {
         chain: Chain::builder().build(),
         hub: Default::default(),
@@ -142,6 +160,7 @@ async fn clients_check_answers() {
         .element(MetadataElement::new())
         .element(To(remote("test", service, Caller::default())))
         .element(AuthorizeClient::new(Policies::client()))
+        .element(shifts.clone())
         .element(spy.clone())
         .build();
     let good = connection(0, vec![token(&client, &server), token(&server, &client)]);
@@ -164,4 +183,12 @@ async fn clients_check_answers() {
     };
     close(connection(0, vec![ended(&client, &server), ended(&server, &client)])).await.unwrap();
     assert_eq!(spy.closes(), 2, "what has expired is closed");
+
+    // Somebody who has signed only a segment further on does not get the check moved there.
+    shifts.0.store(true, std::sync::atomic::Ordering::SeqCst);
+    let (_, impostor) = sources();
+    let moved = connection(0, vec![token(&client, &server), token(&impostor, &server), token(&server, &client)]);
+    let error = chain.request(request_with(moved)).await.unwrap_err();
+    assert_eq!(error.code(), Code::PermissionDenied, "{error}");
+    chain.request(request_with(good)).await.unwrap();
 }
