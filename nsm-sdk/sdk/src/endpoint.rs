@@ -10,7 +10,7 @@ use nsm_chain::{
     Connection, Element, Side,
     elements::{
         authorize::Policies,
-        ipam::PointToPoint,
+        ipam::{PointToPoint, Strict},
         kernel_mechanism::{KERNEL, KernelServer},
         mechanisms::Mechanisms,
         monitor::Hub,
@@ -63,6 +63,7 @@ impl Endpoint {
             payload: "ETHERNET".to_owned(),
             labels: BTreeMap::new(),
             prefixes: Vec::new(),
+            strict: false,
             interface: None,
             listen_on: None,
             policies: Policies::server(),
@@ -75,8 +76,8 @@ impl Endpoint {
     }
 
     /// A builder with what the environment says, under the names of NSM's own endpoints: `NSM_NAME`, `NSM_CONNECT_TO`,
-    /// `NSM_SERVICE_NAMES`, `NSM_PAYLOAD`, `NSM_LABELS`, `NSM_CIDR_PREFIX`, `NSM_REGISTER_SERVICE`, `NSM_UNREGISTER_ITSELF`,
-    /// `NSM_REGISTRY_CLIENT_POLICIES`, `NSM_MAX_TOKEN_LIFETIME`, `NSM_DIAL_TIMEOUT`, `SPIFFE_ENDPOINT_SOCKET`.
+    /// `NSM_SERVICE_NAMES`, `NSM_PAYLOAD`, `NSM_LABELS`, `NSM_CIDR_PREFIX`, `NSM_IPAM_POLICY`, `NSM_REGISTER_SERVICE`,
+    /// `NSM_UNREGISTER_ITSELF`, `NSM_REGISTRY_CLIENT_POLICIES`, `NSM_MAX_TOKEN_LIFETIME`, `NSM_DIAL_TIMEOUT`, `SPIFFE_ENDPOINT_SOCKET`.
     ///
     /// # Errors
     /// Every value that cannot be used.
@@ -148,6 +149,7 @@ pub struct EndpointBuilder {
     payload: String,
     labels: BTreeMap<String, String>,
     prefixes: Vec<Vec<IpNet>>,
+    strict: bool,
     interface: Option<String>,
     listen_on: Option<String>,
     policies: Policies,
@@ -200,6 +202,14 @@ impl EndpointBuilder {
         self
     }
 
+    /// Takes addresses that are not of its prefixes, or that another connection has, out of what a client brings along. By default a
+    /// client keeps what it has of other endpoints.
+    #[must_use]
+    pub fn strict(mut self) -> Self {
+        self.strict = true;
+        self
+    }
+
     /// Name of the interface of each connection. By default one is made up from the service's name.
     #[must_use]
     pub fn interface(mut self, name: impl Into<String>) -> Self {
@@ -243,6 +253,7 @@ impl EndpointBuilder {
         env.text("NSM_PAYLOAD", &mut self.payload);
         env.read("NSM_LABELS", &mut self.labels, labels);
         env.read("NSM_CIDR_PREFIX", &mut self.prefixes, groups);
+        env.read("NSM_IPAM_POLICY", &mut self.strict, strict);
         let masks = |text: &str| Ok(ClientPolicies::from_masks(&text.split(',').map(str::trim).collect::<Vec<_>>()));
         env.read("NSM_REGISTRY_CLIENT_POLICIES", &mut self.registry_policies, masks);
         env.boolean("NSM_REGISTER_SERVICE", &mut self.register_services);
@@ -270,6 +281,9 @@ impl EndpointBuilder {
         let mut chain = nsm_chain::Endpoint::builder(&self.settings.name, tokens).policies(self.policies.clone());
         if self.guarded {
             chain = chain.guarded_monitor();
+        }
+        if self.strict {
+            chain = chain.element(Strict::new(self.prefixes.iter().flatten().copied()));
         }
         for group in &self.prefixes {
             chain = chain.element(PointToPoint::new(group.iter().copied()));
@@ -372,6 +386,15 @@ fn labels(text: &str) -> Result<BTreeMap<String, String>, String> {
     text.split(',').filter(|part| !part.trim().is_empty()).map(pair).collect()
 }
 
+/// Whether addresses that are not of the endpoint are dropped.
+fn strict(text: &str) -> Result<bool, String> {
+    match text {
+        "polite" => Ok(false),
+        "strict" => Ok(true),
+        _ => Err(format!("{text:?} is neither polite nor strict")),
+    }
+}
+
 /// `prefix,prefix` for one group, `[prefix,prefix],[prefix]` for several: a connection gets addresses from each.
 fn groups(text: &str) -> Result<Vec<Vec<IpNet>>, String> {
     let group = |text: &str| {
@@ -385,62 +408,4 @@ fn groups(text: &str) -> Result<Vec<Vec<IpNet>>, String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::settings::fixed;
-
-    #[test]
-    fn the_environment_of_an_icmp_responder() {
-        let lookup = fixed(&[
-            ("NSM_NAME", "nse-1"),
-            ("NSM_SERVICE_NAMES", "icmp-responder, other"),
-            ("NSM_LABELS", "app:icmp,color:red"),
-            ("NSM_CIDR_PREFIX", "[172.16.1.0/24,172.16.2.0/24], [fd00::/120]"),
-            ("NSM_UNREGISTER_ITSELF", "false"),
-            ("NSM_REGISTRY_CLIENT_POLICIES", "etc/nsm/opa/registry/.*.rego, etc/nsm/opa/client/.*.rego"),
-        ]);
-        let builder = Endpoint::builder().read(&lookup).unwrap();
-        assert_eq!(builder.prefixes.iter().map(Vec::len).collect::<Vec<_>>(), [2, 1]);
-        assert!(!builder.unregister && builder.register_services);
-        let signed = ClientPolicies { next_token_signed: true, ..ClientPolicies::none() };
-        assert_eq!(builder.registry_policies, signed);
-        let registration = builder.registration("unix:///x".into());
-        assert_eq!(registration.network_service_names, ["icmp-responder", "other"]);
-        assert_eq!(registration.network_service_labels["other"].labels["color"], "red");
-        let names = builder.chain(crate::test_source()).chain().names();
-        let own = &names[names.iter().position(|name| *name == "trimpath").unwrap() + 1..];
-        assert_eq!(own, ["point2pointipam", "point2pointipam", "mechanisms", "sendfd"]);
-    }
-
-    #[test]
-    fn one_group_needs_no_brackets() {
-        assert_eq!(groups("10.0.0.0/8").unwrap(), [["10.0.0.0/8".parse().unwrap()]]);
-        for text in ["10.0.0.0", "[10.0.0.0/8", "[10.0.0.0/8],[x]"] {
-            assert!(groups(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn every_fault_is_named() {
-        let lookup =
-            fixed(&[("NSM_LABELS", "color=red"), ("NSM_CIDR_PREFIX", "ten"), ("NSM_REGISTER_SERVICE", "maybe")]);
-        let faults = Endpoint::builder().read(&lookup).err().unwrap().to_string();
-        assert_eq!(faults.lines().count(), 3, "{faults}");
-    }
-
-    #[tokio::test]
-    async fn a_manager_that_is_not_there_is_named_with_the_cause() {
-        let folder = tempfile::tempdir().unwrap();
-        let manager = format!("unix://{}/nsm.io.sock", folder.path().display());
-        let started = Endpoint::builder()
-            .name("nse-1")
-            .service("svc")
-            .identity(crate::test_source())
-            .connect_to(&manager)
-            .patience(Duration::from_millis(300))
-            .start();
-        let error = started.await.err().unwrap().to_string();
-        assert!(error.starts_with(&format!("endpoint svc cannot be registered at {manager}: ")), "{error}");
-        assert!(error.contains("No such file"), "{error}");
-    }
-}
+mod tests;

@@ -3,7 +3,7 @@
 //! * [`PointToPoint`]: a pair of host addresses for each connection; several of them in a [`Chain`](crate::Chain) make
 //!   a group, one pair from each (IPv4 and IPv6, say);
 //! * [`SinglePoint`]: one address with the prefix's mask for each client;
-//! * [`Strict`]: above one of them, drops addresses that are not the endpoint's.
+//! * [`Strict`]: above them, drops addresses that are not the endpoint's or that another connection has.
 
 mod point2point;
 mod pool;

@@ -117,3 +117,54 @@ async fn strict_drops_foreign_addresses() {
     assert_eq!((got.dst_ip_addrs, got.src_ip_addrs), (vec!["172.16.1.2/32".into()], vec!["172.16.1.3/32".into()]));
     assert_eq!((got.src_routes.len(), got.dst_routes.len()), (1, 1));
 }
+
+/// Addresses that a client still has of a time when this endpoint gave them to it, or another one of the same prefix did.
+fn with_pair(id: &str, dst: &str, src: &str) -> crate::RequestCall {
+    let mut call = request_id(id, Context::new());
+    let asked = ip_context(call.connection_mut());
+    (asked.dst_ip_addrs, asked.src_ip_addrs) = (vec![dst.into()], vec![src.into()]);
+    asked.src_routes = vec![Route { prefix: dst.into(), ..Default::default() }];
+    asked.dst_routes = vec![Route { prefix: src.into(), ..Default::default() }];
+    call
+}
+
+// Conformance 95
+#[tokio::test(start_paused = true)]
+async fn strict_gives_no_address_to_two() {
+    let (spy, strict) = (Arc::new(Spy::default()), Strict::new(["172.16.1.0/24".parse().unwrap()]));
+    let chain = Chain::builder()
+        .element(MetadataElement::new())
+        .element(strict)
+        .element(ipam(&["172.16.1.0/24"]))
+        .element(spy.clone())
+        .build();
+    let old = |id: &str| with_pair(id, "172.16.1.0/32", "172.16.1.1/32");
+    let run = async |call| context(&chain.request(call).await.unwrap());
+    let addresses = |got: &IpContext| (got.dst_ip_addrs.join(","), got.src_ip_addrs.join(","));
+
+    assert_eq!(pair(&chain, "a").await.unwrap(), texts("172.16.1.0/32", "172.16.1.1/32"));
+    let other = run(old("b")).await;
+    assert_eq!(addresses(&other), texts("172.16.1.2/32", "172.16.1.3/32"));
+    assert_eq!((other.src_routes.len(), other.dst_routes.len()), (1, 1), "{other:?}");
+    assert_eq!(addresses(&run(old("a")).await), texts("172.16.1.0/32", "172.16.1.1/32"), "its own");
+
+    // A refresh that fails changes nothing, a first request that fails keeps nothing.
+    spy.fail_requests(true);
+    chain.request(old("a")).await.unwrap_err();
+    chain.request(with_pair("c", "172.16.1.8/32", "172.16.1.9/32")).await.unwrap_err();
+    spy.fail_requests(false);
+    assert_eq!(addresses(&run(old("b")).await), texts("172.16.1.2/32", "172.16.1.3/32"));
+    let free = run(with_pair("d", "172.16.1.8/32", "172.16.1.9/32")).await;
+    assert_eq!(addresses(&free), texts("172.16.1.8/32", "172.16.1.9/32"));
+
+    close(&chain, "a").await.unwrap();
+    assert_eq!(addresses(&run(old("e")).await), texts("172.16.1.0/32", "172.16.1.1/32"), "freed");
+
+    // Of two at once that list the same one keeps it.
+    spy.set_delay(std::time::Duration::from_secs(1));
+    let same = |id: &str| with_pair(id, "172.16.1.20/32", "172.16.1.21/32");
+    let (first, second) = tokio::join!(run(same("f")), run(same("g")));
+    let both = [first, second].map(|got| addresses(&got));
+    assert!(both.contains(&texts("172.16.1.20/32", "172.16.1.21/32")), "{both:?}");
+    assert!(both.contains(&texts("172.16.1.4/32", "172.16.1.5/32")), "{both:?}");
+}
