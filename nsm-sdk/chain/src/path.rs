@@ -22,6 +22,16 @@ pub enum PathError {
         /// Id of the connection.
         connection: String,
     },
+    /// An answer lacks the segment that it was asked with, or has another one in its place.
+    #[error("Path.PathSegments[{index}].Id=={found:?} of the answer should be equal {asked:?}")]
+    Answer {
+        /// Index of the segment.
+        index: usize,
+        /// Its id in the request.
+        asked: String,
+        /// Its id in the answer; `None` if the answer's path ends before it, or there is none.
+        found: Option<String>,
+    },
 }
 
 /// Makes `connection` this process's own view: its id and path index become those of the segment called `name`,
@@ -74,13 +84,20 @@ pub fn leads_through(connection: &Connection, name: &str) -> bool {
     own.is_some_and(|offset| segment(connection, offset + 1).is_some())
 }
 
-/// Makes an answer the sender's view again: the inverse of [`advance`].
-pub fn restore(connection: &mut Connection, index: usize) {
-    let Some(path) = &mut connection.path else { return };
-    if let Some(segment) = path.path_segments.get(index) {
-        connection.id.clone_from(&segment.id);
-        path.index = index as u32;
+/// Makes an answer the view of the process again whose segment `index` has `id`: the inverse of [`advance`].
+///
+/// # Errors
+/// The answer's path does not have that segment: it is about another connection, or about none.
+pub fn restore(connection: &mut Connection, index: usize, id: &str) -> Result<(), PathError> {
+    let path = connection.path.get_or_insert_default();
+    let found = path.path_segments.get(index).map(|segment| segment.id.as_str());
+    if found != Some(id) {
+        let found = found.map(str::to_owned);
+        return Err(PathError::Answer { index, asked: id.to_owned(), found });
     }
+    id.clone_into(&mut connection.id);
+    path.index = index as u32;
+    Ok(())
 }
 
 /// A random id, UUID version 4.

@@ -1,6 +1,6 @@
 //! Puts this process's segment into the path.
 
-use crate::{CloseCall, Connection, Element, Error, Next, RequestCall, State, path};
+use crate::{CloseCall, Connection, Element, Error, Next, RequestCall, State, path, unwind};
 use tonic::Code;
 
 /// Finds or makes the segment called `name` and gives the connection its id; restores the sender's view on return.
@@ -25,7 +25,17 @@ impl UpdatePath {
             Error::new(NAME, &connection.id, error.to_string()).with_code(Code::InvalidArgument).at(&self.name)
         })
     }
+
+    /// The way back: `own` and the sender's segment are where they were, and the view is the sender's.
+    fn restore(&self, connection: &mut Connection, own: &At, sender: &At) -> Result<(), Error> {
+        let restored =
+            path::restore(connection, own.0, &own.1).and_then(|()| path::restore(connection, sender.0, &sender.1));
+        restored.map_err(|error| Error::new(NAME, &own.1, error.to_string()).with_code(Code::Internal).at(&self.name))
+    }
 }
+
+/// Index and id of a segment.
+type At = (usize, String);
 
 #[async_trait::async_trait]
 impl Element for UpdatePath {
@@ -38,8 +48,15 @@ impl Element for UpdatePath {
         let asked_before = !reselect && path::leads_through(&call.connection(), &self.name);
         let back = self.advance(call.connection_mut())?;
         call.ctx.refresh |= asked_before;
+        let own = (path::index(&call.connection()), call.id().to_owned());
+        let before = back as isize - own.0 as isize;
+        let sender = path::segment(&call.connection(), before).map_or_else(String::new, |sender| sender.id.clone());
+        let postponed = call.ctx.postpone();
         let mut connection = next.request(call).await.map_err(|error| error.at(&self.name))?;
-        path::restore(&mut connection, back);
+        if let Err(error) = self.restore(&mut connection, &own, &(back, sender)) {
+            connection.id = own.1;
+            return Err(unwind(&next, connection, &postponed, error).await);
+        }
         Ok(connection)
     }
 
@@ -73,6 +90,36 @@ mod tests {
             let connection = next.request(call).await?;
             Err(unwind(&next, connection, &postponed, Error::new("fails", id, "on purpose")).await)
         }
+    }
+
+    /// An element that loses the path on the way back.
+    struct Loses;
+
+    #[async_trait::async_trait]
+    impl Element for Loses {
+        fn name(&self) -> &'static str {
+            "loses"
+        }
+
+        async fn request(&self, call: RequestCall, next: Next) -> Result<Connection, Error> {
+            Ok(Connection { path: None, ..next.request(call).await? })
+        }
+    }
+
+    // Bad input 1
+    #[tokio::test]
+    async fn a_path_that_is_lost_on_the_way_back_is_an_error_and_is_closed() {
+        let spy = Arc::<Spy>::default();
+        let chain = Chain::builder().element(UpdatePath::new("mgr")).element(Loses).element(spy.clone()).build();
+        let path_segments = vec![PathSegment { name: "nsc".into(), id: "0".into(), ..Default::default() }];
+        let path = Some(Path { index: 0, path_segments });
+        let error = chain.request(request_with(Connection { id: "0".into(), path, ..Default::default() })).await;
+        let (error, id) = (error.unwrap_err().to_string(), spy.last_close().id);
+        assert!(
+            error.starts_with(&format!("mgr/updatepath (connection {id}): Path.PathSegments[1].Id==None")),
+            "{error}"
+        );
+        assert_eq!(spy.closes(), 1);
     }
 
     #[tokio::test]

@@ -50,7 +50,7 @@ fn the_next_segment_is_appended_renamed_or_taken() {
     let mut conn = connection("conn-1", 0, &[("nsc", "conn-1"), ("mgr", "conn-2"), ("nse", "conn-3")]);
     assert_eq!(advance(&mut conn, "mgr"), Ok(0));
     assert_eq!((index(&conn), conn.id.as_str()), (1, "conn-2"));
-    restore(&mut conn, 0);
+    restore(&mut conn, 0, "conn-1").unwrap();
     assert_eq!((index(&conn), conn.id.as_str()), (0, "conn-1"));
 }
 
@@ -63,6 +63,20 @@ fn inconsistent_paths_are_refused() {
     assert!(matches!(advance(&mut conn, "mgr"), Err(PathError::Index { .. })));
     let mut conn = connection("foreign", 0, &[("nsc", "conn-1")]);
     assert!(matches!(advance(&mut conn, "mgr"), Err(PathError::Id { .. })));
+}
+
+#[test]
+fn an_answer_has_the_segment_it_was_asked_with() {
+    let without = Connection { id: "conn-1".into(), ..Default::default() };
+    let [shorter, foreign] = [&[("nsc", "conn-1")][..], &[("nsc", "conn-1"), ("mgr", "other")]];
+    for (mut answer, found) in [
+        (without, None),
+        (connection("conn-2", 1, shorter), None),
+        (connection("conn-2", 1, foreign), Some("other".to_owned())),
+    ] {
+        let error = PathError::Answer { index: 1, asked: "conn-2".into(), found };
+        assert_eq!(restore(&mut answer, 1, "conn-2"), Err(error));
+    }
 }
 
 fn any_connection() -> impl Strategy<Value = Connection> {
@@ -96,7 +110,8 @@ proptest! {
         let mut again = own.clone();
         prop_assert_eq!(advance(&mut again, &name), Ok(index(&own)));
         prop_assert_eq!(&again, &own);
-        restore(&mut own, back);
-        prop_assert_eq!(index(&own), back);
+        let sender = own.path.as_ref().unwrap().path_segments[back].id.clone();
+        prop_assert_eq!(restore(&mut own, back, &sender), Ok(()));
+        prop_assert_eq!((index(&own), &own.id), (back, &sender));
     }
 }

@@ -20,6 +20,8 @@ pub(crate) struct Hop {
     /// Requests fail, the transport does not.
     pub(crate) refuse: AtomicBool,
     pub(crate) no_monitor: AtomicBool,
+    /// What it does to each answer.
+    pub(crate) answer: Mutex<Option<fn(&mut Connection)>>,
     /// What is answered next is forgotten before anybody can listen.
     pub(crate) forget: AtomicBool,
     pub(crate) dialled: Mutex<Vec<String>>,
@@ -99,6 +101,9 @@ impl RemoteService for HopRemote {
         self.hop.hub().update(theirs.clone());
         if self.hop.forget.swap(false, SeqCst) {
             self.hop.hub().delete(&theirs);
+        }
+        if let Some(change) = *self.hop.answer.lock().unwrap() {
+            change(&mut connection);
         }
         Ok(connection)
     }

@@ -49,7 +49,7 @@ async fn announces_what_it_answers() {
     let (kind, announced) = event(&mut events).await;
     let mut announced = announced.unwrap();
     assert_eq!((kind, announced.path.as_ref().unwrap().index), (ConnectionEventType::Update, 1));
-    crate::path::restore(&mut announced, 0);
+    crate::path::restore(&mut announced, 0, "c").unwrap();
     assert_eq!(announced, answer);
     chain.close(CloseCall::new(answer, crate::Context::new())).await.unwrap();
     assert_eq!(event(&mut events).await.0, ConnectionEventType::Delete);
