@@ -46,10 +46,13 @@ fn within(deadline: Option<Instant>) -> Context {
     Context { deadline, ..Context::new() }.with_timeout(TIMEOUT)
 }
 
-/// Which connection it is asked for is not known here; what is asked for is.
+/// Which connection it is asked for is not known here; what is asked for is. The registry's own words say it already.
 fn failed(kind: &str, name: &str, cause: nsm_registry::Error) -> Error {
-    let code = cause.code();
-    Error::new(NAME, "", format!("the registry cannot be asked for {kind} {name}")).with_cause(cause).with_code(code)
+    if cause.is_remote() {
+        return Error::remote(NAME, "", "the registry", cause.into());
+    }
+    let text = format!("the registry cannot be asked for {kind} {name}: {}", cause.message());
+    Error::new(NAME, "", text).with_code(cause.code())
 }
 
 /// What an endpoint is looked for by.
@@ -155,9 +158,14 @@ mod tests {
             (finder.find_nse(named("nse"), None).await.unwrap_err(), "for endpoint nse: "),
             (finder.find_nse(any, None).await.unwrap_err(), "for endpoint of svc: "),
         ] {
-            assert!(error.to_string().contains(what), "{error}");
+            assert_eq!(error.to_string(), format!("registry: the registry cannot be asked {what}told to"));
             assert_eq!(error.code(), tonic::Code::Unavailable);
         }
+        // What comes from the registry's process stays as it is.
+        let said = nsm_registry::Error::new("sqlite", "svc", "the disk is full").at("spiffe://example.org/registry");
+        let text = said.to_string();
+        let answered = nsm_registry::Error::remote("connect", "svc", &said.into());
+        assert_eq!(failed("service", "svc", answered).at("manager").to_string(), text);
     }
 
     #[tokio::test(start_paused = true)]

@@ -291,6 +291,19 @@ async fn a_foreign_name_is_denied_and_a_missing_token_too() {
     let denied = thief.unregister_nse(endpoint("e", ""), Some(Duration::from_millis(500))).await.unwrap_err();
     assert_eq!(denied.code(), tonic::Code::PermissionDenied, "{denied}");
 
+    // Behind a manager, which has not heard of the owner: the registry's refusal is one sentence still.
+    let (manager, _) = world.manager("nsmgr-a", &registry.url).await;
+    let patience = Duration::from_millis(500);
+    let behind = RegistryClient::builder(&manager.url, world.source("thief")).patience(patience).build().unwrap();
+    let denied = behind.register_nse(endpoint("e", "tcp://127.0.0.1:1")).await.unwrap_err();
+    let text = denied.to_string();
+    assert!(text.starts_with("spiffe://example.org/registry/authorize (e): "), "{text}");
+    for word in ["authorize (", "(e)", "example.org/registry", "no sufficient privileges", "belongs to"] {
+        assert_eq!(text.matches(word).count(), 1, "{word:?} once in {text}");
+    }
+    assert_eq!(denied.code(), tonic::Code::PermissionDenied);
+    manager.stop().await;
+
     // TLS without tokens.
     let transport = Transport::new(world.source("x")).unwrap();
     let channel = transport.channel(&Address::parse(&registry.url).unwrap());
