@@ -14,6 +14,11 @@ use tonic::Code;
 /// is refused on it: the other side may have been given a new identity, which only a new handshake shows.
 pub struct Dial {
     key: Key<Option<Remote>>,
+    dialer: Dialer,
+}
+
+#[derive(Clone)]
+struct Dialer {
     connector: Arc<dyn Connector>,
     timeout: Duration,
 }
@@ -21,25 +26,15 @@ pub struct Dial {
 const NAME: &str = "dial";
 /// Bound for connecting when neither the call nor the settings give one.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
+/// What telling the old hop may take, however little time the request that leaves it has.
+const LEAVE: Duration = Duration::from_secs(5);
+/// The part of its time that a request waits for that: the next hop may be the same for both, and has to hear of the end first.
+const SHARE: u32 = 3;
 
 impl Dial {
     /// An element that uses `connector`; `timeout` bounds each attempt to connect, zero means only the call does.
     pub fn new(connector: Arc<dyn Connector>, timeout: Duration) -> Self {
-        Self { key: Key::new(Side::Client), connector, timeout }
-    }
-
-    async fn connect(&self, url: &str, ctx: &Context, id: &str) -> Result<Remote, Error> {
-        let mut deadline = ctx.deadline_or(DEFAULT_TIMEOUT);
-        if !self.timeout.is_zero() {
-            deadline = deadline.min(Instant::now() + self.timeout);
-        }
-        let failed = |code, text: &str| Error::new(NAME, id, format!("failed to dial {url}: {text}")).with_code(code);
-        let connect = tokio::time::timeout_at(deadline, self.connector.connect(url, deadline));
-        match ctx.bounded(DEFAULT_TIMEOUT, connect).await {
-            Ok(Ok(result)) => result.map_err(|error| failed(error.code(), error.message())),
-            Ok(Err(_)) => Err(failed(Code::DeadlineExceeded, "context deadline exceeded")),
-            Err(code) => Err(failed(code, "given up")),
-        }
+        Self { key: Key::new(Side::Client), dialer: Dialer { connector, timeout } }
     }
 
     async fn request_at(
@@ -56,18 +51,47 @@ impl Dial {
         next.request(call).await
     }
 
-    /// Tells the hop that a connection has left that it is not needed any more. Its answer does not matter.
+    /// Tells the hop that a connection has left that it is not needed any more. This has time of its own: neither is it left out
+    /// because the request is nearly over, nor does a hop that is gone eat the time of the new one.
     async fn leave(&self, old: Remote, call: &RequestCall, next: &Next) {
-        let mut ctx = call.ctx.postpone().context();
+        let ctx = Context { deadline: Some(Instant::now() + LEAVE), ..call.ctx.postpone().context() };
+        let patience = call.ctx.time_left().map_or(LEAVE, |left| LEAVE.min(left / SHARE));
+        let close = CloseCall::new(call.connection().into_owned(), ctx);
+        let leaving = tokio::spawn(self.dialer.clone().leave(old, close, next.clone()));
+        let waiting = call.ctx.bounded(LEAVE, tokio::time::timeout(patience, leaving));
+        if !matches!(waiting.await, Ok(Ok(_))) {
+            tracing::info!(id = call.id(), "the previous next hop has not answered to its close yet");
+        }
+    }
+}
+
+impl Dialer {
+    async fn connect(&self, url: &str, ctx: &Context, id: &str) -> Result<Remote, Error> {
+        let mut deadline = ctx.deadline_or(DEFAULT_TIMEOUT);
+        if !self.timeout.is_zero() {
+            deadline = deadline.min(Instant::now() + self.timeout);
+        }
+        let failed = |code, text: &str| Error::new(NAME, id, format!("failed to dial {url}: {text}")).with_code(code);
+        let connect = tokio::time::timeout_at(deadline, self.connector.connect(url, deadline));
+        match ctx.bounded(DEFAULT_TIMEOUT, connect).await {
+            Ok(Ok(result)) => result.map_err(|error| failed(error.code(), error.message())),
+            Ok(Err(_)) => Err(failed(Code::DeadlineExceeded, "context deadline exceeded")),
+            Err(code) => Err(failed(code, "given up")),
+        }
+    }
+
+    /// Closes at a hop, within the deadline of the call. Its answer does not matter.
+    async fn leave(self, old: Remote, mut close: CloseCall, next: Next) {
+        let id = close.id().to_owned();
         let remote = match old.alive() {
             true => Ok(old),
-            false => self.connect(old.url(), &ctx, call.id()).await,
+            false => self.connect(old.url(), &close.ctx, &id).await,
         };
         let Ok(remote) = remote else { return };
-        tracing::debug!(id = call.id(), url = remote.url(), "leaving this next hop");
-        ctx.client_url = Some(remote.url().to_owned());
-        ctx.remote = Some(remote);
-        if let Err(error) = next.close(CloseCall::new(call.connection().into_owned(), ctx)).await {
+        tracing::debug!(id, url = remote.url(), "leaving this next hop");
+        close.ctx.client_url = Some(remote.url().to_owned());
+        close.ctx.remote = Some(remote);
+        if let Err(error) = next.close(close).await {
             tracing::debug!(%error, "closing at the previous next hop");
         }
     }
@@ -95,7 +119,7 @@ impl Element for Dial {
         let reused = known.as_ref().is_some_and(usable);
         let remote = match known.filter(usable) {
             Some(remote) => remote,
-            None => self.connect(&url, &call.ctx, &id).await?,
+            None => self.dialer.connect(&url, &call.ctx, &id).await?,
         };
         let mut result = self.request_at(remote.clone(), &call, &metadata, &next).await;
         let in_time = call.ctx.time_left().is_none_or(|left| !left.is_zero());
@@ -105,7 +129,7 @@ impl Element for Dial {
         if result.is_err() && (outdated || reused && !remote.alive()) && in_time {
             // Repeating is safe: the ids make it the same connection.
             tracing::debug!(id, url, refused, "connecting to the next hop anew");
-            if let Ok(remote) = self.connect(&url, &call.ctx, &id).await {
+            if let Ok(remote) = self.dialer.connect(&url, &call.ctx, &id).await {
                 result = self.request_at(remote, &call, &metadata, &next).await;
             }
         }
@@ -126,7 +150,7 @@ impl Element for Dial {
         let Some(url) = url else { return next.close(call).await };
         let remote = match known.filter(|remote| remote.alive() && remote.url() == url) {
             Some(remote) => Ok(remote),
-            None => self.connect(&url, &call.ctx, call.id()).await,
+            None => self.dialer.connect(&url, &call.ctx, call.id()).await,
         };
         match remote {
             Ok(remote) => call.ctx.remote = Some(remote),

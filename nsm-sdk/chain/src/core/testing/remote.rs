@@ -20,6 +20,8 @@ pub(crate) struct Hop {
     /// Requests fail, the transport does not.
     pub(crate) refuse: AtomicBool,
     pub(crate) no_monitor: AtomicBool,
+    /// What each answer takes.
+    pub(crate) delay: Mutex<std::time::Duration>,
     /// What it does to each answer.
     pub(crate) answer: Mutex<Option<fn(&mut Connection)>>,
     /// What is answered next is forgotten before anybody can listen.
@@ -83,6 +85,13 @@ impl HopRemote {
         }
         Ok(())
     }
+
+    async fn take_time(&self) {
+        let delay = *self.hop.delay.lock().unwrap();
+        if !delay.is_zero() {
+            tokio::time::sleep(delay).await;
+        }
+    }
 }
 
 #[async_trait::async_trait]
@@ -90,6 +99,7 @@ impl RemoteService for HopRemote {
     async fn request(&self, request: NetworkServiceRequest, _: Option<Instant>) -> Result<Connection, Status> {
         self.check()?;
         self.hop.requests.lock().unwrap().push((self.url.clone(), request.clone()));
+        self.take_time().await;
         if self.hop.refuse.load(SeqCst) {
             return Err(Status::unknown("refused"));
         }
@@ -110,6 +120,7 @@ impl RemoteService for HopRemote {
 
     async fn close(&self, connection: Connection, _: Option<Instant>) -> Result<(), Status> {
         self.check()?;
+        self.take_time().await;
         self.hop.closes.lock().unwrap().push((self.url.clone(), connection));
         Ok(())
     }

@@ -60,6 +60,60 @@ async fn another_url_closes_at_the_old_one() {
 
 // Conformance 63
 #[tokio::test(start_paused = true)]
+async fn another_url_closes_at_the_old_one_even_if_the_call_is_nearly_over() {
+    for left in [0, 1] {
+        let (chain, hop) = chain();
+        *hop.delay.lock().unwrap() = Duration::from_secs(1);
+        chain.request(request("a")).await.unwrap();
+        let mut late = request("b");
+        late.ctx.deadline = Some(Instant::now() + Duration::from_millis(left));
+        let error = chain.request(late).await.unwrap_err();
+        assert_eq!(error.code(), tonic::Code::DeadlineExceeded);
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let closes: Vec<_> = hop.closes.lock().unwrap().iter().map(|(url, _)| url.clone()).collect();
+        assert_eq!(closes, ["a"], "{left} ms left");
+    }
+}
+
+/// Connects to "a" once and then never again, to others always.
+struct Once(HopConnector, std::sync::atomic::AtomicBool);
+
+#[async_trait::async_trait]
+impl Connector for Once {
+    async fn connect(&self, url: &str, deadline: Instant) -> Result<Remote, Error> {
+        match url == "a" && self.1.swap(true, SeqCst) {
+            true => std::future::pending().await,
+            false => self.0.connect(url, deadline).await,
+        }
+    }
+}
+
+// Conformance 63
+#[tokio::test(start_paused = true)]
+async fn a_dead_old_hop_does_not_eat_the_time_of_the_new_one() {
+    for (limit, waited) in [(3, 1), (60, 5)].map(|(a, b)| (Duration::from_secs(a), Duration::from_secs(b))) {
+        let hop = Arc::new(Hop::default());
+        let once = Once(HopConnector(hop.clone()), false.into());
+        let chain = Chain::builder()
+            .element(MetadataElement::new())
+            .element(Dial::new(Arc::new(once), Duration::ZERO))
+            .element(Connect)
+            .build();
+        chain.request(request("a")).await.unwrap();
+        hop.restart();
+        let mut other = request("b");
+        other.ctx.deadline = Some(Instant::now() + limit);
+        let before = Instant::now();
+        chain.request(other).await.unwrap();
+        assert_eq!((before.elapsed(), hop.closes()), (waited, 0));
+        // Nothing goes on for ever.
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        assert_eq!(tokio::runtime::Handle::current().metrics().num_alive_tasks(), 0);
+    }
+}
+
+// Conformance 63
+#[tokio::test(start_paused = true)]
 async fn what_cannot_be_reached_is_an_error_but_close_goes_on() {
     let (chain, hop) = chain();
     hop.down.store(true, SeqCst);
