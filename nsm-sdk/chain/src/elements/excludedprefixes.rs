@@ -10,6 +10,8 @@ pub use client::ExcludedPrefixesClient;
 use crate::{Connection, Element, Error, Next, RequestCall};
 use tokio::sync::watch;
 
+const NAME: &str = "excludedprefixes";
+
 /// Adds prefixes to each request's `excluded_prefixes`.
 #[derive(Clone, Debug)]
 pub struct ExcludedPrefixes(watch::Receiver<Vec<String>>);
@@ -26,22 +28,56 @@ impl ExcludedPrefixes {
     }
 }
 
-/// Reads the `prefixes` list of NSM's excluded_prefixes.yaml: one `- prefix` per line below the key.
-pub fn parse(yaml: &str) -> Vec<String> {
-    let below = yaml.lines().skip_while(|line| !line.trim_start().to_lowercase().starts_with("prefixes:")).skip(1);
-    below
-        .map(str::trim)
-        .take_while(|line| line.is_empty() || line.starts_with(['-', '#']))
-        .filter_map(|line| line.strip_prefix('-'))
-        .map(|prefix| prefix.trim().trim_matches(['"', '\'']).to_owned())
-        .filter(|prefix| prefix.parse::<ipnet::IpNet>().is_ok())
-        .collect()
+/// Reads the `prefixes` list of NSM's excluded_prefixes.yaml: one `- prefix` per line below the key, or `[prefix, prefix]` after it.
+/// What is no prefix is left out, with a warning. A text without content is an empty list.
+///
+/// # Errors
+/// There is a text, but no list in it.
+pub fn parse(yaml: &str) -> Result<Vec<String>, Error> {
+    const KEY: &str = "prefixes:";
+    let content: Vec<&str> = yaml.lines().map(without_comment).filter(|line| !line.is_empty()).collect();
+    let is_key = |line: &&str| line.get(..KEY.len()).is_some_and(|start| start.eq_ignore_ascii_case(KEY));
+    let garbled = |cause: &str| Error::new(NAME, "", format!("{cause} in {:?}", excerpt(yaml)));
+    let Some(key) = content.iter().position(is_key) else {
+        let empty = content.iter().all(|line| *line == "---");
+        return if empty { Ok(Vec::new()) } else { Err(garbled("there is no list of prefixes")) };
+    };
+    let (after, below) = (content[key][KEY.len()..].trim(), &content[key + 1..]);
+    let entries: Vec<String> = match after.strip_prefix('[') {
+        // It may go on over several lines.
+        Some(start) => {
+            let text = [&[start], below].concat().join(" ");
+            let (inside, _) = text.split_once(']').ok_or_else(|| garbled("the list of prefixes does not end"))?;
+            inside.split(',').map(str::to_owned).collect()
+        }
+        None if after.is_empty() => below.iter().map_while(|line| line.strip_prefix('-')).map(str::to_owned).collect(),
+        None => return Err(garbled("the prefixes are no list")),
+    };
+    let entries = entries.iter().map(|entry| entry.trim().trim_matches(['"', '\''])).filter(|entry| !entry.is_empty());
+    let known = |entry: &&str| {
+        let known = entry.parse::<ipnet::IpNet>().is_ok();
+        if !known {
+            tracing::warn!(entry, "this is no prefix to exclude");
+        }
+        known
+    };
+    Ok(entries.filter(known).map(str::to_owned).collect())
+}
+
+fn without_comment(line: &str) -> &str {
+    let end = line.starts_with('#').then_some(0).or_else(|| line.find(" #")).unwrap_or(line.len());
+    line[..end].trim()
+}
+
+/// The beginning of a text, for errors.
+fn excerpt(text: &str) -> String {
+    text.chars().take(60).collect()
 }
 
 #[async_trait::async_trait]
 impl Element for ExcludedPrefixes {
     fn name(&self) -> &'static str {
-        "excludedprefixes"
+        NAME
     }
 
     async fn request(&self, mut call: RequestCall, next: Next) -> Result<Connection, Error> {
@@ -80,10 +116,26 @@ mod tests {
     // Conformance 97
     #[test]
     fn the_file() {
-        assert_eq!(
-            parse("prefixes:\n- 10.0.0.0/8\n# x\n  - \"fd00::/8\"\n- nonsense\nother:\n- 1.1.1.1/32\n"),
-            ["10.0.0.0/8", "fd00::/8"]
-        );
-        assert!(parse("").is_empty());
+        let both = ["10.0.0.0/8", "fd00::/8"];
+        for text in [
+            "prefixes:\n- 10.0.0.0/8\n# x\n  - \"fd00::/8\"\n- nonsense\nother:\n- 1.1.1.1/32\n",
+            "---\nPrefixes:   # the node's\n\n- '10.0.0.0/8' # v4\n- fd00::/8",
+            "other: [1.1.1.1/32]\nprefixes: [10.0.0.0/8, \"fd00::/8\"]\nmore: [1.1.1.1/32]\n",
+            "prefixes: [10.0.0.0/8,\n  nonsense,\n  'fd00::/8',   # v6\n]\n",
+        ] {
+            assert_eq!(parse(text).unwrap(), both, "{text}");
+        }
+        for text in ["", "\n# nothing\n", "---\n", "prefixes:\n", "prefixes: []", "prefixes:\nother:\n- 1.1.1.1/32\n"] {
+            assert!(parse(text).unwrap().is_empty(), "{text}");
+        }
+        for (text, cause) in [
+            ("garbage: [", "there is no list of prefixes"),
+            ("- 10.0.0.0/8", "there is no list of prefixes"),
+            ("prefixes: 10.0.0.0/8", "the prefixes are no list"),
+            ("prefixes: [10.0.0.0/8", "the list of prefixes does not end"),
+            ("ä: ö", "there is no list of prefixes"),
+        ] {
+            assert_eq!(parse(text).unwrap_err().to_string(), format!("excludedprefixes: {cause} in {text:?}"));
+        }
     }
 }
