@@ -5,7 +5,7 @@
 
 mod sandbox;
 
-use nsm_chain::{Connection, Element, Error, Next, RequestCall};
+use nsm_chain::{CloseCall, Connection, Element, Error, Next, RequestCall};
 use nsm_proto::registry::network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient;
 use nsm_registry::{NetworkServiceEndpoint, RegistryClient};
 use nsm_transport::{Address, Transport};
@@ -105,15 +105,35 @@ async fn a_wish_of_the_endpoint_reaches_the_client_through_forwarder_and_manager
     assert_eq!((nse.seen.closes(), nse.endpoint.hub().connections().len()), (0, 1));
 }
 
+/// Loses closes on their way to the manager.
+#[derive(Default)]
+struct LosesCloses(AtomicBool, AtomicUsize);
+
+#[async_trait::async_trait]
+impl Element for LosesCloses {
+    fn name(&self) -> &'static str {
+        "loses closes"
+    }
+
+    async fn close(&self, call: CloseCall, next: Next) -> Result<(), Error> {
+        if self.0.load(SeqCst) {
+            self.1.fetch_add(1, SeqCst);
+            return Err(Error::new("loses closes", call.id(), "told to"));
+        }
+        next.close(call).await
+    }
+}
+
 // Conformance 45, 67
 #[tokio::test(flavor = "multi_thread")]
 async fn a_forwarder_that_dies_is_replaced_and_the_endpoint_stays() {
     let world = World::new();
-    let _registry = world.registry().await;
+    let registry = world.registry().await;
     let (here, fwd_here) = node(&world, "nsmgr-a").await;
     let (there, fwd_there) = node(&world, "nsmgr-b").await;
     let nse = world.endpoint("nse", &there).await;
-    let client = world.client("nsc", &here, None);
+    let loses = Arc::new(LosesCloses::default());
+    let client = world.client_with("nsc", &here, None, vec![loses.clone()]);
     let connection = client.request(request("c"), TIMEOUT).await.unwrap();
     assert_eq!(names(&connection), ["nsc", "nsmgr-a", "fwd-nsmgr-a", "nsmgr-b", "fwd-nsmgr-b", "nse"]);
     let uses = |position: usize, name: &'static str| {
@@ -124,11 +144,21 @@ async fn a_forwarder_that_dies_is_replaced_and_the_endpoint_stays() {
         }
     };
     // Of this node: it leaves in order.
-    let _second = world.forwarder("fwd-a2", &here, &[("p2p", "true")]).await;
+    let second = world.forwarder("fwd-a2", &here, &[("p2p", "true")]).await;
     fwd_here.remove().await;
     eventually("another forwarder of this node", uses(2, "fwd-a2")).await;
-    // Of the other node: it dies, and the registry still knows it.
-    let _third = world.forwarder("fwd-b2", &there, &[("p2p", "true")]).await;
+    // It dies, and the client's close does not even reach the manager.
+    let _third = world.forwarder("fwd-a3", &here, &[("p2p", "true")]).await;
+    loses.0.store(true, SeqCst);
+    second.kill().await;
+    eventually("a third forwarder of this node", uses(2, "fwd-a3")).await;
+    loses.0.store(false, SeqCst);
+    assert!(loses.1.load(SeqCst) > 0);
+    assert_eq!(nse.endpoint.hub().connections().len(), 1);
+    // Of the other node: it dies, and the registry, which was restarted, still knows it.
+    let _fourth = world.forwarder("fwd-b2", &there, &[("p2p", "true")]).await;
+    registry.kill().await;
+    let _registry = world.registry().await;
     fwd_there.kill().await;
     eventually("another forwarder of the other node", uses(4, "fwd-b2")).await;
     assert_eq!(nse.endpoint.hub().connections().len(), 1);
@@ -200,6 +230,45 @@ async fn after_a_restart_of_the_manager_a_reselect_closes_the_old_branch() {
     client.close(client.connection("c").unwrap(), TIMEOUT).await.unwrap();
     assert_eq!((forwarder.seen.closes(), nse.seen.closes()), (2, 2));
     assert!(forwarder.endpoint.hub().connections().is_empty() && nse.endpoint.hub().connections().is_empty());
+}
+
+// Conformance 52
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restart_of_either_manager_or_both_all_hops_close_the_old_branch() {
+    for (here_restarts, there_restarts) in [(true, false), (false, true), (true, true)] {
+        let what = format!("restarts: {here_restarts} here, {there_restarts} there");
+        let world = World::new();
+        let _registry = world.registry().await;
+        let (mut here, fwd_here) = node(&world, "nsmgr-a").await;
+        let (mut there, fwd_there) = node(&world, "nsmgr-b").await;
+        let nse = world.endpoint("nse-1", &there).await;
+        let client = world.client("nsc", &here, None);
+        client.request(request("c"), TIMEOUT).await.unwrap();
+        let new = world.endpoint("nse-2", &there).await;
+        if here_restarts {
+            here = here.restart(&world).await;
+        }
+        if there_restarts {
+            there = there.restart(&world).await;
+        }
+        let closes = || [&fwd_here.seen, &fwd_there.seen, &nse.seen, &new.seen].map(|seen| seen.closes());
+        let connections = || {
+            let known = |endpoint: &nsm_chain::Endpoint| endpoint.hub().connections().len();
+            [known(&fwd_here.endpoint), known(&fwd_there.endpoint), known(&nse.endpoint) + known(&new.endpoint)]
+        };
+        eventually(&format!("the connection was made anew, {what}"), || async {
+            closes()[..3].iter().all(|closes| *closes > 0)
+                && connections() == [1; 3]
+                && client.watch("c").borrow().is_up()
+        })
+        .await;
+        // The old branch was closed once at each hop, whichever endpoint the new one ends at; the last close passes all hops.
+        assert_eq!(closes(), [1, 1, 1, 0], "{what}");
+        client.close(client.connection("c").unwrap(), TIMEOUT).await.unwrap();
+        let [fwd_here, fwd_there, nse, new] = closes();
+        assert_eq!((fwd_here, fwd_there, nse + new, connections()), (2, 2, 2, [0; 3]), "{what}");
+        drop((here, there));
+    }
 }
 
 // Conformance 53

@@ -250,12 +250,26 @@ impl World {
 
     /// A client of that manager that tries until it works; with a data path that is as alive as `alive` says.
     pub fn client(&self, name: &str, manager: &Manager, alive: Option<&Arc<AtomicBool>>) -> Client {
+        self.client_with(name, manager, alive, Vec::new())
+    }
+
+    /// The same with these elements above its mechanisms.
+    pub fn client_with(
+        &self,
+        name: &str,
+        manager: &Manager,
+        alive: Option<&Arc<AtomicBool>>,
+        elements: Vec<Arc<dyn Element>>,
+    ) -> Client {
         let mut builder = Client::builder(name, self.connector(name))
             .url(self.url(&manager.name))
             .policies(Policies::client())
-            .retry(Retry { interval: Duration::from_millis(50), try_timeout: Duration::from_secs(5) })
-            .element(Mechanisms::new(Side::Client).with(KERNEL, KernelClient::new()))
-            .element(SendFdClient);
+            .retry(Retry { interval: Duration::from_millis(50), try_timeout: Duration::from_secs(5) });
+        for element in elements {
+            builder = builder.element(element);
+        }
+        let mut builder =
+            builder.element(Mechanisms::new(Side::Client).with(KERNEL, KernelClient::new())).element(SendFdClient);
         if let Some(alive) = alive {
             builder = builder.liveness(LivenessCheck::new(Arc::new(Alive(alive.clone()))));
         }

@@ -20,6 +20,8 @@ pub(crate) struct Hop {
     /// Requests fail, the transport does not.
     pub(crate) refuse: AtomicBool,
     pub(crate) no_monitor: AtomicBool,
+    /// The next request kills it: it is down from then on.
+    pub(crate) dies: AtomicBool,
     /// What each answer takes.
     pub(crate) delay: Mutex<std::time::Duration>,
     /// What it does to each answer.
@@ -100,6 +102,11 @@ impl RemoteService for HopRemote {
         self.check()?;
         self.hop.requests.lock().unwrap().push((self.url.clone(), request.clone()));
         self.take_time().await;
+        if self.hop.dies.swap(false, SeqCst) {
+            self.hop.down.store(true, SeqCst);
+            self.hop.restart();
+        }
+        self.check()?;
         if self.hop.refuse.load(SeqCst) {
             return Err(Status::unknown("refused"));
         }

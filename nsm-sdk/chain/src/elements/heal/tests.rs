@@ -143,6 +143,39 @@ async fn a_hop_that_comes_back_is_used_again_within_two_seconds() {
     assert!(status.borrow().is_up());
 }
 
+// Conformance 54
+#[tokio::test(start_paused = true)]
+async fn a_hop_that_dies_within_a_refresh_is_healed_from_within_two_seconds() {
+    for alive in [None, Some(&Arc::new(AtomicBool::new(true)))] {
+        let (client, hop) = client(alive);
+        let mut connection = client.request(request(), TIMEOUT).await.unwrap();
+        for round in 0..15_u64 {
+            hop.dies.store(true, SeqCst);
+            let before = hop.requests();
+            let again = NetworkServiceRequest { connection: Some(connection), ..Default::default() };
+            let error = client.request(again, TIMEOUT).await.unwrap_err();
+            assert_eq!((error.code(), hop.requests()), (tonic::Code::Unavailable, before + 1), "{round}: {error}");
+            // It comes back at once or a little later.
+            tokio::time::sleep(Duration::from_millis(20 * round)).await;
+            hop.down.store(false, SeqCst);
+            let back = tokio::time::Instant::now();
+            let known = || !hop.hub.lock().unwrap().connections().is_empty();
+            while !(known() && client.watch("c").borrow().is_up()) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                assert!(back.elapsed() < Duration::from_secs(2), "round {round}, {:?}", alive.is_some());
+            }
+            assert_eq!(hop.requests(), before + 2);
+            let reselected = last(&hop).state() == State::ReselectRequested;
+            assert_eq!(reselected, alive.is_none());
+            connection = client.connection("c").unwrap();
+        }
+        // What was healed stays.
+        let requests = hop.requests();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(hop.requests(), requests);
+    }
+}
+
 // Conformance 48
 #[tokio::test(start_paused = true)]
 async fn close_ends_endless_healing() {
