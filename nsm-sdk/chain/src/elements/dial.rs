@@ -26,9 +26,9 @@ struct Dialer {
 const NAME: &str = "dial";
 /// Bound for connecting when neither the call nor the settings give one.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
-/// What telling the old hop may take, however little time the request that leaves it has.
-const LEAVE: Duration = Duration::from_secs(5);
-/// The part of its time that a request waits for that: the next hop may be the same for both, and has to hear of the end first.
+/// What telling the old hop may take: a part of the request's time, but neither nearly nothing nor long.
+const LEAVE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
+/// See [`LEAVE`]: a third.
 const SHARE: u32 = 3;
 
 impl Dial {
@@ -51,16 +51,24 @@ impl Dial {
         next.request(call).await
     }
 
-    /// Tells the hop that a connection has left that it is not needed any more. This has time of its own: neither is it left out
-    /// because the request is nearly over, nor does a hop that is gone eat the time of the new one.
+    /// Tells the hop that a connection has left that it is not needed any more; its answer does not matter. This has time of its own:
+    /// neither is it left out because the request is nearly over, nor does a hop that is gone eat all the time of the new one. It is
+    /// waited for, because the elements below would take a close that comes later for one of the new connection.
     async fn leave(&self, old: Remote, call: &RequestCall, next: &Next) {
-        let ctx = Context { deadline: Some(Instant::now() + LEAVE), ..call.ctx.postpone().context() };
-        let patience = call.ctx.time_left().map_or(LEAVE, |left| LEAVE.min(left / SHARE));
-        let close = CloseCall::new(call.connection().into_owned(), ctx);
-        let leaving = tokio::spawn(self.dialer.clone().leave(old, close, next.clone()));
-        let waiting = call.ctx.bounded(LEAVE, tokio::time::timeout(patience, leaving));
-        if !matches!(waiting.await, Ok(Ok(_))) {
-            tracing::info!(id = call.id(), "the previous next hop has not answered to its close yet");
+        let time = call.ctx.time_left().map_or(LEAVE.1, |left| (left / SHARE).clamp(LEAVE.0, LEAVE.1));
+        let ctx = Context { deadline: Some(Instant::now() + time), ..call.ctx.postpone().context() };
+        let mut close = CloseCall::new(call.connection().into_owned(), ctx);
+        let id = call.id();
+        let remote = match old.alive() {
+            true => Ok(old),
+            false => self.dialer.connect(old.url(), &close.ctx, id).await,
+        };
+        let Ok(remote) = remote else { return };
+        tracing::debug!(id, url = remote.url(), "leaving this next hop");
+        close.ctx.client_url = Some(remote.url().to_owned());
+        close.ctx.remote = Some(remote);
+        if let Err(error) = next.close(close).await {
+            tracing::debug!(%error, "closing at the previous next hop");
         }
     }
 }
@@ -77,22 +85,6 @@ impl Dialer {
             Ok(Ok(result)) => result.map_err(|error| failed(error.code(), error.message())),
             Ok(Err(_)) => Err(failed(Code::DeadlineExceeded, "context deadline exceeded")),
             Err(code) => Err(failed(code, "given up")),
-        }
-    }
-
-    /// Closes at a hop, within the deadline of the call. Its answer does not matter.
-    async fn leave(self, old: Remote, mut close: CloseCall, next: Next) {
-        let id = close.id().to_owned();
-        let remote = match old.alive() {
-            true => Ok(old),
-            false => self.connect(old.url(), &close.ctx, &id).await,
-        };
-        let Ok(remote) = remote else { return };
-        tracing::debug!(id, url = remote.url(), "leaving this next hop");
-        close.ctx.client_url = Some(remote.url().to_owned());
-        close.ctx.remote = Some(remote);
-        if let Err(error) = next.close(close).await {
-            tracing::debug!(%error, "closing at the previous next hop");
         }
     }
 }
