@@ -10,6 +10,8 @@ use nsm_chain::{
     elements::{
         authorize::Policies,
         begin::reselect_any,
+        clientinfo::ClientInfo,
+        excludedprefixes::{AwarenessGroups, ExcludedPrefixesClient},
         heal::{ConnectionStatus, Liveness, LivenessCheck},
         kernel_mechanism::{INODE_URL, KERNEL, KernelClient},
         mechanisms::Mechanisms,
@@ -49,13 +51,16 @@ impl Client {
             liveness_timeout: Duration::from_secs(1),
             policies: Policies::client(),
             together: false,
+            info: ClientInfo::default(),
+            groups: AwarenessGroups::default(),
             elements: Vec::new(),
         }
     }
 
     /// A builder with what the environment says, under the names of NSM's own client: `NSM_NAME`, `NSM_CONNECT_TO`, `NSM_NETWORK_SERVICES`,
     /// `NSM_REQUEST_TIMEOUT`, `NSM_DIAL_TIMEOUT`, `NSM_MAX_TOKEN_LIFETIME`, `NSM_LIVENESS_CHECK_ENABLED`, `NSM_LIVENESS_CHECK_INTERVAL`,
-    /// `NSM_LIVENESS_CHECK_TIMEOUT`, `SPIFFE_ENDPOINT_SOCKET`.
+    /// `NSM_LIVENESS_CHECK_TIMEOUT`, `NSM_AWARENESS_GROUPS`, `SPIFFE_ENDPOINT_SOCKET`, and `NODE_NAME`, `POD_NAME`, `CLUSTER_NAME`, which
+    /// connections get as labels.
     ///
     /// # Errors
     /// Every value that cannot be used.
@@ -107,6 +112,8 @@ pub struct ClientBuilder {
     liveness_timeout: Duration,
     policies: Policies,
     together: bool,
+    info: ClientInfo,
+    groups: AwarenessGroups,
     elements: Vec<Arc<dyn Element>>,
 }
 
@@ -153,6 +160,13 @@ impl ClientBuilder {
         self
     }
 
+    /// Connections to services of one group may have the same addresses; all others are kept apart (none may).
+    #[must_use]
+    pub fn awareness_groups(mut self, groups: AwarenessGroups) -> Self {
+        self.groups = groups;
+        self
+    }
+
     fn read(mut self, lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self, Error> {
         let mut env = Env::new(lookup);
         self.settings.read(&mut env);
@@ -162,7 +176,14 @@ impl ClientBuilder {
         env.boolean("NSM_LIVENESS_CHECK_ENABLED", &mut self.liveness);
         env.duration("NSM_LIVENESS_CHECK_INTERVAL", &mut self.liveness_interval);
         env.duration("NSM_LIVENESS_CHECK_TIMEOUT", &mut self.liveness_timeout);
+        env.read("NSM_AWARENESS_GROUPS", &mut self.groups, |text| {
+            text.parse::<AwarenessGroups>().map_err(|fault| fault.to_string())
+        });
         env.finish()?;
+        let names = [("nodeName", "NODE_NAME"), ("podName", "POD_NAME"), ("clusterName", "CLUSTER_NAME")];
+        let label =
+            |(label, name): (&str, &str)| Some((label.to_owned(), lookup(name).filter(|value| !value.is_empty())?));
+        self.info = ClientInfo::new(names.into_iter().filter_map(label));
         self.services.extend(services.into_iter().map(Ok));
         Ok(self)
     }
@@ -185,9 +206,11 @@ impl ClientBuilder {
         }
         self.elements
             .iter()
-            .fold(chain, |chain, element| chain.shared(element.clone()))
+            .fold(chain.element(self.info.clone()), |chain, element| chain.shared(element.clone()))
             .element(Mechanisms::new(Side::Client).with(KERNEL, KernelClient::new()))
             .element(SendFdClient)
+            // What two services of this client answer must not be the same address.
+            .element(ExcludedPrefixesClient::new().with_groups(self.groups.clone()))
             .build()
     }
 
@@ -303,14 +326,22 @@ mod tests {
             ("NSM_NETWORK_SERVICES", "kernel://a/nsm-1?color=red,kernel://b"),
             ("NSM_REQUEST_TIMEOUT", "3s"),
             ("NSM_LIVENESS_CHECK_ENABLED", "false"),
+            ("NSM_AWARENESS_GROUPS", "[kernel://a,kernel://b]"),
+            ("NODE_NAME", "worker-1"),
         ]);
         let builder = Client::builder().read(&lookup).unwrap();
         let names: Vec<_> = builder.services.iter().map(|service| service.as_ref().unwrap().service.as_str()).collect();
         assert_eq!((names.as_slice(), builder.request_timeout), (&["a", "b"][..], Duration::from_secs(3)));
         assert!(!builder.liveness);
-        let lookup = fixed(&[("NSM_NETWORK_SERVICES", "memif://a"), ("NSM_REQUEST_TIMEOUT", "x")]);
+        assert_eq!(builder.groups, "[kernel://a,kernel://b]".parse().unwrap());
+        assert_eq!(builder.info, ClientInfo::new([("nodeName".to_owned(), "worker-1".to_owned())]));
+        let lookup = fixed(&[
+            ("NSM_NETWORK_SERVICES", "memif://a"),
+            ("NSM_REQUEST_TIMEOUT", "x"),
+            ("NSM_AWARENESS_GROUPS", "[kernel://a"),
+        ]);
         let faults = Client::builder().read(&lookup).err().unwrap().to_string();
-        assert_eq!(faults.lines().count(), 2, "{faults}");
+        assert_eq!(faults.lines().count(), 3, "{faults}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::{Connection, Element, Error, Next, RequestCall};
 
 /// Adds the labels nodeName, podName and clusterName unless the connection has them.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClientInfo(Vec<(String, String)>);
 
 impl ClientInfo {
