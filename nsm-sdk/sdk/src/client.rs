@@ -180,10 +180,7 @@ impl ClientBuilder {
             text.parse::<AwarenessGroups>().map_err(|fault| fault.to_string())
         });
         env.finish()?;
-        let names = [("nodeName", "NODE_NAME"), ("podName", "POD_NAME"), ("clusterName", "CLUSTER_NAME")];
-        let label =
-            |(label, name): (&str, &str)| Some((label.to_owned(), lookup(name).filter(|value| !value.is_empty())?));
-        self.info = ClientInfo::new(names.into_iter().filter_map(label));
+        self.info = ClientInfo::read(lookup);
         self.services.extend(services.into_iter().map(Ok));
         Ok(self)
     }

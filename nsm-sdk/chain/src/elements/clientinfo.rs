@@ -9,8 +9,13 @@ pub struct ClientInfo(Vec<(String, String)>);
 impl ClientInfo {
     /// Labels from the environment: NODE_NAME, POD_NAME, CLUSTER_NAME.
     pub fn from_env() -> Self {
+        Self::read(|variable| std::env::var(variable).ok())
+    }
+
+    /// As [`ClientInfo::from_env`], from variables looked up elsewhere.
+    pub fn read(lookup: impl Fn(&str) -> Option<String>) -> Self {
         let names = [("nodeName", "NODE_NAME"), ("podName", "POD_NAME"), ("clusterName", "CLUSTER_NAME")];
-        let value = |variable| std::env::var(variable).ok().filter(|value: &String| !value.is_empty());
+        let value = |variable| lookup(variable).filter(|value: &String| !value.is_empty());
         Self(names.into_iter().filter_map(|(label, variable)| Some((label.to_owned(), value(variable)?))).collect())
     }
 
