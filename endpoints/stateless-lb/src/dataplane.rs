@@ -251,7 +251,11 @@ impl Dataplane {
             self.engine = Some(engine);
             return true;
         }
-        self.forget_neighbours(if desired.faults.is_empty() { &desired.ready } else { &in_use }).await;
+        let next = if desired.faults.is_empty() { &desired.ready } else { &in_use };
+        self.forget_neighbours(next).await;
+        if let Some(last) = &self.last {
+            self.prepare(&engine, &last.outcome.ready, next).await;
+        }
         let (wanted, inputs) = (desired.clone(), inputs.clone());
         let work = tokio::task::spawn_blocking(move || {
             let started = std::time::Instant::now();
@@ -310,6 +314,18 @@ impl Dataplane {
         }
     }
 
+    /// The slow path of targets that are about to get packets: without it the first ones of those that take it would be dropped.
+    async fn prepare(&self, engine: &Engine, last: &Ready, next: &Ready) {
+        let known = slow_path(engine, last);
+        let mut new = slow_path(engine, next);
+        new.retain(|key, _| !known.contains_key(key));
+        if !new.is_empty()
+            && let Err(error) = routing::prepare(&self.netns, &new).await
+        {
+            tracing::debug!(%error, "slow path of new targets incomplete");
+        }
+    }
+
     /// Tells the frontend whether this load balancer can forward; `false`: look again soon.
     fn announce(&mut self, missing: usize) -> bool {
         let Some(engine) = &self.engine else { return false };
@@ -361,18 +377,7 @@ impl Dataplane {
     /// Rules and routes of the slow path.
     async fn route(&mut self, desired: &Desired, outcome: &Outcome) -> bool {
         let Some(engine) = &self.engine else { return false };
-        let mut wanted = Wanted::new();
-        for (stream, targets) in &outcome.ready.targets {
-            let Some(offset) = engine.offset(stream) else { continue };
-            for (identifier, target) in targets {
-                if let Some((ip, index)) = target.v4 {
-                    wanted.insert((false, offset + identifier), (ip.into(), index));
-                }
-                if let Some((ip, index)) = target.v6 {
-                    wanted.insert((true, offset + identifier), (ip.into(), index));
-                }
-            }
-        }
+        let wanted = slow_path(engine, &outcome.ready);
         let own = routing::Own { tables: tables(&self.settings), detour: engine.detour().ok() };
         // VIPs that only a refused configuration has dropped are in use.
         let keep = !(outcome.refused.is_empty() && outcome.failed.is_empty());
@@ -417,6 +422,23 @@ impl Gate {
 /// Numbers of the tables of targets.
 pub(crate) fn tables(settings: &Settings) -> std::ops::Range<u32> {
     settings.identifier_offset_start..settings.identifier_offset_start + TABLES
+}
+
+/// Next hops by the tables of the slow path, of the streams that the engine has.
+fn slow_path(engine: &Engine, ready: &Ready) -> Wanted {
+    let mut wanted = Wanted::new();
+    for (stream, targets) in &ready.targets {
+        let Some(offset) = engine.offset(stream) else { continue };
+        for (identifier, target) in targets {
+            if let Some((ip, index)) = target.v4 {
+                wanted.insert((false, offset + identifier), (ip.into(), index));
+            }
+            if let Some((ip, index)) = target.v6 {
+                wanted.insert((true, offset + identifier), (ip.into(), index));
+            }
+        }
+    }
+    wanted
 }
 
 /// Interface and address of each next hop.

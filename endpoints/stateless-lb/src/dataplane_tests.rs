@@ -167,6 +167,22 @@ async fn targets_are_followed_while_a_configuration_that_does_not_fit_stands() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_slow_path_of_a_new_target_is_there_before_its_first_packet() {
+    let directory = Directory::new("ahead");
+    directory.mount();
+    let mut dataplane = dataplane(&directory);
+    dataplane.step(&good()).await;
+    let more = Inputs { targets: Some(vec![target("s", 1), target("s", 2), target("s", 5)]), ..good() };
+    let desired = desired(&more, &[]).unwrap();
+    // The tables alone: what follows them in a round is left out.
+    assert!(dataplane.configure(&desired, &more).await);
+    assert_eq!(identifiers(&dataplane, "s"), [1, 2, 5]);
+    let mark = meridio_maglev::MARK_FLAG | (dataplane.engine.as_ref().unwrap().offset("s").unwrap() + 5);
+    let rules = dataplane.netns.netlink().await.unwrap().rules().await.unwrap();
+    assert!(rules.iter().any(|rule| rule.mark == Some(mark)), "{rules:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_was_refused_does_not_disturb_what_runs() {
     let directory = Directory::new("refused-targets");
     directory.mount();

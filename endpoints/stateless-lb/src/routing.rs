@@ -131,6 +131,18 @@ pub(crate) async fn apply(netns: &Netns, wanted: &Wanted, guarded: Guarded<'_>, 
     result
 }
 
+/// Sets routes and rules of targets that no packet is marked for yet; nothing else changes.
+pub(crate) async fn prepare(netns: &Netns, wanted: &Wanted) -> Result<(), Error> {
+    let netlink = netns.netlink().await?;
+    let mut result = Ok(());
+    for ((v6, table), (ip, index)) in wanted {
+        let route = Route::default_of(*v6, *table).via(Some(*ip), *index, false);
+        result = result.and(netlink.route_replace(&route).await);
+        result = result.and(nsm_kernel::error::ignore_exists(netlink.rule_add(&rule(*v6, *table)).await));
+    }
+    result
+}
+
 /// No VIP at all.
 const NONE: Guarded<'static> = Guarded { vips: &[], keep: false };
 
