@@ -9,9 +9,6 @@ use crate::engine::{Engine, failed};
 use crate::error::Error;
 use crate::sys::text;
 
-/// Places of counters: two generations of flows fit.
-const PLACES: u32 = 2 * MAX_FLOWS as u32;
-
 /// The counters of a configuration.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
@@ -42,7 +39,7 @@ impl Plan {
             }
         }
         let used: HashSet<u32> = counters.values().copied().collect();
-        let mut free: Vec<u32> = (0..PLACES).rev().filter(|place| !used.contains(place)).collect();
+        let mut free: Vec<u32> = (0..FLOW_COUNTERS).rev().filter(|place| !used.contains(place)).collect();
         if free.len() < plan.fresh.len() {
             // Flows of the generation that is about to be written over, and that nothing needs any more.
             let live = live()?;
@@ -54,7 +51,7 @@ impl Plan {
             }
         }
         for name in &plan.fresh {
-            let none = || Error::config(format!("flow {name:?}"), format!("all {PLACES} counters are taken"));
+            let none = || Error::config(format!("flow {name:?}"), format!("all {FLOW_COUNTERS} counters are taken"));
             plan.places.insert(name.clone(), free.pop().ok_or_else(none)?);
         }
         Ok(plan)
@@ -94,10 +91,9 @@ impl Engine {
         }
         for name in &plan.fresh {
             let index = plan.of(name);
-            let names = &self.kernel.maps.flow_names;
-            for map in [&self.kernel.maps.flow_hits, &self.kernel.maps.flow_drops] {
-                map.zero(index, self.kernel.cpus).map_err(failed(map))?;
-            }
+            let (names, drops) = (&self.kernel.maps.flow_names, &self.kernel.maps.flow_drops);
+            self.kernel.hits.flows.zero(index);
+            drops.zero(index, self.kernel.cpus).map_err(failed(drops))?;
             names.set(&index, &text(name)).map_err(failed(names))?;
             self.counters.insert(name.clone(), index);
         }

@@ -299,8 +299,7 @@ impl Engine {
     fn create(&mut self, number: u32, entry: StreamEntry, stream: &Stream) -> Result<(), Error> {
         let Some(table) = Table::new(stream.max_targets) else { return Ok(()) };
         for identifier in 1..=stream.max_targets {
-            let map = &self.kernel.maps.target_hits;
-            map.zero(entry.target_base + identifier, self.kernel.cpus).map_err(failed(map))?;
+            self.kernel.hits.targets.zero(entry.target_base + identifier);
         }
         for reason in 0..MAX_REASONS as u32 {
             let map = &self.kernel.maps.stream_drops;

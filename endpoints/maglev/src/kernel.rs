@@ -17,10 +17,12 @@ use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, T
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use meridio_decision::layout::{
-    CHUNK_ROWS, CLIENTS_REMEMBERED, DEFAULT_CHUNKS, DESTINATIONS_REMEMBERED, HOP_ENTRIES, LAYOUT_VERSION,
+    CHUNK_ROWS, CLIENTS_REMEMBERED, DEFAULT_CHUNKS, DESTINATIONS_REMEMBERED, FLOW_COUNTERS, HOP_ENTRIES,
+    LAYOUT_VERSION, MAX_TARGETS,
 };
 
 use crate::error::Error;
+use crate::flat::Hits;
 use crate::gone;
 use crate::grace::Grace;
 use crate::maps::Maps;
@@ -72,6 +74,7 @@ pub(crate) struct Kernel {
     /// Attached by TCX, by interface.
     first: HashMap<String, SchedClassifierLink>,
     pub(crate) maps: Maps,
+    pub(crate) hits: Hits,
     pub(crate) grace: Arc<Grace>,
     pub(crate) chunks: u32,
     pub(crate) cpus: usize,
@@ -149,6 +152,8 @@ impl Kernel {
             .map_max_entries("HOPS", each(direct * HOP_ENTRIES))
             .map_max_entries("DESTINATIONS", each(DESTINATIONS_REMEMBERED))
             .map_max_entries("CLIENTS", each(CLIENTS_REMEMBERED))
+            .map_max_entries("FLOW_HITS", each(FLOW_COUNTERS))
+            .map_max_entries("TARGET_HITS", each(MAX_TARGETS as u32))
             .map_max_entries("ROWS", options.chunks);
         let mut ebpf = match &options.object {
             Some(path) => loader.load_file(path),
@@ -162,6 +167,7 @@ impl Kernel {
         let kernel = Kernel {
             // Adopted maps may be of another size than the one asked for.
             chunks: max_entries(&maps.rows.fd).map_err(|e| Error::Map { name: "ROWS", reason: e.to_string() })?,
+            hits: Hits::open(&maps, true)?,
             maps,
             grace: Arc::new(Grace::new()?),
             cpus,

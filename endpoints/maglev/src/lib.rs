@@ -15,6 +15,7 @@ mod detour;
 mod engine;
 mod error;
 mod explain;
+mod flat;
 mod gone;
 mod grace;
 mod image;

@@ -8,6 +8,7 @@ use meridio_decision::{Reason, target_index};
 
 use crate::engine::{MARK_MASK, failed};
 use crate::error::Error;
+use crate::flat;
 use crate::kernel::{check_bpffs, cpus, versioned};
 use crate::maps::Maps;
 use crate::sys::{RawMap, untext};
@@ -17,6 +18,7 @@ use crate::sys::{RawMap, untext};
 pub struct Live {
     pub(crate) directory: PathBuf,
     pub(crate) maps: Maps,
+    hits: flat::Hits,
     cpus: usize,
 }
 
@@ -76,12 +78,15 @@ impl Live {
         })?;
         let pins = versioned(directory, LAYOUT_VERSION);
         let map = |name: &'static str| {
-            RawMap::pinned(&pins.join(name), name).map_err(|e| match e.kind() {
+            // The kernel shares the memory of a map only with who could write it as well.
+            let open = if flat::NAMES.contains(&name) { RawMap::pinned_writable } else { RawMap::pinned };
+            open(&pins.join(name), name).map_err(|e| match e.kind() {
                 io::ErrorKind::NotFound => absent(),
                 _ => Error::Map { name, reason: e.to_string() },
             })
         };
-        Ok(Live { directory: pins.clone(), maps: Maps::open(map)?, cpus: cpus()? })
+        let maps = Maps::open(map)?;
+        Ok(Live { directory: pins.clone(), hits: flat::Hits::open(&maps, false)?, maps, cpus: cpus()? })
     }
 
     pub(crate) fn read<V: crate::sys::Plain>(&self, map: &RawMap, index: u32, empty: V) -> Result<V, Error> {
@@ -162,7 +167,7 @@ impl Live {
                     name: identifier.to_string(),
                     mark: target.mark & MARK_MASK,
                     target,
-                    counter: self.sum(&self.maps.target_hits, entry.target_base + identifier)?,
+                    counter: self.hits.targets.sum(entry.target_base + identifier),
                     dropped: Counter::default(),
                 });
             }
@@ -176,7 +181,7 @@ impl Live {
                 name: self.flow_name(flow.counter)?,
                 mark: 0,
                 target: TargetEntry::default(),
-                counter: self.sum(&self.maps.flow_hits, flow.counter)?,
+                counter: self.hits.flows.sum(flow.counter),
                 dropped: self.sum(&self.maps.flow_drops, flow.counter)?,
             });
         }
@@ -210,7 +215,7 @@ impl Live {
     fn stream_hits(&self, slot: u32, entry: &StreamEntry, stream: &str) -> Result<StreamHits, Error> {
         let mut hits = StreamHits { stream: stream.to_owned(), forwarded: Counter::default(), dropped: Vec::new() };
         for identifier in 1..=entry.max_targets {
-            let one = self.sum(&self.maps.target_hits, entry.target_base + identifier)?;
+            let one = self.hits.targets.sum(entry.target_base + identifier);
             hits.forwarded.packets += one.packets;
             hits.forwarded.bytes += one.bytes;
         }

@@ -25,7 +25,7 @@ const RATE: u64 = 400;
 #[test]
 fn an_unresolved_neighbour_loses_nothing() {
     let (engine, net, _fs) = start();
-    let flood = Flood::start(&net, 2, PORT, RATE);
+    let flood = Flood::start(&net, 2, (PORT, PORT), RATE);
     flood.flows(50);
     for _ in 0..20 {
         for n in 1..=2 {
@@ -40,7 +40,7 @@ fn an_unresolved_neighbour_loses_nothing() {
 #[test]
 fn a_target_with_a_new_link_address_is_followed_at_once() {
     let (engine, net, _fs) = start();
-    let flood = Flood::start(&net, 2, PORT, RATE);
+    let flood = Flood::start(&net, 2, (PORT, PORT), RATE);
     flood.flows(50);
     for n in 1..=3 {
         // A target's interface tells its neighbours when its address changes (arp_notify, ndisc_notify), as NSM's do.
@@ -59,7 +59,7 @@ fn a_target_with_a_new_link_address_is_followed_at_once() {
 #[test]
 fn a_target_with_a_new_ip_address_is_reached_there_at_once() {
     let (mut engine, net, _fs) = start();
-    let flood = Flood::start(&net, 2, PORT, RATE);
+    let flood = Flood::start(&net, 2, (PORT, PORT), RATE);
     flood.flows(50);
     let mut targets = net.targets(&[1, 2])["s"].clone();
     let link = net.index("nsm1");
@@ -84,7 +84,7 @@ fn a_target_with_a_new_ip_address_is_reached_there_at_once() {
 #[test]
 fn a_link_that_flaps_costs_its_own_target_only_and_only_while_it_is_down() {
     let (engine, net, _fs) = start();
-    let flood = Flood::start(&net, 2, PORT, RATE);
+    let flood = Flood::start(&net, 2, (PORT, PORT), RATE);
     flood.flows(50);
     for _ in 0..3 {
         ip(&format!("-n {} link set nsm1 down", net.name("l")));
@@ -113,7 +113,7 @@ fn the_kernel_goes_on_checking_the_neighbours_of_targets() {
         let out = std::process::Command::new("ip").args(["-n", &l, "neigh", "show", "nud", "stale"]).output().unwrap();
         String::from_utf8(out.stdout).unwrap().contains(address)
     };
-    let flood = Flood::start(&net, 2, PORT, RATE);
+    let flood = Flood::start(&net, 2, (PORT, PORT), RATE);
     flood.flows(200);
     let (v4, v6) = ("172.16.1.2 ", "fd00:1::2 ");
     for address in [v4, v6] {

@@ -270,7 +270,7 @@ fn a_program_that_the_verifier_refuses_is_named_and_what_is_attached_forwards_on
     let (fs, net) = (BpfFs::new(), Net::new(2));
     let config = dual_stack(vec![common::flow("f", &[Protocol::Udp], &[4000])]);
     let engine = start(&net, fs.settings(), config, net.targets(&[1, 2]));
-    let flood = Flood::start(&net, 2, 4000, 1_000);
+    let flood = Flood::start(&net, 2, (4000, 4000), 1_000);
     flood.flows(100);
     drop(engine);
     let object = unverifiable();

@@ -9,18 +9,23 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use common::build::{ethernet, fragment};
 use common::flood::Flood;
-use common::net::Net;
-use common::{BpfFs, dual_stack, flow, start};
-use meridio_maglev::{Config, Engine, Error, LAYOUT_VERSION, Options, Protocol, Settings, Targets};
+use common::net::{CLIENT4, Net, V4, eventually};
+use common::{BpfFs, dual_stack, flow, start, vips};
+use meridio_maglev::{Config, Engine, Error, LAYOUT_VERSION, Live, Nat, Options, Protocol, Reason, Settings, Targets};
 
 const PORT: u16 = 4000;
+/// What [`PORT`] is translated to.
+const TARGET_PORT: u16 = 5000;
 const RATE: u64 = 2_000;
 /// What is attached to an interface, in the words of the engine.
 const FILTERS: [&str; 2] = ["the filter of packets that come in", "the filter of packets that go out"];
 
 fn config(flows: u16) -> Config {
-    dual_stack((0..flows).map(|n| flow(&format!("f{n}"), &[Protocol::Udp], &[PORT + n])).collect())
+    let mut config = dual_stack((0..flows).map(|n| flow(&format!("f{n}"), &[Protocol::Udp], &[PORT + n])).collect());
+    config.nats = vec![Nat { vips: vips(), protocol: Protocol::Udp, port: PORT, target_port: TARGET_PORT }];
+    config
 }
 
 fn only(net: &Net, which: &[u32]) -> Targets {
@@ -31,7 +36,7 @@ fn only(net: &Net, which: &[u32]) -> Targets {
 fn swaps_lose_nothing_and_show_no_packet_a_table_that_is_not_in_use() {
     let (fs, net) = (BpfFs::new(), Net::new(3));
     let mut engine = start(&net, fs.settings(), config(1), net.targets(&[3]));
-    let flood = Flood::start(&net, 3, PORT, RATE);
+    let flood = Flood::start(&net, 3, (PORT, TARGET_PORT), RATE);
     flood.flows(50);
     assert!(flood.received(3) > 0);
     let sets = [only(&net, &[1]), only(&net, &[1, 2]), only(&net, &[2])];
@@ -52,7 +57,7 @@ fn swaps_lose_nothing_and_show_no_packet_a_table_that_is_not_in_use() {
     assert_eq!(flood.received(3), strays, "a target that is in no table");
     let tally = flood.finish();
     println!("{swaps} swaps: {tally:?}");
-    assert_eq!(tally.lost(), 0, "{tally:?}, {:?}", engine.reasons());
+    assert_eq!(tally.unanswered(), 0, "{tally:?}, {:?}", engine.reasons());
     assert!(swaps > 30 && tally.sent > 1_000 && tally.by_target.iter().all(|n| *n > 0));
 }
 
@@ -154,7 +159,7 @@ fn killed_restarted_and_upgraded_without_a_loss() {
     let directory = fs.path();
     // An older version, whose maps mean something else.
     let old = Process::start(&net, &directory, LAYOUT_VERSION + 1_000);
-    let flood = Flood::start(&net, 2, PORT, RATE);
+    let flood = Flood::start(&net, 2, (PORT, TARGET_PORT), RATE);
     flood.flows(200);
     drop(old);
     flood.flows(200);
@@ -168,8 +173,20 @@ fn killed_restarted_and_upgraded_without_a_loss() {
     }
     let tally = flood.finish();
     println!("{tally:?}");
-    assert_eq!(tally.lost(), 0, "{tally:?}");
+    assert_eq!(tally.unanswered(), 0, "{tally:?}");
     assert!(tally.by_target.iter().all(|n| *n > 0));
+
+    // Nobody is left to hold a fragment until the first one of its packet comes, and the program knows.
+    let client = net.tap("c", "eth0");
+    let later = fragment(CLIENT4.into(), V4.into(), 17, &[7; 64], 9, 696, false);
+    let counted = |reason: Reason| {
+        let reasons = Live::open(&directory).unwrap().counters().unwrap().reasons;
+        reasons.into_iter().find(|(r, _)| *r == reason).unwrap().1.packets
+    };
+    let before = [Reason::FragmentUnknown, Reason::FragmentHeld].map(counted);
+    client.send(&ethernet(net.mac("l", "ext"), [2, 0, 0, 0, 0, 9], &later));
+    assert!(eventually(Duration::from_secs(3), || counted(Reason::FragmentUnknown) == before[0] + 1));
+    assert_eq!(counted(Reason::FragmentHeld), before[1]);
 
     // What a process that is killed leaves behind is what the next one takes away on request, and all of it.
     assert!(attached(&net).contains("meridio"), "{}", attached(&net));
@@ -187,7 +204,7 @@ fn killed_restarted_and_upgraded_without_a_loss() {
 fn while_a_process_lives_nobody_else_changes_or_removes_its_maps() {
     let (fs, net) = (BpfFs::new(), Net::new(2));
     let process = Process::start(&net, &fs.path(), LAYOUT_VERSION);
-    let flood = Flood::start(&net, 2, PORT, RATE);
+    let flood = Flood::start(&net, 2, (PORT, TARGET_PORT), RATE);
     flood.flows(100);
     let (settings, dir) = (fs.settings(), fs.path());
     let (opened, removed) = net
@@ -204,7 +221,7 @@ fn while_a_process_lives_nobody_else_changes_or_removes_its_maps() {
     let engine = net.run("l", move || Engine::open(settings).unwrap());
     assert!(engine.adopted() && !engine.targets("s").unwrap().is_empty());
     let tally = flood.finish();
-    assert_eq!(tally.lost(), 0, "{tally:?}");
+    assert_eq!(tally.unanswered(), 0, "{tally:?}");
 }
 
 #[test]
@@ -212,7 +229,7 @@ fn a_filter_whose_maps_are_pinned_no_more_forwards_until_another_one_replaces_it
     let (fs, net) = (BpfFs::new(), Net::new(2));
     let directory = fs.path();
     drop(Process::start(&net, &directory, LAYOUT_VERSION));
-    let flood = Flood::start(&net, 2, PORT, RATE);
+    let flood = Flood::start(&net, 2, (PORT, TARGET_PORT), RATE);
     flood.flows(100);
     // As when the BPF file system does not outlive the process.
     std::fs::remove_dir_all(&directory).unwrap();
@@ -230,7 +247,7 @@ fn a_filter_whose_maps_are_pinned_no_more_forwards_until_another_one_replaces_it
     let hits: u64 = engine.target_hits().unwrap().iter().map(|hits| hits.counter.packets).sum();
     assert!(hits > 0, "the new program forwards");
     let tally = flood.finish();
-    assert_eq!(tally.lost(), 0, "{tally:?}");
+    assert_eq!(tally.unanswered(), 0, "{tally:?}");
 }
 
 #[test]

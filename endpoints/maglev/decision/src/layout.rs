@@ -5,10 +5,12 @@
 
 /// Version of the map layout. Pinned maps live in a directory of this name, so an upgraded process never reads
 /// maps that mean something else.
-pub const LAYOUT_VERSION: u32 = 5;
+pub const LAYOUT_VERSION: u32 = 6;
 
 /// Flows that one classifier can hold; more is an error of the configuration.
 pub const MAX_FLOWS: usize = 2048;
+/// Counters of flows: those of two generations of flows fit.
+pub const FLOW_COUNTERS: u32 = 2 * MAX_FLOWS as u32;
 /// 64-bit words of a bit vector over the flows.
 pub const WORDS: usize = MAX_FLOWS / 64;
 /// Byte matches of one flow.

@@ -61,7 +61,8 @@ fn described() -> String {
         nat_port,
         pad
     });
-    text += &format!("PortMap {}, Chunk {}\n", size_of::<PortMap>(), size_of::<Chunk>());
+    text += &format!("PortMap {}, Chunk {}, ", size_of::<PortMap>(), size_of::<Chunk>());
+    text += &format!("of each CPU: flows {FLOW_COUNTERS}, targets {MAX_TARGETS}\n");
     text += &numbers!(MAX_FLOWS, WORDS, MAX_BYTE_MATCHES, MAX_BYTE_LISTS, MAX_STREAMS, MAX_TARGETS, CHUNK_ROWS);
     text += &numbers!(PROTO_BASE, DST_BASE, SRC_BASE, DPORT_BASE, SPORT_BASE, BYTES_BASE, VECTORS);
     text += &numbers!(VIP_PREFIXES, SOURCE_PREFIXES, NAT_ENTRIES, MAX_REASONS, TRACE_LOST, TRACE_RING, UNUSED);
@@ -70,8 +71,8 @@ fn described() -> String {
     text
 }
 
-/// What version 5 means.
-const VERSION_5: &str = "\
+/// What version 6 means.
+const VERSION_6: &str = "\
 Config 24: switches 0, flags 4, version 12, record 16, hold 20
 Vector 320: summary 0, first 8, words 16, pad 272
 ByteMatch 12: protocol 0, size 1, offset 2, mask 4, value 8
@@ -88,7 +89,7 @@ Masked 32: net 0, mask 16
 Ports 4: low 0, high 2
 Trace 304: until 0, protocols 8, only_dropped 12, sources 16, destinations 144, source_ports 272, destination_ports 288
 TraceEvent 128: time 0, src 8, dst 24, next_hop 40, flags 56, protocol 60, ports 64, bytes 68, segments 72, ttl 76, ifindex_in 80, ifindex_out 84, verdict 88, reason 92, generation 96, flow 100, counter 104, slot 108, row 112, identifier 116, nat_port 120, pad 124
-PortMap 131072, Chunk 131200
+PortMap 131072, Chunk 131200, of each CPU: flows 4096, targets 32768
 MAX_FLOWS 2048, WORDS 32, MAX_BYTE_MATCHES 4, MAX_BYTE_LISTS 32, MAX_STREAMS 256, MAX_TARGETS 32768, CHUNK_ROWS 65600
 PROTO_BASE 0, DST_BASE 8, SRC_BASE 2056, DPORT_BASE 6152, SPORT_BASE 10248, BYTES_BASE 14344, VECTORS 14376
 VIP_PREFIXES 2048, SOURCE_PREFIXES 65536, NAT_ENTRIES 4096, MAX_REASONS 32, TRACE_LOST 31, TRACE_RING 524288, UNUSED 255
@@ -98,10 +99,10 @@ PORT_CLASS 4095, IPV4_SPACE 2, PREFIX_KEY_BITS 32, NOT_A_VIP 4294967295
 
 #[test]
 fn a_changed_layout_has_a_new_version() {
-    assert_eq!(LAYOUT_VERSION, 5, "write down here what the new version means");
+    assert_eq!(LAYOUT_VERSION, 6, "write down here what the new version means");
     let now = described();
-    for (now, then) in now.lines().zip(VERSION_5.lines()) {
+    for (now, then) in now.lines().zip(VERSION_6.lines()) {
         assert_eq!(now, then, "another layout has to have another LAYOUT_VERSION");
     }
-    assert_eq!(now.lines().count(), VERSION_5.lines().count(), "it is now:\n{now}");
+    assert_eq!(now.lines().count(), VERSION_6.lines().count(), "it is now:\n{now}");
 }

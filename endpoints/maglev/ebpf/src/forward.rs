@@ -217,6 +217,18 @@ fn fits(ctx: &TcContext, s: &Scratch, ifindex: u32) -> bool {
     segment(ctx, transport).is_some_and(|length| length.wrapping_sub(JUMBO_OPTION) <= mtu)
 }
 
+/// Whether there is such an interface; where the kernel does not tell, there is.
+#[inline(always)]
+pub fn exists(ctx: &TcContext, ifindex: u32) -> bool {
+    // SAFETY: a constant that the loader sets before the program is loaded.
+    if unsafe { (&raw const HAS_CHECK_MTU).read_volatile() } == 0 {
+        return true;
+    }
+    let mut mtu = 0u32;
+    // SAFETY: the helper writes one u32. Whether the packet fits does not matter here.
+    unsafe { bpf_check_mtu(ctx.as_ptr().cast(), ifindex, &raw mut mtu, 0, 0) as i64 >= 0 }
+}
+
 /// Length of the segments that a super-packet stands for, from the network header on.
 #[inline(always)]
 fn segment(ctx: &TcContext, transport: &Transport) -> Option<u32> {

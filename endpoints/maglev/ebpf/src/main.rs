@@ -15,10 +15,12 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use maps::{CONFIG, FLOW_DROPS, FLOW_HITS, LAST, Maps, REASONS, SCRATCH, STREAM_DROPS, Size, TARGET_HITS, count};
+use maps::{
+    CONFIG, FLOW_DROPS, FLOW_HITS, LAST, Maps, REASONS, SCRATCH, STREAM_DROPS, Size, TARGET_HITS, count, count_flat,
+};
 use meridio_decision::{
     Decision, ETH_IPV4, ETH_IPV6, NONE, Reason, Scratch, Verdict, decide,
-    layout::{Config, MAX_REASONS, MAX_STREAMS},
+    layout::{Config, FLOW_COUNTERS, MAX_REASONS, MAX_STREAMS, MAX_TARGETS},
 };
 use skb::{L2, Skb, ethertype};
 
@@ -62,7 +64,7 @@ pub fn meridio_ingress(ctx: TcContext) -> i32 {
 fn act(ctx: &TcContext, config: *const Config, scratch: &Scratch, size: Size) -> (i32, u32) {
     let decision = &scratch.decision;
     if decision.counter != NONE {
-        count(&FLOW_HITS, decision.counter, size);
+        count_flat(&FLOW_HITS, FLOW_COUNTERS, decision.counter, size);
     }
     if decision.verdict == Verdict::Drop as u32 {
         if decision.reason == Reason::FragmentUnknown as u32
@@ -74,7 +76,7 @@ fn act(ctx: &TcContext, config: *const Config, scratch: &Scratch, size: Size) ->
     }
     match forward::forward(ctx, scratch) {
         Ok((action, reason)) => {
-            count(&TARGET_HITS, decision.target / 2, size);
+            count_flat(&TARGET_HITS, MAX_TARGETS as u32, decision.target / 2, size);
             (action, reason as u32)
         }
         Err(reason) => (TC_ACT_SHOT, reason as u32),
@@ -93,14 +95,14 @@ fn dropped(decision: &Decision, reason: u32, size: Size) {
 }
 
 /// Hands a fragment that came before its first one to user space, which sends it through here again when it knows more;
-/// `None`: nobody holds it, or has held it already.
+/// `None`: nobody holds it, or has held it already, or whoever did is gone without a word.
 #[inline(always)]
 fn hold(ctx: &TcContext, config: *const Config) -> Option<i32> {
     // SAFETY: the pointer is into a map value; volatile because user space changes it at any time.
     let hold = unsafe { (&raw const (*config).hold).read_volatile() };
     // SAFETY: reads of the context's fields.
     let here = unsafe { (*ctx.skb.skb).ifindex };
-    if hold == 0 || hold == here {
+    if hold == 0 || hold == here || !forward::exists(ctx, hold) {
         return None;
     }
     // SAFETY: a helper with plain arguments.

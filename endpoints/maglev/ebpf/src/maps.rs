@@ -37,13 +37,16 @@ pub static TARGETS: Array<TargetEntry> = Array::pinned(2 * MAX_TARGETS as u32, 0
 pub static NATS: HashMap<NatKey, u32> = HashMap::pinned(2 * NAT_ENTRIES as u32, NO_PREALLOC);
 #[map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue> = LruHashMap::pinned(8192, 0);
+/// What each packet counts for: [`FLOW_COUNTERS`] of each CPU in one piece, then those of the next one. The loader knows how many
+/// CPUs there are. (Of a per-CPU array each would have a pointer of its own to be read first.)
 #[map]
-pub static FLOW_HITS: PerCpuArray<Counter> = PerCpuArray::pinned(2 * MAX_FLOWS as u32, 0);
+pub static FLOW_HITS: Array<Counter> = Array::pinned(FLOW_COUNTERS, ALIGNED);
+/// See above; [`MAX_TARGETS`] of each CPU.
 #[map]
-pub static TARGET_HITS: PerCpuArray<Counter> = PerCpuArray::pinned(MAX_TARGETS as u32, 0);
+pub static TARGET_HITS: Array<Counter> = Array::pinned(MAX_TARGETS as u32, ALIGNED);
 /// What was dropped of each flow, by the index of [`FLOW_HITS`].
 #[map]
-pub static FLOW_DROPS: PerCpuArray<Counter> = PerCpuArray::pinned(2 * MAX_FLOWS as u32, 0);
+pub static FLOW_DROPS: PerCpuArray<Counter> = PerCpuArray::pinned(FLOW_COUNTERS, 0);
 /// What was dropped of each stream, by slot and reason. (What was forwarded is the sum of its targets.)
 #[map]
 pub static STREAM_DROPS: PerCpuArray<Counter> = PerCpuArray::pinned((MAX_STREAMS * MAX_REASONS) as u32, 0);
@@ -78,7 +81,7 @@ pub static LAST: PerCpuArray<Decision> = PerCpuArray::pinned(1, 0);
 #[map]
 pub static STREAM_NAMES: Array<[u8; 128]> = Array::pinned(MAX_STREAMS as u32, 0);
 #[map]
-pub static FLOW_NAMES: Array<[u8; 128]> = Array::pinned(2 * MAX_FLOWS as u32, 0);
+pub static FLOW_NAMES: Array<[u8; 128]> = Array::pinned(FLOW_COUNTERS, 0);
 
 /// A next hop as the kernel's neighbour entry says: one cache line.
 #[repr(C)]
@@ -229,7 +232,7 @@ impl Tables for Maps {
             // SAFETY: the pointer is into a map value; volatile because nobody asks for what is read.
             unsafe { (&raw const (*hop).place).read_volatile() };
         }
-        if let Some(counter) = TARGET_HITS.get_ptr(target / 2) {
+        if let Some(counter) = of_this_cpu(&TARGET_HITS, MAX_TARGETS as u32, target / 2) {
             // SAFETY: as above.
             unsafe { (&raw const (*counter).packets).read_volatile() };
         }
@@ -316,9 +319,33 @@ pub struct Size {
 pub fn count(map: &PerCpuArray<Counter>, index: u32, size: Size) {
     if let Some(counter) = map.get_ptr_mut(index) {
         // SAFETY: a per-CPU value; the program does not migrate between CPUs.
-        unsafe {
-            (*counter).packets += size.segments as u64;
-            (*counter).bytes += size.bytes as u64;
-        }
+        unsafe { add(counter, size) };
+    }
+}
+
+/// Adds a packet to this CPU's counter of so many that each CPU has.
+#[inline(always)]
+pub fn count_flat(map: &Array<Counter>, places: u32, index: u32, size: Size) {
+    if let Some(counter) = of_this_cpu(map, places, index) {
+        // SAFETY: a value that only this CPU writes; the program does not migrate.
+        unsafe { add(counter, size) };
+    }
+}
+
+#[inline(always)]
+fn of_this_cpu(map: &Array<Counter>, places: u32, index: u32) -> Option<*mut Counter> {
+    // SAFETY: a helper without arguments.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    map.get_ptr_mut(cpu * places + index)
+}
+
+/// # Safety
+/// Nobody else writes the counter meanwhile.
+#[inline(always)]
+unsafe fn add(counter: *mut Counter, size: Size) {
+    // SAFETY: says the caller.
+    unsafe {
+        (*counter).packets += size.segments as u64;
+        (*counter).bytes += size.bytes as u64;
     }
 }

@@ -1,4 +1,4 @@
-//! Numbered datagrams from many flows at a steady rate, and who got how many: every loss shows.
+//! Numbered datagrams from many flows at a steady rate, who got how many, and which were answered: every loss shows, either way.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -15,7 +15,7 @@ const FLOWS: usize = 64;
 /// Datagrams on their way.
 pub(crate) struct Flood {
     stop: Arc<AtomicBool>,
-    sender: Option<JoinHandle<u64>>,
+    sender: Option<JoinHandle<(u64, BTreeSet<u64>)>>,
     /// Received by target; target 1 is at 0.
     received: Vec<Arc<AtomicU64>>,
     receivers: Vec<JoinHandle<BTreeSet<u64>>>,
@@ -27,13 +27,21 @@ pub(crate) struct Tally {
     pub(crate) sent: u64,
     /// Different numbers that arrived.
     pub(crate) arrived: u64,
+    /// Different numbers that came back.
+    pub(crate) answered: u64,
     /// By target, with repetitions.
     pub(crate) by_target: Vec<u64>,
 }
 
 impl Tally {
+    /// Numbers that were lost on their way to a target.
     pub(crate) fn lost(&self) -> u64 {
         self.sent - self.arrived
+    }
+
+    /// Numbers that were lost, one way or the other.
+    pub(crate) fn unanswered(&self) -> u64 {
+        self.sent - self.answered
     }
 }
 
@@ -46,25 +54,26 @@ fn receiver(vip: IpAddr, port: u16) -> UdpSocket {
 }
 
 impl Flood {
-    /// `per_second` datagrams to a port of the VIPs, from the moment at which every one of `targets` listens.
-    pub(crate) fn start(net: &Net, targets: u8, port: u16, per_second: u64) -> Self {
+    /// `per_second` datagrams to a port of the VIPs, from the moment at which every one of `targets` listens, on the second port.
+    pub(crate) fn start(net: &Net, targets: u8, (port, target_port): (u16, u16), per_second: u64) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let mut flood = Flood { stop: stop.clone(), sender: None, received: Vec::new(), receivers: Vec::new() };
         for n in 1..=targets {
             let count: Arc<AtomicU64> = Arc::default();
             flood.received.push(count.clone());
             for vip in [IpAddr::V4(V4), IpAddr::V6(V6)] {
-                let socket = net.run(&format!("t{n}"), move || receiver(vip, port));
+                let socket = net.run(&format!("t{n}"), move || receiver(vip, target_port));
                 let (stop, count) = (stop.clone(), count.clone());
                 flood.receivers.push(std::thread::spawn(move || {
                     let (mut numbers, mut buffer) = (BTreeSet::new(), [0; 64]);
                     // Only an empty buffer after the end is the end.
                     loop {
                         let ended = stop.load(Ordering::SeqCst);
-                        match socket.recv(&mut buffer) {
-                            Ok(8) => {
+                        match socket.recv_from(&mut buffer) {
+                            Ok((8, from)) => {
                                 numbers.insert(u64::from_be_bytes(buffer[..8].try_into().unwrap()));
                                 count.fetch_add(1, Ordering::SeqCst);
+                                socket.send_to(&buffer[..8], from).unwrap();
                             }
                             Ok(_) => {}
                             Err(_) if ended => return numbers,
@@ -93,26 +102,36 @@ impl Flood {
     /// Ends it.
     pub(crate) fn finish(self) -> Tally {
         self.stop.store(true, Ordering::SeqCst);
-        let sent = self.sender.unwrap().join().unwrap();
+        let (sent, answers) = self.sender.unwrap().join().unwrap();
         let mut numbers = BTreeSet::new();
         for receiver in self.receivers {
             numbers.extend(receiver.join().unwrap());
         }
         let by_target = self.received.iter().map(|r| r.load(Ordering::SeqCst)).collect();
-        Tally { sent, arrived: numbers.len() as u64, by_target }
+        Tally { sent, arrived: numbers.len() as u64, answered: answers.len() as u64, by_target }
     }
 }
 
-fn send(stop: &AtomicBool, port: u16, per_second: u64) -> u64 {
+/// Sends; how many, and the numbers that came back.
+fn send(stop: &AtomicBool, port: u16, per_second: u64) -> (u64, BTreeSet<u64>) {
     let sockets: Vec<UdpSocket> = (0..FLOWS)
         .map(|n| {
             let (any, vip): (&str, IpAddr) = if n % 2 == 0 { ("0.0.0.0:0", V4.into()) } else { ("[::]:0", V6.into()) };
             let socket = UdpSocket::bind(any).unwrap();
             socket.connect(SocketAddr::new(vip, port)).unwrap();
+            socket.set_nonblocking(true).unwrap();
             socket
         })
         .collect();
-    let (start, mut sent) = (Instant::now(), 0u64);
+    let (start, mut sent, mut answers) = (Instant::now(), 0u64, BTreeSet::new());
+    let mut listen = || {
+        let mut buffer = [0; 8];
+        for socket in &sockets {
+            while socket.recv(&mut buffer).is_ok_and(|length| length == 8) {
+                answers.insert(u64::from_be_bytes(buffer));
+            }
+        }
+    };
     while !stop.load(Ordering::SeqCst) {
         let due = (start.elapsed().as_secs_f64() * per_second as f64) as u64;
         // After a pause of this thread not everything at once.
@@ -124,9 +143,11 @@ fn send(stop: &AtomicBool, port: u16, per_second: u64) -> u64 {
             }
             sent += 1;
         }
+        listen();
         std::thread::sleep(Duration::from_millis(1));
     }
     // What is on its way has time to arrive before the receivers look at the end.
     std::thread::sleep(Duration::from_millis(300));
-    sent
+    listen();
+    (sent, answers)
 }
