@@ -9,11 +9,17 @@
 //! without talking. A target that leaves moves its own rows and no others; one that joins takes rows to itself and moves none
 //! between others. Textbook Maglev disturbs a few more (0.5 % at 65,537 rows).
 
+use std::sync::{Mutex, PoisonError};
+
 use meridio_decision::hash::{first, pair, pair_with};
 use meridio_decision::layout::CHUNK_ROWS;
 
 /// Steps of the probe sequence, the first being the row itself.
 pub const PROBES: usize = 16;
+/// Rows that a thread takes at once.
+const PART: usize = 2_048;
+/// Threads that help with a table at most.
+const MOST_HELPERS: usize = 3;
 /// Depth of a row that was decided by weight.
 const BY_WEIGHT: u8 = PROBES as u8;
 /// Depth of a row when nobody is ready.
@@ -124,26 +130,55 @@ impl Table {
         self.ready = wanted;
         self.firsts = self.ready.iter().map(|id| first(*id as u64)).collect();
         if stayed == 0 || (leaving.len() + joining.len()) * PROBES > self.max_targets as usize {
-            for row in 0..self.rows.len() {
-                self.resolve(row);
-            }
+            self.resolve(true);
             return;
         }
         if !leaving.is_empty() {
             // Rows of those who left look again, among all who are ready now.
-            for row in 0..self.rows.len() {
-                if !self.is_ready[self.rows[row] as usize] {
-                    self.resolve(row);
-                }
-            }
+            self.resolve(false);
         }
         for id in joining {
             self.join(id);
         }
     }
 
-    /// The choice of a row from scratch.
-    fn resolve(&mut self, row: usize) {
+    /// Chooses from scratch: for every row, or for those whose target is not ready.
+    fn resolve(&mut self, every: bool) {
+        let (mut rows, mut depth) = (std::mem::take(&mut self.rows), std::mem::take(&mut self.depth));
+        let this = &*self;
+        let parts = Mutex::new(rows.chunks_mut(PART).zip(depth.chunks_mut(PART)).enumerate());
+        let work = || {
+            // The lock is for taking a part only.
+            let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
+            while let Some((n, (rows, depth))) = next() {
+                for (row, (id, depth)) in (n * PART..).zip(rows.iter_mut().zip(depth)) {
+                    if every || !this.is_ready[*id as usize] {
+                        (*id, *depth) = this.choice(row);
+                    }
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..this.helpers() {
+                // One that cannot be had leaves more to the others.
+                let _ = std::thread::Builder::new().spawn_scoped(scope, work);
+            }
+            work();
+        });
+        drop(parts);
+        (self.rows, self.depth) = (rows, depth);
+    }
+
+    /// Threads that help: only where most rows go by weight, which takes far longer than all the rest.
+    fn helpers(&self) -> usize {
+        if self.ready.len() * PROBES > self.max_targets as usize {
+            return 0;
+        }
+        std::thread::available_parallelism().map_or(0, |cpus| cpus.get().min(MOST_HELPERS + 1) - 1)
+    }
+
+    /// The choice of a row from scratch, and its depth.
+    fn choice(&self, row: usize) -> (u16, u8) {
         let m = self.base.len();
         for (k, offset) in self.offsets.iter().enumerate() {
             let mut at = row + *offset as usize;
@@ -152,9 +187,7 @@ impl Table {
             }
             let id = self.base[at];
             if self.is_ready[id as usize] {
-                self.rows[row] = id;
-                self.depth[row] = k as u8;
-                return;
+                return (id, k as u8);
             }
         }
         // One by one: without a vector multiplication of 64 bits, two at once take longer than one after the other.
@@ -162,8 +195,7 @@ impl Table {
         let weights = self.firsts.iter().zip(&self.ready).map(one);
         let heaviest = weights.max();
         // The identifier is the end of its weight.
-        self.rows[row] = heaviest.unwrap_or(0) as u16;
-        self.depth[row] = if heaviest.is_some() { BY_WEIGHT } else { NOBODY };
+        (heaviest.unwrap_or(0) as u16, if heaviest.is_some() { BY_WEIGHT } else { NOBODY })
     }
 
     /// Gives `id` the rows that prefer it to their present choice.
