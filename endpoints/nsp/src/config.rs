@@ -1,5 +1,6 @@
 //! The configuration file: read at start, watched, and backed by the last good text.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -38,7 +39,7 @@ impl ConfigFile {
     /// With nothing stored: what is wrong with the file.
     pub(crate) fn load(path: &Path, datasource: &Path) -> Result<Self, Error> {
         let last_good = last_good_path(datasource);
-        let read = fs::read_to_string(path);
+        let read = read(path);
         let judged = read.as_ref().ok().cloned();
         let refused = match read {
             Ok(text) => match Configuration::parse(&text) {
@@ -76,7 +77,8 @@ impl ConfigFile {
                 () = stop.cancelled() => return,
                 _ = looks.tick() => {}
             }
-            let text = tokio::fs::read_to_string(&self.path).await.ok();
+            let path = self.path.clone();
+            let text = tokio::task::spawn_blocking(move || read(&path)).await.ok().and_then(Result::ok);
             if text == seen && text != self.judged {
                 let accepted = self.judge(text.clone());
                 health.note(NOTE, self.remarks.clone());
@@ -154,6 +156,24 @@ impl ConfigFile {
     }
 }
 
+/// The document in a file; of a directory a document of its files, each a key, as Kubernetes mounts a ConfigMap.
+fn read(path: &Path) -> std::io::Result<String> {
+    if !path.is_dir() {
+        return fs::read_to_string(path);
+    }
+    let mut data = BTreeMap::new();
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // Names with a dot in front are Kubernetes' own: the versions that the keys are links into.
+        if !name.starts_with('.') {
+            data.insert(name, fs::read_to_string(entry.path())?);
+        }
+    }
+    // JSON is YAML.
+    Ok(serde_json::json!({ "data": data }).to_string())
+}
+
 /// `<datasource>.configuration.yaml`.
 fn last_good_path(datasource: &Path) -> PathBuf {
     let mut name = datasource.as_os_str().to_owned();
@@ -225,5 +245,47 @@ mod tests {
         let again = ConfigFile::load(&path, &db).unwrap();
         assert_eq!(vips(&again.lists()), ["20.0.0.2/32"]);
         assert_eq!(again.remarks.len(), 2);
+    }
+
+    /// Puts a version of the keys where a mounted ConfigMap has it: a directory behind a link, which is changed by a rename.
+    fn mount(dir: &Path, version: &str, files: &[(&str, &str)]) {
+        let inner = dir.join(version);
+        fs::create_dir_all(&inner).unwrap();
+        for (name, text) in files {
+            fs::write(inner.join(name), text).unwrap();
+            let link = dir.join(name);
+            if !link.exists() {
+                std::os::unix::fs::symlink(Path::new("..data").join(name), link).unwrap();
+            }
+        }
+        std::os::unix::fs::symlink(version, dir.join("..data_tmp")).unwrap();
+        fs::rename(dir.join("..data_tmp"), dir.join("..data")).unwrap();
+        for link in fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).filter(|link| !link.exists()) {
+            fs::remove_file(link).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_mounted_config_map_is_read_key_by_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, db) = (dir.path().join("config"), dir.path().join("registry.db"));
+        let (trench, vip) = ("name: trench-a\n", "items:\n- name: v\n  address: 20.0.0.1/32\n  trench: trench-a\n");
+        let keys = |vips| [("trench", trench), ("vips", vips), ("flows", "items: []\n")];
+        mount(&path, "..1", &keys(vip));
+        let file = ConfigFile::load(&path, &db).unwrap();
+        let lists = file.lists();
+        assert_eq!(vips(&lists), ["20.0.0.1/32"]);
+        let (health, stop) = (Health::detached("test"), CancellationToken::new());
+        let following = tokio::spawn(file.follow(health.clone(), stop.clone()));
+        mount(&path, "..2", &keys(&vip.replace("20.0.0.1", "20.0.0.2")));
+        tokio::time::sleep(Duration::from_millis(450)).await;
+        assert_eq!(vips(&lists), ["20.0.0.2/32"]);
+        mount(&path, "..3", &[("meridio.yaml", "")]);
+        tokio::time::sleep(Duration::from_millis(450)).await;
+        assert_eq!(vips(&lists), ["20.0.0.2/32"]);
+        let notes = health.report().notes;
+        assert!(notes["configuration"].iter().any(|line| line.contains("meridio.yaml")), "{notes:?}");
+        stop.cancel();
+        following.await.unwrap();
     }
 }

@@ -1,6 +1,6 @@
 //! Which objects a watch asked for. The request is a pattern: an empty name on either side matches any name.
 //!
-//! For configuration a pattern without its parent matches nothing (spec 4.3); for targets it matches everything (spec 4.4).
+//! For configuration a pattern without its parent matches nothing; for targets it matches everything.
 
 use meridio_proto::nsp::v1::{Attractor, Conduit, Flow, Gateway, Stream, Target, Trench, Vip, target};
 

@@ -1,4 +1,4 @@
-//! Settings (spec section 13).
+//! Settings.
 
 use std::path::PathBuf;
 
@@ -16,7 +16,8 @@ pub struct Settings {
     /// Name of the ConfigMap, for logs: its contents come from the configuration file
     #[arg(long, env = "NSP_CONFIG_MAP_NAME", default_value = "meridio-configuration")]
     pub config_map_name: String,
-    /// File with the ConfigMap (a YAML document with `data:`, or its seven keys); changes are noticed within 200 ms
+    /// File with the ConfigMap (a YAML document with `data:`, or its seven keys), or the directory that a ConfigMap is mounted at, with a
+    /// file for each key; changes are noticed within 200 ms
     #[arg(long, env = "NSP_CONFIG_FILE", default_value = "/run/nsp/config/configuration.yaml")]
     pub config_file: PathBuf,
     /// SQLite file of the targets; the last good configuration lies beside it
