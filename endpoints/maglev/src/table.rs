@@ -165,7 +165,6 @@ impl Table {
             }
             work();
         });
-        drop(parts);
         (self.rows, self.depth) = (rows, depth);
     }
 

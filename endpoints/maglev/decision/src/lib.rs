@@ -13,6 +13,7 @@ pub mod layout;
 pub mod packet;
 mod reason;
 pub mod trace;
+mod trace_layout;
 
 pub use classify::Matched;
 pub use decide::{Decision, NONE, Scratch, Tables, Verdict, decide, matched, target_index};
