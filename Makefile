@@ -1,6 +1,6 @@
 # Each target calls one tool; the tools can be called without make too.
 #   sudo make demo [ARGS="--once --report target/demo.json"]
-#   sudo make test [ARGS="-p meridio-frontend"]
+#   sudo make test [ARGS="--test differential"]
 #   sudo make bench [ARGS="dataplane --quick"]
 
 .PHONY: demo test bench lint setup

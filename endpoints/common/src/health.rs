@@ -1,8 +1,8 @@
-//! gRPC health on a unix socket (spec 11), and what a component waits for.
+//! gRPC health on a unix socket, and what a component waits for.
 //!
 //! Three probe services (`Startup`, `Readiness`, `Liveness`) are the logical AND of named subservices; service `""` serves as
 //! soon as the process does. Beside the socket lies a JSON file with the same state and its reasons (`/tmp/health.sock` →
-//! `/tmp/health.json`), which `meridio status` reads.
+//! `/tmp/health.json`).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -199,7 +199,7 @@ impl Health {
         HealthServer::new(Api(self.clone()))
     }
 
-    /// Asks the health service `service` behind `channel` every 5 s (4 s in total, `rpc_timeout` for the call, spec 11.1) and
+    /// Asks the health service `service` behind `channel` every 5 s (4 s in total, `rpc_timeout` for the call) and
     /// sets `subservice` accordingly, until `stop`: the self probe of a component's own port.
     pub async fn probe_endpoint(
         &self,

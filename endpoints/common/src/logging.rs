@@ -1,4 +1,4 @@
-//! Logs: one JSON object per line with the keys of the original (spec 12.2) in containers, human text on terminals.
+//! Logs: one JSON object per line with the keys of the original in containers, human text on terminals.
 
 use std::fmt;
 use std::io::IsTerminal;

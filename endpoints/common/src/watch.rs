@@ -9,7 +9,7 @@ use tonic::{Response, Status, Streaming};
 
 use crate::Backoff;
 
-/// Delay before a broken watch is opened again (spec 16.4), plus jitter.
+/// Delay before a broken watch is opened again, plus jitter.
 const RETRY: Duration = Duration::from_millis(500);
 
 /// What a watch tells its owner.

@@ -263,7 +263,6 @@ fn node_pod(node: &'static str, index: usize, options: &Options) -> PodPlan {
     let mut env = vec![
         ("NSM_NAME", format!("nsmgr-{node}")),
         ("NODE_NAME", text(node)),
-        ("NSM_NODE_NAME", text(node)),
         ("NSM_TUNNEL_IP", address.0.to_string()),
         ("NSM_LISTEN_ON", format!("unix:///var/lib/networkservicemesh/nsm.io.sock,tcp://{}:5001", address.0)),
         ("NSM_STATE_DIR", text("/var/lib/nsm")),
@@ -322,7 +321,6 @@ fn ipam_pod(trench: &Trench, options: &Options) -> PodPlan {
         .push((Path::new("trenches").join(trench.letter.to_string()).join("ipam"), PathBuf::from("/run/ipam/data")));
     let env = [
         ("IPAM_PORT", text("7777")),
-        ("IPAM_NAMESPACE", text("default")),
         ("IPAM_TRENCH_NAME", trench.name()),
         ("IPAM_NSP_SERVICE", nsp_service(trench)),
         ("IPAM_PREFIX_IPV4", text("172.16.0.0/16")),

@@ -1,4 +1,4 @@
-//! Settings of the frontend (spec/meridio.md section 13).
+//! Settings of the frontend.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;

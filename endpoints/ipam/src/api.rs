@@ -80,7 +80,7 @@ impl Ipam for Api {
     }
 
     async fn release(&self, request: Request<Child>) -> Result<Response<()>, Status> {
-        // What cannot be held is released (spec 5.4).
+        // What cannot be held is released.
         if let Ok((family, name)) = self.name(request.into_inner()) {
             self.service.release(family, name).await.map_err(refused)?;
         }

@@ -1,6 +1,6 @@
 //! Address allocation for the conduits of a trench.
 //!
-//! One gRPC service (`ipam.v1`, spec section 5): a pool for each family, carved into conduits, nodes and single addresses by first fit,
+//! One gRPC service (`ipam.v1`): a pool for each family, carved into conduits, nodes and single addresses by first fit,
 //! idempotent by name, kept in SQLite. The NSP says which conduits exist. Everything is loaded before the port is opened.
 
 mod api;

@@ -1,4 +1,4 @@
-//! First-fit search for a free prefix (spec 5.3), for both families alike.
+//! First-fit search for a free prefix, for both families alike.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

@@ -1,4 +1,4 @@
-//! Settings (spec section 13).
+//! Settings.
 
 use std::path::PathBuf;
 

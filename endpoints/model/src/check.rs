@@ -1,4 +1,4 @@
-//! Rules between the objects of a configuration: the webhook rules of spec section 2, and references that lead nowhere, which the
+//! Rules between the objects of a configuration: the rules of the original's webhooks, and references that lead nowhere, which the
 //! original drops in silence.
 
 use std::collections::BTreeMap;

@@ -1,6 +1,6 @@
 //! Trench, attractor, gateway, VIP, conduit, stream, flow and target as parsed, validated values. No I/O.
 //!
-//! [`Configuration::parse`] reads the ConfigMap layout of the original (seven keys, spec 3.6) strictly and reports all faults at
+//! [`Configuration::parse`] reads the ConfigMap layout of the original (seven keys) strictly and reports all faults at
 //! once; [`Configuration::to_config_map`] writes it; [`Configuration::to_nsp`] makes the `nsp.v1` messages; [`plan::warnings`] finds
 //! what is allowed but has no effect.
 

@@ -1,4 +1,4 @@
-//! The ConfigMap of a trench, read strictly (spec 3.6).
+//! The ConfigMap of a trench, read strictly.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

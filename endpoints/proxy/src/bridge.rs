@@ -14,7 +14,7 @@ use crate::inputs::{Inputs, Shared};
 use crate::routing;
 use crate::settings::Families;
 
-/// Name of the bridge (spec 6.1).
+/// Name of the bridge.
 pub(crate) const BRIDGE: &str = "bridge0";
 /// Kind of a bridge in netlink.
 const KIND: &str = "bridge";

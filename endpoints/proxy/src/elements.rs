@@ -13,7 +13,7 @@ use crate::ipcontext::{self, Allocation};
 
 const NAME: &str = "ipcontext";
 
-/// Gives a target its addresses, and the bridge's as its gateways (spec 6.3).
+/// Gives a target its addresses, and the bridge's as its gateways.
 ///
 /// Addresses belong to the id of the first path segment: that of the target, which is the same before and after a restart of anything.
 pub(crate) struct TargetAddresses {
@@ -84,8 +84,7 @@ impl Element for TargetAddresses {
     }
 }
 
-/// Gives both ends of the connection to a load balancer their addresses: `<id>-src` is the load balancer's, `<id>-dst` this proxy's
-/// (spec 6.4).
+/// Gives both ends of the connection to a load balancer their addresses: `<id>-src` is the load balancer's, `<id>-dst` this proxy's.
 pub(crate) struct BalancerAddresses {
     addresses: Addresses,
     established: Key<bool>,

@@ -18,7 +18,7 @@ use crate::settings::Settings;
 
 /// Label that ties a target to the proxy of its own node.
 pub(crate) const NODE_LABEL: &str = "nodeName";
-/// Time for taking the endpoint out of the registry at the end (spec 6.1).
+/// Time for taking the endpoint out of the registry at the end.
 const UNREGISTER: Duration = Duration::from_secs(3);
 
 /// The service of this proxy: a client gets the endpoint of its own node only.

@@ -15,7 +15,7 @@ use tonic::transport::Channel;
 use crate::ipcontext::Allocation;
 use crate::settings::{Families, Settings};
 
-/// Pause between two attempts to release addresses (spec 6.3).
+/// Pause between two attempts to release addresses.
 const RELEASE_RETRY: Duration = Duration::from_secs(2);
 /// Time for one call.
 const CALL: Duration = Duration::from_secs(10);

@@ -1,4 +1,4 @@
-//! Addresses of a connection between a target and this proxy (spec 6.3).
+//! Addresses of a connection between a target and this proxy.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

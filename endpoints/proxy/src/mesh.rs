@@ -24,7 +24,7 @@ pub(crate) const FORGET: Duration = Duration::from_secs(30);
 /// What was found at start is in use for so long at least after the first load balancer is known, and at most: the registry tells of
 /// them one by one, and one that is registered may never be reached.
 const SETTLE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
-/// Time for closing the connections at the end (spec 6.1), all at once.
+/// Time for closing the connections at the end, all at once.
 const CLOSE: Duration = Duration::from_secs(5);
 
 /// A connection that only this process remembers is asked for so many times; perhaps what it holds is refused.

@@ -9,7 +9,7 @@ use nsm_kernel::{Route, RouteKind, Rule};
 use crate::inputs::{Balancer, Inputs};
 use crate::settings::Families;
 
-/// Table of the reply routes (spec 6.2).
+/// Table of the reply routes.
 pub(crate) const TABLE: u32 = 1;
 /// Priority of the rules that send replies to it.
 pub(crate) const PRIORITY: u32 = 100;

@@ -1,4 +1,4 @@
-//! Addresses and policy routes of a target's interface (spec 9.3, 9.4): pure functions of the connection and the VIPs.
+//! Addresses and policy routes of a target's interface: pure functions of the connection and the VIPs.
 
 use ipnet::IpNet;
 use nsm_chain::{IpContext, PolicyRoute, Route};

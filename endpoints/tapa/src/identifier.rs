@@ -1,4 +1,4 @@
-//! The identifier protocol (spec 9.5) as a pure function of what the NSP lists.
+//! The identifier protocol as a pure function of what the NSP lists.
 
 use meridio_proto::nsp::v1::{Target, target::Status};
 use std::collections::BTreeSet;

@@ -37,7 +37,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::{service::Routes, transport::Channel};
 
-/// Pings to the NSP (spec 9.3).
+/// Pings to the NSP.
 const NSP_KEEP_ALIVE: Duration = Duration::from_secs(20);
 
 /// What the loops share.

@@ -24,7 +24,7 @@ pub(crate) enum Gate {
 }
 
 impl View {
-    /// Judges for the stream called `name` (spec 9.2).
+    /// Judges for the stream called `name`.
     pub(crate) fn gate(&self, name: &str) -> Gate {
         if self.ips.is_empty() {
             return Gate::Wait(Status::Unavailable);

@@ -1,4 +1,4 @@
-//! The BIRD configuration as a pure function of what is wanted (spec/meridio.md 8.3 and 8.4).
+//! The BIRD configuration as a pure function of what is wanted.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
