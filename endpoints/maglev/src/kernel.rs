@@ -109,6 +109,20 @@ pub(crate) fn cpus() -> Result<usize, Error> {
     aya::util::nr_cpus().map_err(|(what, e)| Error::Load(format!("{what}: {e}")))
 }
 
+/// Numbers that CPUs may have: on some machines one in between is missing.
+fn cpu_numbers() -> Result<u32, Error> {
+    const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
+    let fault = |what: String| Error::Load(format!("{POSSIBLE}: {what}"));
+    let text = std::fs::read_to_string(POSSIBLE).map_err(|e| fault(e.to_string()))?;
+    highest(&text).map(|highest| highest.saturating_add(1)).ok_or_else(|| fault(format!("{text:?}")))
+}
+
+/// The highest number of a list of ranges such as `0-2,4`.
+fn highest(list: &str) -> Option<u32> {
+    let numbers: Option<Vec<u32>> = list.trim().split([',', '-']).map(|number| number.parse().ok()).collect();
+    numbers?.into_iter().max()
+}
+
 /// Before 5.11 maps count against the limit of locked memory, which is far below their size by default. Where the limit
 /// may not be raised the loading itself says what is wrong.
 fn raise_memlock() {
@@ -141,7 +155,8 @@ impl Kernel {
         // Before 6.2 the kernel also tells link addresses of neighbours that have failed.
         let direct = since(6, 2) as u32;
         let cpus = cpus()?;
-        let each = |entries: u32| (cpus as u32).saturating_mul(entries).max(1);
+        let numbers = cpu_numbers()?;
+        let each = |entries: u32| numbers.saturating_mul(entries).max(1);
         let trace = options.trace as u32;
         let mut loader = EbpfLoader::new();
         let loader = loader
@@ -394,6 +409,14 @@ fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cpus_may_be_numbered_with_gaps() {
+        for (list, found) in [("0\n", Some(0)), ("0-1\n", Some(1)), ("0-2,4\n", Some(4)), ("", None), ("0-x", None)] {
+            assert_eq!(highest(list), found, "{list:?}");
+        }
+        assert!(cpu_numbers().unwrap() as usize >= cpus().unwrap());
+    }
 
     #[test]
     fn kernels_that_are_too_old_are_told() {

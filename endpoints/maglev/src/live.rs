@@ -1,4 +1,4 @@
-//! A load balancer that runs, looked at from another process: its pinned maps, read only.
+//! A load balancer that runs, looked at from another process by its pinned maps, of which it writes none.
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -26,8 +26,8 @@ pub(crate) struct ConfigFile {
     path: PathBuf,
     last_good: PathBuf,
     lists: watch::Sender<Arc<NspLists>>,
-    /// The text that was judged last; none if the file could not be read.
-    judged: Option<String>,
+    /// The text that was judged last, or why the file could not be read.
+    judged: Result<String, String>,
     /// Why the present file is not what is served; empty if it is.
     remarks: Vec<String>,
 }
@@ -40,7 +40,7 @@ impl ConfigFile {
     pub(crate) fn load(path: &Path, datasource: &Path) -> Result<Self, Error> {
         let last_good = last_good_path(datasource);
         let read = read(path);
-        let judged = read.as_ref().ok().cloned();
+        let judged = read.as_ref().map(String::clone).map_err(ToString::to_string);
         let refused = match read {
             Ok(text) => match Configuration::parse(&text) {
                 Ok(configuration) => {
@@ -78,7 +78,8 @@ impl ConfigFile {
                 _ = looks.tick() => {}
             }
             let path = self.path.clone();
-            let text = tokio::task::spawn_blocking(move || read(&path)).await.ok().and_then(Result::ok);
+            let Ok(text) = tokio::task::spawn_blocking(move || read(&path)).await else { continue };
+            let text = text.map_err(|error| error.to_string());
             if text == seen && text != self.judged {
                 let accepted = self.judge(text.clone());
                 health.note(NOTE, self.remarks.clone());
@@ -102,14 +103,14 @@ impl ConfigFile {
     }
 
     /// Judges a text that the file had twice in a row; returns what is to be served.
-    fn judge(&mut self, text: Option<String>) -> Option<Configuration> {
+    fn judge(&mut self, text: Result<String, String>) -> Option<Configuration> {
         let mut accepted = None;
         match &text {
-            None => {
-                let line = format!("configuration file {}: cannot be read", self.path.display());
+            Err(error) => {
+                let line = format!("configuration file {}: cannot be read: {error}", self.path.display());
                 self.refused(vec![line]);
             }
-            Some(text) => match Configuration::parse(text) {
+            Ok(text) => match Configuration::parse(text) {
                 Ok(configuration) => {
                     self.accepted(text, &configuration);
                     self.remarks.clear();
@@ -161,13 +162,16 @@ fn read(path: &Path) -> std::io::Result<String> {
     if !path.is_dir() {
         return fs::read_to_string(path);
     }
+    // The keys of a mount are links into one version, by way of this one: read there, they belong together.
+    let version = fs::canonicalize(path.join("..data")).unwrap_or_else(|_| path.to_owned());
     let mut data = BTreeMap::new();
-    for entry in fs::read_dir(path)? {
+    for entry in fs::read_dir(version)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        // Names with a dot in front are Kubernetes' own: the versions that the keys are links into.
         if !name.starts_with('.') {
-            data.insert(name, fs::read_to_string(entry.path())?);
+            let text = fs::read_to_string(entry.path());
+            let named = |error: std::io::Error| std::io::Error::new(error.kind(), format!("{name}: {error}"));
+            data.insert(name.clone(), text.map_err(named)?);
         }
     }
     // JSON is YAML.
@@ -280,11 +284,17 @@ mod tests {
         mount(&path, "..2", &keys(&vip.replace("20.0.0.1", "20.0.0.2")));
         tokio::time::sleep(Duration::from_millis(450)).await;
         assert_eq!(vips(&lists), ["20.0.0.2/32"]);
-        mount(&path, "..3", &[("meridio.yaml", "")]);
-        tokio::time::sleep(Duration::from_millis(450)).await;
-        assert_eq!(vips(&lists), ["20.0.0.2/32"]);
-        let notes = health.report().notes;
-        assert!(notes["configuration"].iter().any(|line| line.contains("meridio.yaml")), "{notes:?}");
+        for (version, odd) in [("..3", "meridio.yaml"), ("..4", "gateways")] {
+            mount(&path, version, &[(odd, "")]);
+            if version == "..4" {
+                fs::remove_file(path.join(version).join(odd)).unwrap();
+                fs::create_dir(path.join(version).join(odd)).unwrap();
+            }
+            tokio::time::sleep(Duration::from_millis(450)).await;
+            assert_eq!(vips(&lists), ["20.0.0.2/32"]);
+            let notes = health.report().notes;
+            assert!(notes["configuration"].iter().any(|line| line.contains(odd)), "{notes:?}");
+        }
         stop.cancel();
         following.await.unwrap();
     }

@@ -315,9 +315,11 @@ impl Dataplane {
     }
 
     /// The slow path of targets that are about to get packets: without it the first ones of those that take it would be dropped.
+    /// (Tables of a stream that is new or changes its size have no numbers before the engine has placed it.)
     async fn prepare(&self, engine: &Engine, last: &Ready, next: &Ready) {
         let known = slow_path(engine, last);
         let mut new = slow_path(engine, next);
+        // A table in use may lead elsewhere soon, but its old next hop is what packets are marked for until then.
         new.retain(|key, _| !known.contains_key(key));
         if !new.is_empty()
             && let Err(error) = routing::prepare(&self.netns, &new).await
@@ -427,9 +429,11 @@ pub(crate) fn tables(settings: &Settings) -> std::ops::Range<u32> {
 /// Next hops by the tables of the slow path, of the streams that the engine has.
 fn slow_path(engine: &Engine, ready: &Ready) -> Wanted {
     let mut wanted = Wanted::new();
+    let limits = engine.limits();
     for (stream, targets) in &ready.targets {
-        let Some(offset) = engine.offset(stream) else { continue };
-        for (identifier, target) in targets {
+        let (Some(offset), Some(limit)) = (engine.offset(stream), limits.get(stream)) else { continue };
+        // Behind the limit are the tables of another stream.
+        for (identifier, target) in targets.range(..=limit) {
             if let Some((ip, index)) = target.v4 {
                 wanted.insert((false, offset + identifier), (ip.into(), index));
             }

@@ -171,15 +171,32 @@ async fn the_slow_path_of_a_new_target_is_there_before_its_first_packet() {
     let directory = Directory::new("ahead");
     directory.mount();
     let mut dataplane = dataplane(&directory);
+    let cable = || {
+        let ip = |args: &str| std::process::Command::new("ip").args(args.split(' ')).output().unwrap();
+        for args in
+            ["link add nsm-0 type veth peer name other", "addr add 172.31.0.1/24 dev nsm-0", "link set other up"]
+        {
+            assert!(ip(args).status.success(), "{args}");
+        }
+        assert!(ip("link set nsm-0 up").status.success());
+        let line = String::from_utf8(ip("-o link show nsm-0").stdout).unwrap();
+        line.split(':').next().unwrap().parse::<u32>().unwrap()
+    };
+    let index = dataplane.netns.run(cable).await.unwrap();
+    let subnet = Subnet { net: "172.31.0.1/24".parse().unwrap(), index, mtu: 1500, direct: false };
+    let good = || Inputs { subnets: Some(BTreeSet::from([subnet.clone()])), ..good() };
     dataplane.step(&good()).await;
     let more = Inputs { targets: Some(vec![target("s", 1), target("s", 2), target("s", 5)]), ..good() };
     let desired = desired(&more, &[]).unwrap();
     // The tables alone: what follows them in a round is left out.
     assert!(dataplane.configure(&desired, &more).await);
     assert_eq!(identifiers(&dataplane, "s"), [1, 2, 5]);
-    let mark = meridio_maglev::MARK_FLAG | (dataplane.engine.as_ref().unwrap().offset("s").unwrap() + 5);
-    let rules = dataplane.netns.netlink().await.unwrap().rules().await.unwrap();
-    assert!(rules.iter().any(|rule| rule.mark == Some(mark)), "{rules:?}");
+    let table = dataplane.engine.as_ref().unwrap().offset("s").unwrap() + 5;
+    let netlink = dataplane.netns.netlink().await.unwrap();
+    let (rules, routes) = (netlink.rules().await.unwrap(), netlink.routes(Some(table)).await.unwrap());
+    let mark = Some(meridio_maglev::MARK_FLAG | table);
+    assert!(rules.iter().any(|rule| rule.mark == mark && rule.table == table), "{rules:?}");
+    assert!(routes.iter().any(|route| route.only_via(index)), "{routes:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

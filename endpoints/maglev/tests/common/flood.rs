@@ -124,7 +124,7 @@ fn send(stop: &AtomicBool, port: u16, per_second: u64) -> (u64, BTreeSet<u64>) {
         })
         .collect();
     let (start, mut sent, mut answers) = (Instant::now(), 0u64, BTreeSet::new());
-    let mut listen = || {
+    let listen = |answers: &mut BTreeSet<u64>| {
         let mut buffer = [0; 8];
         for socket in &sockets {
             while socket.recv(&mut buffer).is_ok_and(|length| length == 8) {
@@ -143,11 +143,15 @@ fn send(stop: &AtomicBool, port: u16, per_second: u64) -> (u64, BTreeSet<u64>) {
             }
             sent += 1;
         }
-        listen();
+        listen(&mut answers);
         std::thread::sleep(Duration::from_millis(1));
     }
     // What is on its way has time to arrive before the receivers look at the end.
     std::thread::sleep(Duration::from_millis(300));
-    listen();
+    // On a busy machine an answer may take longer.
+    eventually(Duration::from_secs(5), || {
+        listen(&mut answers);
+        answers.len() as u64 >= sent
+    });
     (sent, answers)
 }

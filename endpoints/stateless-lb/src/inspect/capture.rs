@@ -10,11 +10,14 @@ use super::question::Packet;
 /// Read at a time; no packet of a capture is longer.
 const BUFFER: usize = 1 << 20;
 
-/// The first `most` packets: each with its number, or why it is none for a load balancer.
+/// Packets of a capture, each with its number, or why it is none for a load balancer.
+pub(crate) type Packets = Vec<(usize, Result<Packet, String>)>;
+
+/// The first `most` packets, and whether more of the file is left, whole or not.
 ///
 /// # Errors
 /// The file cannot be read, or is no capture.
-pub(crate) fn packets(path: &Path, most: usize) -> anyhow::Result<Vec<(usize, Result<Packet, String>)>> {
+pub(crate) fn packets(path: &Path, most: usize) -> anyhow::Result<(Packets, bool)> {
     let name = path.display();
     let file = std::fs::File::open(path).with_context(|| name.to_string())?;
     let mut reader = match create_reader(BUFFER, file) {
@@ -25,8 +28,10 @@ pub(crate) fn packets(path: &Path, most: usize) -> anyhow::Result<Vec<(usize, Re
     let mut links: Vec<Linktype> = Vec::new();
     let mut packets = Vec::new();
     let mut starved = false;
-    while packets.len() < most {
+    loop {
+        let enough = packets.len() >= most;
         match reader.next() {
+            Ok(_) if enough => return Ok((packets, true)),
             Ok((length, block)) => {
                 starved = false;
                 let found = match &block {
@@ -62,18 +67,18 @@ pub(crate) fn packets(path: &Path, most: usize) -> anyhow::Result<Vec<(usize, Re
                 }
                 reader.consume(length);
             }
-            Err(PcapError::Eof) => break,
+            Err(PcapError::Eof) => return Ok((packets, false)),
             Err(PcapError::Incomplete(_)) if !starved => {
                 starved = true;
                 reader.refill().map_err(|_| anyhow::anyhow!("{name}: cannot be read on"))?;
             }
+            Err(_) if enough => return Ok((packets, true)),
             Err(PcapError::Incomplete(_) | PcapError::UnexpectedEof) => {
                 bail!("{name}: ends within packet {}", packets.len() + 1)
             }
             Err(_) => bail!("{name}: is damaged behind packet {}", packets.len()),
         }
     }
-    Ok(packets)
 }
 
 /// What lies behind the link-layer header, VLAN tags included.
@@ -157,20 +162,22 @@ mod tests {
         let tagged = [vec![0; 12], vec![0x81, 0, 0, 100, 0x08, 0], packet.bytes.clone()].concat();
         let arp = [vec![0; 12], vec![0x08, 6, 0, 1]].concat();
         let file = capture(1, &[plain, tagged, arp, vec![0; 5]]);
-        let found = packets(file.path(), 10).unwrap();
+        let (found, more) = packets(file.path(), 10).unwrap();
+        assert!(!more);
         assert_eq!(found[0], (1, Ok(packet.clone())));
         assert_eq!(found[1], (2, Ok(packet.clone())));
         assert!(found[2].1.as_ref().unwrap_err().contains("0x0806"));
         assert!(found[3].1.is_err());
-        assert_eq!(packets(file.path(), 1).unwrap().len(), 1);
+        let (first, more) = packets(file.path(), 1).unwrap();
+        assert!(first.len() == 1 && more);
         let raw = capture(101, std::slice::from_ref(&packet.bytes));
-        assert_eq!(packets(raw.path(), 10).unwrap(), [(1, Ok(packet))]);
+        assert_eq!(packets(raw.path(), 10).unwrap(), (vec![(1, Ok(packet))], false));
     }
 
     #[test]
     fn a_cut_packet_is_as_long_as_it_was() {
         let packet = Question::parse("udp 10.0.0.1:1234 -> 20.0.0.1:4000 size 1400").unwrap().packet().unwrap();
-        let read = |most| packets(cut(101, std::slice::from_ref(&packet.bytes), most).path(), 9).unwrap().remove(0).1;
+        let read = |most| packets(cut(101, std::slice::from_ref(&packet.bytes), most).path(), 9).unwrap().0.remove(0).1;
         for most in [128, 262, 1_399, 1_400] {
             let got = read(most).unwrap();
             assert_eq!(got.bytes.len(), 1_400, "{most}");

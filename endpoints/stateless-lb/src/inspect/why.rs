@@ -74,22 +74,19 @@ impl Settings {
 /// What a capture cannot tell.
 const SUPER_PACKET: &str = "  unless it is a super-packet, put together by GRO or left to segmentation: captures do not say, and of one the segments' size counts\n";
 
-/// The first packets of a capture; that there are more is said to whoever reads the answers.
-fn first<T>(count: usize, mut packets: Vec<T>) -> Vec<T> {
-    if packets.len() > count {
-        packets.truncate(count);
-        eprintln!("the first {count} packets of the capture only (--count)");
-    }
-    packets
-}
-
 /// Answers on standard output.
 ///
 /// # Errors
 /// No load balancer, no configuration, no capture; each with its name.
 pub fn run(settings: &Settings) -> anyhow::Result<()> {
     let packets = match &settings.pcap {
-        Some(path) => first(settings.count, capture::packets(path, settings.count.saturating_add(1))?),
+        Some(path) => {
+            let (packets, more) = capture::packets(path, settings.count)?;
+            if more {
+                eprintln!("the first {} packets of the capture only (--count)", settings.count);
+            }
+            packets
+        }
         None => vec![(1, settings.question())],
     };
     let (image, names) = match &settings.config {
