@@ -92,7 +92,7 @@ impl Engine {
         for name in &plan.fresh {
             let index = plan.of(name);
             let (names, drops) = (&self.kernel.maps.flow_names, &self.kernel.maps.flow_drops);
-            self.kernel.hits.flows.zero(index);
+            self.kernel.hits.flows.zero(index).map_err(failed(&self.kernel.maps.flow_hits))?;
             drops.zero(index, self.kernel.cpus).map_err(failed(drops))?;
             names.set(&index, &text(name)).map_err(failed(names))?;
             self.counters.insert(name.clone(), index);

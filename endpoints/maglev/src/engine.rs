@@ -299,7 +299,8 @@ impl Engine {
     fn create(&mut self, number: u32, entry: StreamEntry, stream: &Stream) -> Result<(), Error> {
         let Some(table) = Table::new(stream.max_targets) else { return Ok(()) };
         for identifier in 1..=stream.max_targets {
-            self.kernel.hits.targets.zero(entry.target_base + identifier);
+            let zeroed = self.kernel.hits.targets.zero(entry.target_base + identifier);
+            zeroed.map_err(failed(&self.kernel.maps.target_hits))?;
         }
         for reason in 0..MAX_REASONS as u32 {
             let map = &self.kernel.maps.stream_drops;

@@ -84,12 +84,16 @@ impl Flat {
     }
 
     /// Sets a counter of all CPUs to zero.
-    pub(crate) fn zero(&self, index: u32) {
+    ///
+    /// # Errors
+    /// Opened for reading only.
+    pub(crate) fn zero(&self, index: u32) -> io::Result<()> {
         if !self.write {
-            return;
+            return Err(io::ErrorKind::PermissionDenied.into());
         }
         // SAFETY: the pointer is to a live counter in memory that may be written.
         self.each(index, |counter| unsafe { counter.write_volatile(Counter::default()) });
+        Ok(())
     }
 
     /// The counters of an index, one of each CPU; none for an index beyond.

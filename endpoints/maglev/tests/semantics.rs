@@ -125,9 +125,7 @@ fn later_fragments_of_a_target_that_has_left_have_no_target() {
             assert_eq!(all.pair.image.decide(&packet[14..], ethertype).identifier, 1);
         }
         all.engine.set_targets("s", &[(2, target(2))].into()).unwrap();
-        let count = |engine: &Engine, reason| {
-            engine.reasons().unwrap().into_iter().find(|(r, _)| *r == reason).unwrap().1.packets
-        };
+        let count = |engine: &Engine, reason| common::packets_of(&engine.reasons().unwrap(), reason);
         let before = count(&all.engine, Reason::NoTarget);
         assert_eq!(all.engine.test_run(true, &later, 1).unwrap().result, 2);
         assert_eq!(count(&all.engine, Reason::NoTarget), before + 1);

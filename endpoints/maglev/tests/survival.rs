@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::build::{ethernet, fragment};
 use common::flood::Flood;
 use common::net::{CLIENT4, Net, V4, eventually};
-use common::{BpfFs, dual_stack, flow, start, vips};
+use common::{BpfFs, dual_stack, flow, packets_of, start, vips};
 use meridio_maglev::{Config, Engine, Error, LAYOUT_VERSION, Live, Nat, Options, Protocol, Reason, Settings, Targets};
 
 const PORT: u16 = 4000;
@@ -179,10 +179,7 @@ fn killed_restarted_and_upgraded_without_a_loss() {
     // Nobody is left to hold a fragment until the first one of its packet comes, and the program knows.
     let client = net.tap("c", "eth0");
     let later = fragment(CLIENT4.into(), V4.into(), 17, &[7; 64], 9, 696, false);
-    let counted = |reason: Reason| {
-        let reasons = Live::open(&directory).unwrap().counters().unwrap().reasons;
-        reasons.into_iter().find(|(r, _)| *r == reason).unwrap().1.packets
-    };
+    let counted = |reason| packets_of(&Live::open(&directory).unwrap().counters().unwrap().reasons, reason);
     let before = [Reason::FragmentUnknown, Reason::FragmentHeld].map(counted);
     client.send(&ethernet(net.mac("l", "ext"), [2, 0, 0, 0, 0, 9], &later));
     assert!(eventually(Duration::from_secs(3), || counted(Reason::FragmentUnknown) == before[0] + 1));

@@ -86,8 +86,8 @@ fn plan_guards(plan: &mut Plan, guarded: Guarded<'_>, detour: Option<u32>, route
     plan.delete_rules.extend(rules.iter().filter(stale).cloned());
 }
 
-/// The difference between what is wanted and what is there.
-pub(crate) fn plan(wanted: &Wanted, guarded: Guarded<'_>, own: &Own, routes: &[Route], rules: &[Rule]) -> Plan {
+/// Routes and rules of targets that are not there.
+fn plan_targets(wanted: &Wanted, routes: &[Route], rules: &[Rule]) -> Plan {
     let mut plan = Plan::default();
     for ((v6, table), (ip, index)) in wanted {
         let route = Route::default_of(*v6, *table).via(Some(*ip), *index, false);
@@ -98,6 +98,12 @@ pub(crate) fn plan(wanted: &Wanted, guarded: Guarded<'_>, own: &Own, routes: &[R
             plan.add_rules.push(rule(*v6, *table));
         }
     }
+    plan
+}
+
+/// The difference between what is wanted and what is there.
+pub(crate) fn plan(wanted: &Wanted, guarded: Guarded<'_>, own: &Own, routes: &[Route], rules: &[Rule]) -> Plan {
+    let mut plan = plan_targets(wanted, routes, rules);
     let keys: BTreeSet<(bool, u32)> = wanted.keys().copied().collect();
     let stale = |v6: bool, table: u32| own.tables.contains(&table) && !keys.contains(&(v6, table));
     let ours = |r: &&Rule| r.mark.is_some_and(|m| m & !MARK_MASK == MARK_FLAG);
@@ -111,9 +117,15 @@ pub(crate) fn plan(wanted: &Wanted, guarded: Guarded<'_>, own: &Own, routes: &[R
 pub(crate) async fn apply(netns: &Netns, wanted: &Wanted, guarded: Guarded<'_>, own: &Own) -> Result<(), Error> {
     let netlink = netns.netlink().await?;
     let plan = plan(wanted, guarded, own, &netlink.routes(None).await?, &netlink.rules().await?);
-    if plan == Plan::default() {
-        return Ok(());
-    }
+    carry_out(netlink, &plan).await
+}
+
+/// Sets routes and rules of targets that no packet is marked for yet; nothing else changes.
+pub(crate) async fn prepare(netns: &Netns, wanted: &Wanted) -> Result<(), Error> {
+    carry_out(netns.netlink().await?, &plan_targets(wanted, &[], &[])).await
+}
+
+async fn carry_out(netlink: &Netlink, plan: &Plan) -> Result<(), Error> {
     let mut result = Ok(());
     // One route that the kernel refuses is no reason to leave the others alone.
     for route in &plan.set_routes {
@@ -127,18 +139,6 @@ pub(crate) async fn apply(netns: &Netns, wanted: &Wanted, guarded: Guarded<'_>, 
     }
     for route in &plan.delete_routes {
         result = result.and(nsm_kernel::error::ignore_missing(netlink.route_delete(route).await));
-    }
-    result
-}
-
-/// Sets routes and rules of targets that no packet is marked for yet; nothing else changes.
-pub(crate) async fn prepare(netns: &Netns, wanted: &Wanted) -> Result<(), Error> {
-    let netlink = netns.netlink().await?;
-    let mut result = Ok(());
-    for ((v6, table), (ip, index)) in wanted {
-        let route = Route::default_of(*v6, *table).via(Some(*ip), *index, false);
-        result = result.and(netlink.route_replace(&route).await);
-        result = result.and(nsm_kernel::error::ignore_exists(netlink.rule_add(&rule(*v6, *table)).await));
     }
     result
 }

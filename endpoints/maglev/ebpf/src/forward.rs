@@ -217,11 +217,16 @@ fn fits(ctx: &TcContext, s: &Scratch, ifindex: u32) -> bool {
     segment(ctx, transport).is_some_and(|length| length.wrapping_sub(JUMBO_OPTION) <= mtu)
 }
 
+#[inline(always)]
+fn has_check_mtu() -> bool {
+    // SAFETY: a constant that the loader sets before the program is loaded.
+    unsafe { (&raw const HAS_CHECK_MTU).read_volatile() != 0 }
+}
+
 /// Whether there is such an interface; where the kernel does not tell, there is.
 #[inline(always)]
 pub fn exists(ctx: &TcContext, ifindex: u32) -> bool {
-    // SAFETY: a constant that the loader sets before the program is loaded.
-    if unsafe { (&raw const HAS_CHECK_MTU).read_volatile() } == 0 {
+    if !has_check_mtu() {
         return true;
     }
     let mut mtu = 0u32;
@@ -251,9 +256,7 @@ fn slow(ctx: &TcContext, s: &Scratch, target: &TargetEntry, ifindex: u32) -> Opt
     if s.network.ttl <= 1 {
         return Some(Reason::SlowTtl);
     }
-    // SAFETY: a constant that the loader sets before the program is loaded.
-    let has_check = unsafe { (&raw const HAS_CHECK_MTU).read_volatile() };
-    if has_check != 0 {
+    if has_check_mtu() {
         if !fits(ctx, s, ifindex) {
             return Some(Reason::SlowMtu);
         }

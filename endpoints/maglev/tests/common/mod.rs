@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 
-use meridio_maglev::{Config, Engine, Flow, Options, Protocol, Settings, Stream, Targets};
+use meridio_maglev::{Config, Counter, Engine, Flow, Options, Protocol, Reason, Settings, Stream, Targets};
 
 #[allow(unused_imports)] // each test uses some
 pub(crate) use generate::{Rng, config, frame, packet, target};
@@ -49,6 +49,11 @@ pub(crate) fn start(net: &net::Net, settings: Settings, config: Config, targets:
         engine.attach("ext").unwrap();
         engine
     })
+}
+
+/// Packets that were counted for a reason.
+pub(crate) fn packets_of(reasons: &[(Reason, Counter)], reason: Reason) -> u64 {
+    reasons.iter().find(|(r, _)| *r == reason).unwrap().1.packets
 }
 
 /// A BPF file system mounted below a temporary directory, unmounted at the end.

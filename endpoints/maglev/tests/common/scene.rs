@@ -10,7 +10,7 @@ use meridio_maglev::{Config, Engine, Flow, MARK_FLAG, Nat, Protocol, Reason, Str
 
 use super::build::{ethernet, l4, packet, udp};
 use super::net::{CLIENT4, CLIENT6, Net, Tap, V4, V6, eventually};
-use super::{BpfFs, dual_stack, flow, start, vips};
+use super::{BpfFs, dual_stack, flow, packets_of, start, vips};
 
 /// Makes an L4 packet between two addresses and ports.
 pub(crate) type Make = fn(IpAddr, IpAddr, (u16, u16), &[u8]) -> Vec<u8>;
@@ -138,6 +138,6 @@ impl Scene {
     }
 
     pub(crate) fn count(&self, reason: Reason) -> u64 {
-        self.engine.reasons().unwrap().into_iter().find(|(r, _)| *r == reason).unwrap().1.packets
+        packets_of(&self.engine.reasons().unwrap(), reason)
     }
 }
