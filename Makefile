@@ -2,8 +2,9 @@
 #   sudo make demo [ARGS="--once --report target/demo.json"]
 #   sudo make test [ARGS="--test differential"]
 #   sudo make bench [ARGS="dataplane --quick"]
+#   make fuzz [ARGS="600 decide"]
 
-.PHONY: demo test bench lint setup
+.PHONY: demo test bench lint fuzz setup
 
 demo:
 	@tools/demo $(ARGS)
@@ -16,6 +17,9 @@ bench:
 
 lint:
 	@tools/lint
+
+fuzz:
+	@tools/fuzz $(ARGS)
 
 setup:
 	@tools/setup
