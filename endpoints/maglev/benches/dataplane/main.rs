@@ -28,6 +28,9 @@ use topology::Topology;
 /// What can be asked for by name.
 const PARTS: [&str; 7] = ["tables", "packets", "program", "latency", "connections", "throughput", "change"];
 
+/// Rounds that a median is over at least, for a figure that says something.
+const ROUNDS: usize = 5;
+
 /// How much is measured.
 pub(crate) struct Effort {
     /// Interleaved rounds; the medians are over these.
@@ -58,9 +61,9 @@ fn main() {
         std::process::exit(1);
     }
     let wanted = |part: &str| parts.is_empty() || parts.iter().any(|p| p == part);
-    let effort = Effort { rounds: rounds.unwrap_or(if quick { 2 } else { 5 }), quick };
+    let effort = Effort { rounds: rounds.unwrap_or(if quick { 2 } else { ROUNDS }), quick };
     let started = Instant::now();
-    let mut report = Report::new(quick);
+    let mut report = Report::new(&effort);
 
     let topology = Topology::new();
     let mut programs = Programs::load(&topology);

@@ -5,9 +5,14 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-/// The middle of a list; 0 of none.
+use crate::{Effort, ROUNDS};
+
+/// The middle of a list, of the two middle ones the mean; 0 of none.
 pub(crate) fn median(values: &[f64]) -> f64 {
-    quantile(values, 0.5)
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let at = |n: usize| sorted.get(n).copied().unwrap_or_default();
+    (at(sorted.len().saturating_sub(1) / 2) + at(sorted.len() / 2)) / 2.0
 }
 
 /// The value that a share of the list is not above; 0 of none.
@@ -114,11 +119,12 @@ impl Section {
 pub(crate) struct Report {
     sections: Map<String, Value>,
     quick: bool,
+    rounds: usize,
 }
 
 impl Report {
-    pub(crate) fn new(quick: bool) -> Self {
-        Report { sections: Map::new(), quick }
+    pub(crate) fn new(effort: &Effort) -> Self {
+        Report { sections: Map::new(), quick: effort.quick, rounds: effort.rounds }
     }
 
     /// Prints a section and keeps it for the file.
@@ -133,7 +139,8 @@ impl Report {
         std::fs::create_dir_all(&directory).unwrap();
         let path = directory.join("dataplane.json");
         let aims = crate::aims::aims(&self.sections);
-        println!("\nAims\n");
+        let enough = !self.quick && self.rounds >= ROUNDS;
+        println!("\nAims{}\n", if enough { "" } else { ", of a run that is too short to say" });
         for aim in &aims {
             println!("{} {}", if aim.holds { "met   " } else { "MISSED" }, aim.text);
         }
@@ -141,6 +148,7 @@ impl Report {
         let all = json!({
             "section": "dataplane",
             "quick": self.quick,
+            "rounds": self.rounds,
             "seconds": took.as_secs_f64().round(),
             "machine": machine(),
             "parts": self.sections,
