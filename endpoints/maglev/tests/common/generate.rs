@@ -109,8 +109,18 @@ fn byte_match(rng: &mut Rng) -> ByteMatch {
         "udp[4:2] & 1 = 0",
         "sctp[8:4] = 0",
         "tcp[19:1] = 0",
+        // Across the borders of words.
+        "tcp[3:2] & 0xfff0 = 0xa000",
+        "udp[3:4] & 0x00ffff00 = 0x00000800",
+        "sctp[1:2] & 0x00ff = 0x0f",
     ];
     ByteMatch::parse(rng.pick(&texts)).unwrap()
+}
+
+/// Up to as many as a flow can have, most likely one: all of many hold for few packets.
+fn byte_matches(rng: &mut Rng) -> Vec<ByteMatch> {
+    let most = rng.pick(&[1, 1, 2, 2, 3, 4]);
+    (0..most).map(|_| byte_match(rng)).collect()
 }
 
 /// A configuration with its ready targets.
@@ -149,7 +159,7 @@ pub(crate) fn config(rng: &mut Rng) -> (Config, BTreeMap<String, Targets>) {
             destination_ports: if with_ports { ports(rng) } else { vec![] },
             source_ports: if with_ports && rng.chance(30) { ports(rng) } else { vec![] },
             protocols: named,
-            byte_matches: if n < 40 && rng.chance(15) { vec![byte_match(rng)] } else { vec![] },
+            byte_matches: if n < 40 && rng.chance(15) { byte_matches(rng) } else { vec![] },
         });
     }
     for _ in 0..if config.vips.is_empty() { 0 } else { rng.below(6) } {
