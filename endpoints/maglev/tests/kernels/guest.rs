@@ -17,8 +17,10 @@ use super::DONE;
 use super::common::net::{V4, V6};
 use super::common::{dual_stack, flow};
 
-/// What a cloud kernel keeps out of its image.
-pub(crate) const MODULES: [&str; 3] = ["veth", "sch_ingress", "cls_bpf"];
+/// What a cloud kernel keeps out of its image and the programs are attached by.
+const MODULES: [&str; 2] = ["sch_ingress", "cls_bpf"];
+/// What the guest gets.
+pub(crate) const ALL_MODULES: [&str; 3] = ["veth", MODULES[0], MODULES[1]];
 /// TC_ACT_OK, TC_ACT_REDIRECT.
 const OK: u32 = 0;
 const REDIRECT: u32 = 7;
@@ -48,16 +50,33 @@ fn prepare() {
     for (kind, place) in mounts {
         mount(Some(kind), place, Some(kind), MsFlags::empty(), none).unwrap_or_else(|e| panic!("mount {place}: {e}"));
     }
-    for module in MODULES {
-        let file = std::fs::File::open(format!("/modules/{module}.ko")).unwrap();
-        // SAFETY: an open file and an empty string that ends with 0.
-        let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
-        assert_eq!(result, 0, "module {module}: {}", std::io::Error::last_os_error());
-    }
     ip("link set lo up");
     for (key, value) in [("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")] {
         std::fs::write(Path::new("/proc/sys/net").join(key), value).unwrap();
     }
+}
+
+fn load(module: &str) {
+    let file = std::fs::File::open(format!("/modules/{module}.ko")).unwrap();
+    // SAFETY: an open file and an empty string that ends with 0.
+    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    assert_eq!(result, 0, "module {module}: {}", std::io::Error::last_os_error());
+}
+
+/// Loads the modules one after the other: as long as one is missing, that is what the attachment fails for.
+fn what_the_kernel_lacks_is_named() {
+    let mut kernel = Options::new("/sys/fs/bpf/early");
+    kernel.chunks = 4;
+    let mut engine = Engine::open(Settings { kernel, offset_start: 5000 }).unwrap_or_else(|e| panic!("{e}"));
+    for module in MODULES {
+        let refused = engine.attach("lo").expect_err(module).to_string();
+        let named = ["interface lo", "CONFIG_NET_SCH_INGRESS", "CONFIG_NET_CLS_BPF"];
+        assert!(named.iter().all(|name| refused.contains(name)), "without {module}: {refused}");
+        load(module);
+    }
+    engine.attach("lo").unwrap_or_else(|e| panic!("{e}"));
+    drop(engine);
+    Engine::remove(Path::new("/sys/fs/bpf/early"), &["lo"]).unwrap_or_else(|e| panic!("{e}"));
 }
 
 /// A namespace with one cable to this one; what arrives at its end of the cable is answered as the VIP.
@@ -132,6 +151,8 @@ fn udp_packet(vip: IpAddr, ttl: u8, payload: u16) -> Vec<u8> {
 /// The programs' answers: fast path, and what the stack has to do; then datagrams of a client to a target and back.
 fn run() {
     prepare();
+    what_the_kernel_lacks_is_named();
+    load("veth");
     let client = Pod::new("client", "ext", 1, 1);
     let target = Pod::new("target", "nsm", 2, 2);
     target.run(|| {

@@ -57,7 +57,7 @@ pub(crate) fn build(kernel: &Path) -> Vec<u8> {
         }
         files.insert(path.to_owned(), std::fs::read(program).unwrap());
     }
-    for module in super::guest::MODULES {
+    for module in super::guest::ALL_MODULES {
         let file = format!("{module}.ko");
         let content = std::fs::read(kernel.join(&file)).unwrap();
         files.insert(format!("/modules/{file}"), content);
