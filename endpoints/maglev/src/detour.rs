@@ -217,6 +217,8 @@ fn hold(mut tap: File, mac: [u8; 6], map: &RawMap, ports: &Known, stop: &UnixStr
     loop {
         let timeout = if held.is_empty() { -1 } else { LOOK.as_millis() as i32 };
         if wait(tap.as_raw_fd(), stop.as_raw_fd(), timeout)? {
+            // Decided about, and counted, before the interface goes.
+            held.due(Instant::now() + HOLD, known).into_iter().for_each(|frame| send(&mut tap, frame));
             return Ok(());
         }
         // A bounded round, so that a flood does not starve what is held.

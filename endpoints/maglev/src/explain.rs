@@ -15,7 +15,8 @@ use crate::table::Table;
 pub struct Explanation {
     /// The decision itself.
     pub decision: Decision,
-    /// What the packet would be counted as; [`Reason::None`]: it is none of the load balancer's business.
+    /// What the packet would be counted as; [`Reason::None`]: it is none of the load balancer's business. A fragment without its first one
+    /// is held at first; what becomes of it then depends on packets that are not asked about.
     pub outcome: Reason,
     /// What was read of the packet; `None`: not even a network header.
     pub headers: Option<Headers>,
@@ -160,6 +161,9 @@ impl Image {
         let looked_up = decision.flow != NONE || decision.reason == Reason::NoFlow as u32;
         if looked_up {
             found.flows = (0..self.classifier.flows.len() as u32).map(|n| self.candidate(packet, &mut s, n)).collect();
+        }
+        if found.outcome == Reason::FragmentUnknown && self.holds {
+            found.outcome = Reason::FragmentHeld;
         }
         found.stream = self.stream_state(decision.slot);
         if decision.verdict == Verdict::Forward as u32 {

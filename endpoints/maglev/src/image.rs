@@ -46,6 +46,8 @@ pub struct Image {
     pub(crate) targets: HashMap<u32, TargetEntry>,
     pub(crate) fragments: RefCell<HashMap<FragmentKey, FragmentValue>>,
     pub(crate) clock: Cell<u64>,
+    /// Somebody holds fragments that come before their first one.
+    pub(crate) holds: bool,
     pub(crate) unused: ByteList,
     pub(crate) unused_stream: StreamEntry,
 }
@@ -76,6 +78,7 @@ impl Image {
             targets: HashMap::new(),
             fragments: RefCell::default(),
             clock: Cell::new(0),
+            holds: true,
             unused: ByteList::default(),
             unused_stream: StreamEntry::default(),
         };

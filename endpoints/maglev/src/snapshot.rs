@@ -46,6 +46,7 @@ fn read(live: &Live, config: &Config, entries: &[(u32, StreamEntry)]) -> Result<
         targets: HashMap::new(),
         fragments: RefCell::new(fragments(live)?),
         clock: Cell::new(sys::monotonic()),
+        holds: config.hold != 0,
         unused: ByteList::default(),
         unused_stream: StreamEntry::default(),
     };

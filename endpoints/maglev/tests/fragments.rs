@@ -10,7 +10,7 @@ use std::time::Duration;
 use common::build::{ends, fragment, is_right, sctp, udp};
 use common::net::{eventually, ip};
 use common::scene::{SOON, Scene, client, vip};
-use meridio_maglev::Reason;
+use meridio_maglev::{ETH_IPV4, ETH_IPV6, Reason};
 
 /// Fragments of one datagram from the client, and whether a packet is one of them.
 fn fragments(v6: bool, sport: u16, id: u32, port: u16) -> (Vec<Vec<u8>>, impl Fn(&[u8]) -> bool + Copy) {
@@ -149,7 +149,9 @@ fn a_detour_that_was_deleted_is_made_anew() {
         assert!(fault.starts_with("interface mddetour"), "{fault}");
         let before = (scene.count(Reason::FragmentUnknown), scene.count(Reason::FragmentHeld));
         let sport = scene.fresh();
-        scene.send(&fragments(false, sport, sport as u32, 4000).0[1]);
+        let later = &fragments(false, sport, sport as u32, 4000).0[1];
+        assert_eq!(scene.why(later, ETH_IPV4), Reason::FragmentUnknown);
+        scene.send(later);
         assert!(eventually(SOON, || scene.count(Reason::FragmentUnknown) == before.0 + 1), "dropped and counted");
         assert_eq!(scene.count(Reason::FragmentHeld), before.1, "sent to an interface that is gone");
         let made = eventually(SOON, || {
@@ -160,6 +162,7 @@ fn a_detour_that_was_deleted_is_made_anew() {
         for v6 in [false, true] {
             let (sport, owner) = scene.owner(v6, 4000);
             let (list, ours) = fragments(v6, sport, sport as u32, 4000);
+            assert_eq!(scene.why(&list[1], if v6 { ETH_IPV6 } else { ETH_IPV4 }), Reason::FragmentHeld);
             scene.send(&list[1]);
             assert!(eventually(SOON, || scene.count(Reason::FragmentHeld) > before.1), "held again");
             scene.send(&list[0]);

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use meridio_maglev::config::Bytes;
-use meridio_maglev::{Config, Engine, Flow, MARK_FLAG, Nat, Protocol, Reason, Stream};
+use meridio_maglev::{Config, Engine, Flow, Image, Live, MARK_FLAG, Nat, Protocol, Reason, Stream};
 
 use super::build::{ethernet, l4, packet, udp};
 use super::net::{CLIENT4, CLIENT6, Net, Tap, V4, V6, eventually};
@@ -43,7 +43,7 @@ pub(crate) struct Scene {
     targets: Vec<Tap>,
     ext: [u8; 6],
     pub(crate) net: Net,
-    _fs: BpfFs,
+    fs: BpfFs,
     next: Cell<u16>,
 }
 
@@ -73,7 +73,7 @@ impl Scene {
             targets: (1..=2).map(|n| net.tap(&format!("t{n}"), "eth0")).collect(),
             ext: net.mac("l", "ext"),
             net,
-            _fs: fs,
+            fs,
             next: Cell::new(20_000),
         };
         // Neighbour entries, so that nothing below waits for them.
@@ -81,6 +81,11 @@ impl Scene {
             scene.owner(n % 2 == 0, 4000);
         }
         scene
+    }
+
+    /// What `why` would say to a packet now.
+    pub(crate) fn why(&self, packet: &[u8], ethertype: u16) -> Reason {
+        Image::of(&Live::open(&self.fs.path()).unwrap()).unwrap().explain(packet, ethertype).outcome
     }
 
     /// A number that no packet has had yet.

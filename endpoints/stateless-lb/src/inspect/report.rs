@@ -49,10 +49,11 @@ fn packet_line(h: &Headers) -> String {
     format!("ICMP error {} -> {}, about the flow {about}", h.src, h.dst)
 }
 
-/// What happens to the packet: `pass`, `drop`, `forward`.
+/// What happens to the packet: `pass`, `drop`, `forward`, `hold`.
 fn verdict(outcome: Reason) -> &'static str {
     match outcome {
         Reason::None => "pass",
+        Reason::FragmentHeld => "hold",
         outcome if outcome.drops() => "drop",
         _ => "forward",
     }
@@ -143,6 +144,12 @@ pub(crate) fn text(e: &Explanation, names: &Names, all: bool) -> String {
     }
     let said = match e.outcome {
         Reason::None => "passes: left to this machine's own stack".to_owned(),
+        Reason::FragmentHeld => format!(
+            "held, {}: {}; dropped then as {} if that has not come",
+            Reason::FragmentHeld.name(),
+            Reason::FragmentHeld.meaning(),
+            Reason::FragmentUnknown.name()
+        ),
         outcome if outcome.drops() => format!("dropped, {}: {}", outcome.name(), outcome.meaning()),
         outcome => format!("forwarded, {}: {}", outcome.name(), outcome.meaning()),
     };
@@ -279,7 +286,12 @@ impl Traced<'_> {
             let _ = write!(out, " port {},", event.nat_port);
         }
         let reason = self.reason();
-        let _ = write!(out, " {} ({})", if reason.drops() { "dropped" } else { "forwarded" }, reason.name());
+        let became = match verdict(reason) {
+            "drop" => "dropped",
+            "hold" => "held",
+            _ => "forwarded",
+        };
+        let _ = write!(out, " {became} ({})", reason.name());
         out
     }
 
