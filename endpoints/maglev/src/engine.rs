@@ -2,7 +2,8 @@
 //! half-written. What is in use is not touched: the other generation (classifier) or copy (stream) is written, then one number
 //! switches.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -177,7 +178,9 @@ impl Engine {
     pub fn attach(&mut self, interface: &str) -> Result<(), Error> {
         self.kernel.attach(interface)?;
         // Programs of another layout are gone from here now, so are their maps.
-        remove_pins(&self.settings.kernel.directory, Some(&self.settings.kernel))?;
+        if let Err(error) = remove_pins(&self.settings.kernel.directory, Some(&self.settings.kernel)) {
+            tracing::warn!(%error, "maps of another version stay");
+        }
         self.start_detour();
         Ok(())
     }
@@ -290,9 +293,36 @@ impl Engine {
     /// # Errors
     /// The stream is unknown or an identifier is outside its range; nothing has changed then.
     pub fn set_targets(&mut self, stream: &str, targets: &Targets) -> Result<(), Error> {
-        let number = self.slots.iter().find(|(_, s)| s.stream.name == stream).map(|(n, _)| *n);
-        let number = number.ok_or_else(|| Error::config(format!("stream {stream:?}"), "unknown"))?;
-        self.swap(number, targets)
+        let named = self.slots.iter().filter(|(_, s)| s.stream.name == stream);
+        let numbers: Vec<(u32, u32)> = named.map(|(n, s)| (*n, s.stream.max_targets)).collect();
+        match numbers.as_slice() {
+            [] => Err(Error::config(format!("stream {stream:?}"), "unknown")),
+            [(number, _)] => self.swap(*number, targets),
+            // One of another size was written, but flows could not be switched to it: which one packets use does not matter here.
+            several => several.iter().try_for_each(|(number, most)| {
+                let within = targets.iter().filter(|(id, _)| *id <= most).map(|(id, target)| (*id, *target));
+                self.swap(*number, &within.collect())
+            }),
+        }
+    }
+
+    /// Has packets ask for the link addresses of these next hops again. Else what the program has found out about one is believed for
+    /// some ticks of the kernel more; to be called when the kernel has learnt another one.
+    ///
+    /// # Errors
+    /// The maps cannot be written.
+    pub fn look_again(&mut self, next_hops: &BTreeSet<IpAddr>) -> Result<(), Error> {
+        let streams = &self.kernel.maps.streams;
+        for (number, slot) in &mut self.slots {
+            let copy = (slot.entry.active & 1) as usize;
+            let v4 = |t: &TargetEntry| t.ifindex4 != 0 && next_hops.contains(&IpAddr::from(t.v4));
+            let v6 = |t: &TargetEntry| t.ifindex6 != 0 && next_hops.contains(&IpAddr::from(t.v6));
+            if slot.targets[copy].values().any(|target| v4(target) || v6(target)) {
+                slot.entry.written[copy] = monotonic();
+                streams.set(number, &slot.entry).map_err(failed(streams))?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes a stream without targets to a free slot.

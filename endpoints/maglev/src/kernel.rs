@@ -152,8 +152,8 @@ impl Kernel {
         }
         std::fs::create_dir_all(&directory).map_err(|source| Error::Io { path: directory.clone(), source })?;
         let check_mtu = since(5, 12) as u32;
-        // Before 6.2 the kernel also tells link addresses of neighbours that have failed.
-        let direct = since(6, 2) as u32;
+        // Until 6.2.1 the kernel also tells link addresses of neighbours that have failed.
+        let direct = since(6, 3) as u32;
         let cpus = cpus()?;
         let numbers = cpu_numbers()?;
         let each = |entries: u32| numbers.saturating_mul(entries).max(1);

@@ -3,7 +3,8 @@
 
 mod common;
 
-use std::net::Ipv4Addr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use common::flood::Flood;
@@ -54,6 +55,30 @@ fn a_target_with_a_new_link_address_is_followed_at_once() {
     println!("{tally:?}");
     // Frames that were on the cable to the old address.
     assert!(tally.lost() <= RATE / 10, "{tally:?} {:?}", engine.reasons());
+}
+
+/// What the program has found out about a link address is believed for a while, unless it is told to look again.
+#[test]
+fn a_target_with_a_new_link_address_is_followed_at_once_when_the_engine_is_told() {
+    let (mut engine, net, _fs) = start();
+    let flood = Flood::start(&net, 2, (PORT, PORT), 10 * RATE);
+    flood.flows(500);
+    let hops: BTreeSet<IpAddr> = BTreeSet::from(["172.16.1.2".parse().unwrap(), "fd00:1::2".parse().unwrap()]);
+    let (l, tap) = (net.name("l"), net.tap("t1", "eth0"));
+    for n in 1..=10u8 {
+        // As in the kernel when an announcement has come. Nobody has that address: what is sent there is seen on the cable.
+        for next_hop in &hops {
+            ip(&format!("-n {l} neigh replace {next_hop} lladdr 02:00:00:00:02:{n:02x} dev nsm1 nud reachable"));
+        }
+        engine.look_again(&hops).unwrap();
+        // What was under way has arrived by then; without being told the program would go on for 8 to 80 ms.
+        std::thread::sleep(Duration::from_millis(4));
+        tap.forget();
+        std::thread::sleep(Duration::from_millis(30));
+        assert!(tap.frames_to([2, 0, 0, 0, 2, n]) > 0, "round {n}: nothing for the new address");
+        assert_eq!(tap.frames_to([2, 0, 0, 0, 2, n - 1]), 0, "round {n}: for the address of before");
+    }
+    flood.finish();
 }
 
 #[test]

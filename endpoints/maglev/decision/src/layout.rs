@@ -29,8 +29,9 @@ pub const CHUNK_ROWS: usize = 65_600;
 /// Chunks of the row map unless the loader is told otherwise (128 KiB each).
 pub const DEFAULT_CHUNKS: usize = 128;
 
-/// Next hops that each CPU remembers; a power of two. Targets that share a place find out about their next hops more often.
-pub const HOP_ENTRIES: u32 = 4096;
+/// Next hops that each CPU remembers (64 bytes each), of two IP versions; a power of two. Targets whose numbers are half as many apart
+/// share a place, and each turn of the two costs a packet the way past the neighbour entry.
+pub const HOP_ENTRIES: u32 = 16_384;
 
 /// Destinations that each CPU remembers; a power of two.
 pub const DESTINATIONS_REMEMBERED: u32 = 256;

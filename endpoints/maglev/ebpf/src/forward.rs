@@ -28,7 +28,7 @@ const SEGMENTS_TOO_LONG: i64 = 2;
 /// Whether the kernel has `bpf_check_mtu` (5.12); set by the loader, so that the verifier drops the call elsewhere.
 #[unsafe(no_mangle)]
 static HAS_CHECK_MTU: u32 = 1;
-/// Whether the kernel tells link addresses of valid neighbour entries only, and all that the direct way needs (6.2).
+/// Whether the kernel tells link addresses of valid neighbour entries only, and all that the direct way needs (6.3).
 #[unsafe(no_mangle)]
 static HAS_DIRECT: u32 = 0;
 
@@ -124,6 +124,7 @@ fn ticks() -> u64 {
 
 impl Hop {
     /// Takes over what the target's entry says; `false`: this is another next hop, whose first packet goes past the neighbour entry.
+    /// The link address is asked for anew: that it is another one may be why the copy was written (`Engine::look_again`).
     #[inline(always)]
     fn take(&mut self, target: &TargetEntry, ifindex: u32, place: u32, s: &Scratch) -> bool {
         let address = if s.network.v6 {
@@ -133,10 +134,10 @@ impl Hop {
             [0, u32::from_ne_bytes(target.v4) as u64]
         };
         let same = self.address[1] == address[1] && self.address[0] == address[0] && self.ifindex == ifindex;
-        (self.place, self.written) = (place, s.written);
+        let now = ticks();
+        (self.place, self.written, self.read) = (place, s.written, now.wrapping_sub(BELIEVED));
         if !same {
-            let now = ticks();
-            (self.address, self.ifindex, self.read, self.used) = (address, ifindex, now.wrapping_sub(BELIEVED), now);
+            (self.address, self.ifindex, self.used) = (address, ifindex, now);
         }
         same
     }

@@ -208,6 +208,11 @@ impl Tap {
         seen.iter().filter_map(|frame| frame.get(14..)).filter(|packet| condition(packet)).map(<[u8]>::to_vec).collect()
     }
 
+    /// Frames seen so far for a link address.
+    pub(crate) fn frames_to(&self, address: [u8; 6]) -> usize {
+        self.seen.lock().unwrap().iter().filter(|frame| frame.starts_with(&address)).count()
+    }
+
     pub(crate) fn forget(&self) {
         self.seen.lock().unwrap().clear();
     }
