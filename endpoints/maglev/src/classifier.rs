@@ -57,7 +57,8 @@ fn key(net: &IpNet) -> PrefixKey {
     PrefixKey { bits: PREFIX_KEY_BITS + length as u32, space, address: mapped_address(net.network()) }
 }
 
-/// Compiles a configuration. `slot` and `counter` give the places of a stream and of a flow's counter.
+/// Compiles a configuration. `slot` and `counter` give the places of a stream ([`NONE`](meridio_decision::NONE): there is no such
+/// stream) and of a flow's counter.
 ///
 /// # Errors
 /// What the maps cannot hold, by name.

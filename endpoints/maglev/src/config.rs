@@ -67,7 +67,7 @@ pub struct Stream {
 pub struct Flow {
     /// Unique name.
     pub name: String,
-    /// Name of the stream.
+    /// Name of the stream; empty: it is not known (yet), and what belongs to the flow is dropped as if no target were ready.
     pub stream: String,
     /// Higher wins; equal priorities are ordered by name.
     pub priority: i32,
@@ -291,7 +291,7 @@ impl Config {
             if !names.insert(&flow.name) {
                 fault("defined twice".into());
             }
-            if !streams.contains(&flow.stream) {
+            if !flow.stream.is_empty() && !streams.contains(&flow.stream) {
                 fault(format!("names the unknown stream {:?}", flow.stream));
             }
             let ports = !any_port(&flow.destination_ports) || !any_port(&flow.source_ports);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use meridio_decision::layout::*;
-use meridio_decision::target_index;
+use meridio_decision::{NONE, target_index};
 
 use crate::classifier::{Classifier, compile};
 use crate::config::{Config, Stream, Target, Targets};
@@ -271,7 +271,7 @@ impl Engine {
         // Everything that can be refused is found out before anything is written, but want of memory in the kernel.
         let counters = self.plan_counters(config)?;
         let places: HashMap<&str, u32> = config.streams.iter().zip(&placed).map(|(s, p)| (&*s.name, p.slot)).collect();
-        let slot = |name: &str| places.get(name).copied().unwrap_or(0);
+        let slot = |name: &str| places.get(name).copied().unwrap_or(NONE);
         let classifier = compile(config, &slot, &mut |name| counters.of(name))?;
         for (stream, place) in config.streams.iter().zip(&placed).filter(|(_, place)| place.fresh) {
             self.create(place.slot, place.entry, stream)?;

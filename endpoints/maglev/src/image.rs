@@ -6,7 +6,7 @@ use std::net::Ipv6Addr;
 
 use ipnet::Ipv6Net;
 use meridio_decision::layout::*;
-use meridio_decision::{Decision, Packet, Scratch, Tables, decide};
+use meridio_decision::{Decision, NONE, Packet, Scratch, Tables, decide};
 
 use crate::classifier::{Classifier, compile};
 use crate::config::{Config, Targets};
@@ -64,7 +64,7 @@ impl Image {
         if let Some(fault) = config.faults().into_iter().next() {
             return Err(fault);
         }
-        let slot = |name: &str| config.streams.iter().position(|s| s.name == name).unwrap_or(0) as u32;
+        let slot = |name: &str| config.streams.iter().position(|s| s.name == name).map_or(NONE, |n| n as u32);
         let mut next = 0;
         let classifier = compile(config, &slot, &mut |_| {
             next += 1;

@@ -74,6 +74,29 @@ fn sources_of_length_zero_are_no_sources() {
     }
 }
 
+/// A flow whose stream is not known keeps its place: what belongs to it is not another flow's.
+#[test]
+fn a_flow_without_its_stream_drops_at_its_own_priority() {
+    let lost = Flow { stream: String::new(), priority: 10, ..flow("lost", &[Protocol::Udp], &[4000]) };
+    let config = dual_stack(vec![lost, flow("f", &[Protocol::Udp], &[4000, 5000])]);
+    let mut all = All::new(&config);
+    for (src, dst) in [("10.0.0.1", "20.0.0.1"), ("fd00::1", "2000::1")] {
+        // In any order, because each packet begins with the stream of the last one.
+        for port in [4000, 5000, 4000, 5000] {
+            let expected = if port == 4000 { Answer::Drop(Reason::NoTarget) } else { forwarded("f", 0) };
+            assert_eq!(all.ask(&datagram(src, dst, port)), expected, "{dst}:{port}");
+        }
+    }
+    assert_eq!(common::packets_of(&all.engine.reasons().unwrap(), Reason::NoTarget), 4);
+    let hits = all.engine.flow_hits().unwrap();
+    let of = |name: &str| hits.iter().find(|hits| hits.name == name).map(|h| (h.counter.packets, h.dropped.packets));
+    assert_eq!((of("lost"), of("f")), (Some((4, 4)), Some((4, 0))));
+    let told = Config { flows: vec![flow("lost", &[Protocol::Udp], &[4000])], ..config };
+    all.engine.apply(&told, &targets()).unwrap();
+    all.pair = Pair::new(&told, &targets());
+    assert_eq!(all.ask(&datagram("10.0.0.1", "20.0.0.1", 4000)), forwarded("lost", 0), "once it is known");
+}
+
 /// A port is translated for the address that says so, also within a wider VIP and a wider flow.
 #[test]
 fn a_translation_may_be_of_a_part_of_a_vip() {

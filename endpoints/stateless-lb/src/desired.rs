@@ -19,7 +19,7 @@ pub(crate) struct Desired {
     pub(crate) config: Config,
     /// Faults of the configuration, one line each; with one the previous configuration stays.
     pub(crate) faults: Vec<String>,
-    /// What keeps flows out, one line each.
+    /// What keeps flows from having targets, one line each.
     pub(crate) notes: Vec<String>,
     /// The targets of this configuration's streams.
     pub(crate) ready: Ready,
@@ -113,13 +113,17 @@ fn add_flow(desired: &mut Desired, message: &nsp::Flow) {
         Ok(flow) => flow,
         Err(faults) => return desired.faults.extend(faults.lines()),
     };
-    // The lists come one by one: the stream may be told in a moment, or the flow be gone in one.
-    if !desired.config.streams.iter().any(|s| s.name == flow.stream) {
-        return desired.notes.push(format!("flow {}: its stream {} is not known (yet)", flow.name, flow.stream));
-    }
     let destinations = addresses(&message.vips);
     if destinations.is_empty() {
         return desired.notes.push(format!("flow {}: has no VIP, so it matches nothing", flow.name));
+    }
+    // The lists come one by one: the stream may be told in a moment, or the flow be gone in one. Without the flow another one
+    // would send what belongs to it to targets that know nothing of it.
+    let known = desired.config.streams.iter().any(|s| s.name == flow.stream);
+    if !known {
+        let line =
+            format!("flow {}: its stream {} is not known (yet): what it matches is dropped", flow.name, flow.stream);
+        desired.notes.push(line);
     }
     let ranges = |list: &[model::PortRange]| list.iter().map(|r| (r.first(), r.last())).collect();
     let bytes = |m: &model::ByteMatch| Bytes {
@@ -131,7 +135,7 @@ fn add_flow(desired: &mut Desired, message: &nsp::Flow) {
     };
     desired.config.flows.push(Flow {
         name: flow.name.clone(),
-        stream: flow.stream.clone(),
+        stream: if known { flow.stream.clone() } else { String::new() },
         priority: flow.priority,
         destinations,
         sources: flow.source_subnets.clone(),
@@ -186,10 +190,12 @@ fn targets(
         let stream = message.stream.as_ref().map(|s| s.name.as_str()).unwrap_or_default();
         let name = format!("target {} of stream {stream}", message.ips.join(","));
         let Some(limit) = limits.get(stream) else { continue };
-        let identifier = message.context.get("identifier").and_then(|id| id.parse::<u32>().ok());
-        let Some(identifier) = identifier.filter(|id| (1..=*limit).contains(id)) else {
-            ready.notes.push(format!("{name}: identifier is not in 1..{limit}"));
-            continue;
+        let identifier = match identifier(message, *limit) {
+            Ok(identifier) => identifier,
+            Err(fault) => {
+                ready.notes.push(format!("{name}: {fault}"));
+                continue;
+            }
         };
         match next_hops(message, subnets, unreachable) {
             Ok(target) => match ready.targets.entry(stream.to_owned()).or_default().entry(identifier) {
@@ -205,6 +211,13 @@ fn targets(
         }
     }
     ready
+}
+
+/// The identifier that a target has registered with, which lies in 1..`limit`.
+fn identifier(message: &nsp::Target, limit: u32) -> Result<u32, String> {
+    let Some(text) = message.context.get("identifier") else { return Err("has no identifier".to_owned()) };
+    let identifier = text.parse().ok().filter(|id| (1..=limit).contains(id));
+    identifier.ok_or_else(|| format!("identifier {text:?} is not in 1..{limit}"))
 }
 
 /// The next hops of a target: all of its addresses must be reachable. Its MTU is the smallest on the way to any of them.
@@ -273,6 +286,60 @@ mod tests {
         assert_eq!(one.ready.notes, ["target 172.31.0.3/24 of stream s: identifier 3 is taken by another target"]);
         assert_eq!(seen([&other, &second, &first]), one, "in whatever order they were told");
     }
+
+    #[test]
+    fn a_flow_of_a_stream_that_is_not_told_yet_gives_nothing_to_others() {
+        let flow = nsp::Flow {
+            name: "web".into(),
+            stream: Some(nsp::Stream { name: "s".into(), ..Default::default() }),
+            vips: vec![nsp::Vip { address: "20.0.0.1/32".into(), ..Default::default() }],
+            protocols: vec!["tcp".into()],
+            priority: 7,
+            ..Default::default()
+        };
+        let streams = [nsp::Stream { name: "s".into(), max_targets: 10, ..Default::default() }];
+        let of = |streams: &[nsp::Stream]| configuration(&[], &[], streams, std::slice::from_ref(&flow), &[]);
+        let (early, told) = (of(&[]), of(&streams));
+        let flows = |desired: &Desired| -> Vec<(String, String, i32)> {
+            desired.config.flows.iter().map(|f| (f.name.clone(), f.stream.clone(), f.priority)).collect()
+        };
+        assert_eq!(flows(&early), [("web".to_owned(), String::new(), 7)]);
+        assert_eq!(flows(&told), [("web".to_owned(), "s".to_owned(), 7)]);
+        assert_eq!(early.notes, ["flow web: its stream s is not known (yet): what it matches is dropped"]);
+        assert_eq!((early.faults, told.faults, told.notes), (vec![], vec![], vec![]));
+    }
+
+    #[test]
+    fn a_port_is_translated_from_what_clients_address_to_what_targets_listen_on() {
+        let vip = |name: &str, address: &str| nsp::Vip { name: name.into(), address: address.into(), trench: None };
+        let [v4, v6] = [vip("v4", "20.0.0.1/32"), vip("v6", "2000::1/128")];
+        let nat = |port, target_port, protocol: &str, vips: &[&nsp::Vip]| nsp::conduit::PortNat {
+            port,
+            target_port,
+            protocol: protocol.into(),
+            vips: vips.iter().map(|vip| (*vip).clone()).collect(),
+        };
+        let mut conduit = nsp::Conduit {
+            name: "c".into(),
+            destination_port_nats: vec![nat(80, 8080, "tcp", &[&v6, &v4]), nat(53, 5353, "udp", &[&v4])],
+            ..Default::default()
+        };
+        let of = |conduit: &nsp::Conduit| {
+            configuration(&[v4.clone(), v6.clone()], std::slice::from_ref(conduit), &[], &[], &[])
+        };
+        let [net4, net6]: [IpNet; 2] = ["20.0.0.1/32", "2000::1/128"].map(|net| net.parse().unwrap());
+        let good = of(&conduit);
+        let expected = [
+            Nat { vips: vec![net4, net6], protocol: Protocol::Tcp, port: 80, target_port: 8080 },
+            Nat { vips: vec![net4], protocol: Protocol::Udp, port: 53, target_port: 5353 },
+        ];
+        assert_eq!((good.config.nats.as_slice(), good.faults.len()), (expected.as_slice(), 0));
+        conduit.destination_port_nats.insert(0, nat(70_000, 1, "tcp", &[&v4]));
+        let bad = of(&conduit);
+        assert!(bad.faults.iter().any(|fault| fault.contains("70000")), "{:?}", bad.faults);
+        assert_eq!(bad.config.nats, [], "none is taken for its neighbour");
+    }
+
     #[test]
     fn the_mtu_of_a_target_is_the_smallest_of_its_links() {
         let stream = nsp::Stream { name: "s".into(), max_targets: 10, ..Default::default() };

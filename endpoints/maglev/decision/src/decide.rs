@@ -269,7 +269,8 @@ fn balance<P: Packet, T: Tables>(packet: &P, tables: &T, flags: u32, s: &mut Scr
         if let Some(expected) = s.expected.of(s.transport.dport) {
             *expected = slot as u8;
         }
-        place(tables, s, slot).ok_or(Reason::Internal)?
+        // A flow whose stream is not known has a slot that there is not.
+        place(tables, s, slot).ok_or(Reason::NoTarget)?
     };
     let Place { stream, copy, row, identifier, .. } = place;
     let ready = if copy == 0 { stream.ready[0] } else { stream.ready[1] };

@@ -28,7 +28,8 @@ impl Reason {
             Reason::None => "nothing happened to the packet",
             Reason::NoFlow => "the destination is a VIP, but no flow matches the packet",
             Reason::NoTarget => {
-                "a flow matches, but its stream has no ready target, or the one that got the first fragment is gone"
+                "a flow matches, but its stream is not there or has no ready target, or the one that got the first \
+                 fragment is gone"
             }
             Reason::Malformed => "the headers contradict each other or the length of the packet",
             Reason::Truncated => "the packet ends within a header",

@@ -148,7 +148,7 @@ pub(crate) fn config(rng: &mut Rng) -> (Config, BTreeMap<String, Targets>) {
         let sources = if rng.chance(40) { some(rng, &all_sources, 3) } else { vec![] };
         config.flows.push(Flow {
             name: format!("flow-{n}"),
-            stream: rng.pick(&config.streams).name,
+            stream: if rng.chance(5) { String::new() } else { rng.pick(&config.streams).name },
             priority: rng.below(5) as i32 - 2,
             destinations: if config.vips.is_empty() || rng.chance(20) {
                 some(rng, &all_vips, 2)

@@ -107,7 +107,10 @@ pub(crate) fn text(e: &Explanation, names: &Names, all: bool) -> String {
     let mut elsewhere = 0;
     let chosen = e.flows.iter().position(|f| f.standing == Standing::Chosen);
     for (place, flow) in e.flows.iter().enumerate() {
-        let named = format!("{} of stream {}", flow.name, flow.stream);
+        let named = match flow.stream.as_str() {
+            "" => format!("{} (its stream is not known)", flow.name),
+            stream => format!("{} of stream {stream}", flow.name),
+        };
         match flow.standing {
             Standing::Chosen => say("flow", &format!("{named}: it matches")),
             Standing::Shadowed => say("", &format!("{named}: matches too, but comes later in order of priority")),
