@@ -277,8 +277,11 @@ impl Kernel {
         Ok(program(&mut self.ebpf, name)?.info().map_err(|e| Error::Load(chain(&e)))?.id())
     }
 
-    /// Takes the programs off an interface.
+    /// Takes the programs off an interface. One that is not there has none.
     pub(crate) fn detach(interface: &str) -> Result<(), Error> {
+        if qdisc::index(interface).is_none() {
+            return Ok(());
+        }
         let fault = |e: &dyn std::error::Error| Error::Attach { interface: interface.to_owned(), reason: chain(e) };
         for (name, direction) in [(INGRESS, TcAttachType::Ingress), (EGRESS, TcAttachType::Egress)] {
             match tc::qdisc_detach_program(interface, direction, name) {

@@ -18,8 +18,6 @@ use crate::inputs::{Inputs, Shared};
 use crate::routing::{self, Guarded, Wanted};
 use crate::settings::Settings;
 
-/// Numbers that marks and tables of targets can have, from the offset's start on.
-const TABLES: u32 = 32_768;
 /// How long targets out of reach may hold back a load balancer that has just started.
 const COMPLETE_WITHIN: Duration = Duration::from_secs(10);
 /// How often is looked whether everything is still attached.
@@ -380,7 +378,7 @@ impl Dataplane {
     async fn route(&mut self, desired: &Desired, outcome: &Outcome) -> bool {
         let Some(engine) = &self.engine else { return false };
         let wanted = slow_path(engine, &outcome.ready);
-        let own = routing::Own { tables: tables(&self.settings), detour: engine.detour().ok() };
+        let own = routing::Own { tables: self.settings.tables(), detour: engine.detour().ok() };
         // VIPs that only a refused configuration has dropped are in use.
         let keep = !(outcome.refused.is_empty() && outcome.failed.is_empty());
         let guarded = Guarded { vips: &desired.config.vips, keep };
@@ -419,11 +417,6 @@ impl Gate {
         }
         self.open
     }
-}
-
-/// Numbers of the tables of targets.
-pub(crate) fn tables(settings: &Settings) -> std::ops::Range<u32> {
-    settings.identifier_offset_start..settings.identifier_offset_start + TABLES
 }
 
 /// Next hops by the tables of the slow path, of the streams that the engine has.

@@ -7,15 +7,24 @@ use anyhow::Context;
 use nsm_kernel::Netns;
 use tokio_util::sync::CancellationToken;
 
+use crate::routing;
 use crate::settings::Settings;
-use crate::{dataplane, routing};
 
 /// Takes away what load balancers have left: programs, maps, rules, routes.
 pub(crate) async fn remove(settings: &Settings) -> anyhow::Result<()> {
-    let (base, interface) = (settings.bpf_dir.clone(), settings.external_interface.clone());
+    let netns = Netns::current().context("network namespace")?;
+    let links = netns.netlink().await.context("network namespace")?.links().await.context("interfaces")?;
+    let (base, external) = (settings.bpf_dir.clone(), settings.external_interface.clone());
     let programs = move || {
         let directory = meridio_maglev::own_directory(&base)?;
-        meridio_maglev::Engine::remove(&directory, &[&interface])?;
+        // Other settings may have had another one.
+        let mut interfaces = vec![external.as_str()];
+        for link in links.iter().filter(|link| link.name != external) {
+            if meridio_maglev::Engine::attached(&link.name)? {
+                interfaces.push(&link.name);
+            }
+        }
+        meridio_maglev::Engine::remove(&directory, &interfaces)?;
         // It stays if somebody has begun to use it again.
         let _ = std::fs::remove_dir(&directory);
         Ok::<_, meridio_maglev::Error>(())
@@ -25,8 +34,7 @@ pub(crate) async fn remove(settings: &Settings) -> anyhow::Result<()> {
         return Err(anyhow::Error::new(error).context("nothing is removed while a load balancer runs: end it first"));
     }
     removed?;
-    let netns = Netns::current().context("network namespace")?;
-    routing::remove(&netns, dataplane::tables(settings)).await.context("rules and routes")?;
+    routing::remove(&netns, settings.tables()).await.context("rules and routes")?;
     tracing::info!("removed");
     Ok(())
 }
@@ -68,19 +76,23 @@ mod tests {
     use crate::inputs::{Inputs, Subnet};
     use crate::namespaces::run;
 
+    fn said(commands: &[&str]) -> String {
+        commands.iter().map(|command| format!("# {command}\n{}", run(command))).collect()
+    }
+
+    fn rules_and_routes() -> String {
+        said(&["ip -4 rule", "ip -6 rule", "ip -4 route show table all", "ip -6 route show table all"])
+    }
+
     /// Everything in the namespace of this thread that a load balancer could have made.
     fn traces() -> String {
-        let commands = [
-            "ip -4 rule",
-            "ip -6 rule",
-            "ip -4 route show table all",
-            "ip -6 route show table all",
+        let interface = [
             "ip -br link",
             "tc qdisc show dev ext-vlan0",
             "tc filter show dev ext-vlan0 ingress",
             "tc filter show dev ext-vlan0 egress",
         ];
-        commands.map(|command| format!("# {command}\n{}", run(command))).concat()
+        rules_and_routes() + &said(&interface)
     }
 
     fn index(device: &str) -> u32 {
@@ -136,14 +148,20 @@ mod tests {
         }
     }
 
-    async fn set_up_and_remove(directory: String) {
-        let settings = cli::settings(&["--bpf-dir", &directory]);
+    /// A load balancer that forwards, with these settings.
+    async fn set_up(settings: &Settings) -> Dataplane {
         let netns = Netns::current().unwrap();
-        let before = traces();
         let errors = routing::errors_to_gateways(netns.netlink().await.unwrap(), settings.gateway_table);
         errors.await.unwrap();
-        let mut dataplane = Dataplane::new(&settings, netns, Health::detached("test"), Availability::new("test"));
+        let mut dataplane = Dataplane::new(settings, netns, Health::detached("test"), Availability::new("test"));
         assert!(dataplane.step(&inputs()).await, "forwards");
+        dataplane
+    }
+
+    async fn set_up_and_remove(directory: String) {
+        let settings = cli::settings(&["--bpf-dir", &directory]);
+        let before = traces();
+        let mut dataplane = set_up(&settings).await;
         let running = traces();
         let refused = format!("{:#}", remove(&settings).await.unwrap_err());
         let us = format!("process {} (", std::process::id());
@@ -159,12 +177,41 @@ mod tests {
             assert!(after.contains(left), "{left} is missing in {after}");
         }
         assert!(std::fs::read_dir(&directory).unwrap().count() > 0);
+        // Once more does no harm.
         for _ in 0..2 {
-            // Once more does no harm.
             remove(&settings).await.unwrap();
-            assert_eq!(traces(), before);
-            assert_eq!(std::fs::read_dir(&directory).map(|entries| entries.count()).unwrap_or(0), 0);
+            nothing_left(&before, &directory);
         }
+        let others =
+            ["--external-interface", "far-nsm-0", "--identifier-offset-start", "50000", "--gateway-table", "99"];
+        let other = cli::settings(&[&["--bpf-dir", &directory], &others[..]].concat());
+        drop(set_up(&settings).await);
+        remove(&other).await.unwrap();
+        nothing_left(&before, &directory);
+        // What only the settings of a process before lead to ends with the next one.
+        drop(set_up(&settings).await);
+        drop(set_up(&Settings { external_interface: settings.external_interface.clone(), ..other }).await);
+        let after = traces();
+        assert!(after.contains("table 50001") && after.contains("lookup 99"), "{after}");
+        for gone in ["fwmark 0x4d001389", "table 5001", "lookup 4096"] {
+            assert!(!after.contains(gone), "{gone} is in {after}");
+        }
+        remove(&settings).await.unwrap();
+        nothing_left(&before, &directory);
+        // Without the interface, and so without its programs, the rest goes all the same.
+        drop(set_up(&settings).await);
+        run("ip link del ext-vlan0");
+        remove(&settings).await.unwrap();
+        let after = rules_and_routes();
+        for gone in ["lookup 4098", "lookup 5001", "lookup 4096", "table 5001", "table 4098"] {
+            assert!(!after.contains(gone), "{gone} is in {after}");
+        }
+        assert_eq!(std::fs::read_dir(&directory).map(|entries| entries.count()).unwrap_or(0), 0);
+    }
+
+    fn nothing_left(before: &str, directory: &str) {
+        assert_eq!(traces(), before);
+        assert_eq!(std::fs::read_dir(directory).map(|entries| entries.count()).unwrap_or(0), 0);
     }
 
     #[tokio::test(flavor = "multi_thread")]

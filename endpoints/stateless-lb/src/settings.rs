@@ -1,12 +1,17 @@
 //! Settings of the load balancer (environment prefix `NSM_`).
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::path::PathBuf;
 
 use meridio_common::GoDuration;
 
+use crate::routing::GUARD_TABLE;
+
 /// Chunks of the tables: from those of one small stream to more than all streams that fit the other limits can take.
 const TABLE_CHUNKS: RangeInclusive<u32> = 2..=4096;
+
+/// Numbers that marks and tables of targets can have, from the offset's start on.
+const TABLES: u32 = 32_768;
 
 /// Settings of the load balancer.
 #[derive(clap::Args, Clone, Debug)]
@@ -121,9 +126,34 @@ impl Settings {
                 self.table_chunks
             ));
         }
-        // The tables of the kernel and of the frontend lie below, and marks have 24 bits for offset and identifier.
-        if !(256..1 << 23).contains(&self.identifier_offset_start) {
-            faults.push(format!("NSM_IDENTIFIER_OFFSET_START {} is not in 256..8388607", self.identifier_offset_start));
+        // The tables of the kernel, of the frontend and of guarded VIPs lie below, and marks have 24 bits for offset and identifier.
+        const LEAST: u32 = GUARD_TABLE + 1;
+        if !(LEAST..1 << 23).contains(&self.identifier_offset_start) {
+            let start = self.identifier_offset_start;
+            faults.push(format!("NSM_IDENTIFIER_OFFSET_START {start} is not in {LEAST}..8388607"));
+        }
+        faults.extend(self.collisions());
+        faults
+    }
+
+    /// Numbers that the tables of targets can have, which are their marks too.
+    pub(crate) fn tables(&self) -> Range<u32> {
+        self.identifier_offset_start..self.identifier_offset_start.saturating_add(TABLES)
+    }
+
+    /// Tables that would be used for two things: one would take the other's routes away.
+    fn collisions(&self) -> Vec<String> {
+        let (targets, gateways) = (self.tables(), self.gateway_table);
+        // The frontend has two: where the gateways are, and what drops if they are not.
+        let drop = gateways.saturating_add(1);
+        let (first, last) = (targets.start, targets.end.saturating_sub(1));
+        let what = format!("NSM_GATEWAY_TABLE {gateways}: it or the next table, {drop}, is");
+        let mut faults = Vec::new();
+        if targets.contains(&gateways) || targets.contains(&drop) {
+            faults.push(format!("{what} among those of targets, {first} to {last} (NSM_IDENTIFIER_OFFSET_START)"));
+        }
+        if [gateways, drop].contains(&GUARD_TABLE) {
+            faults.push(format!("{what} {GUARD_TABLE}, which keeps packets for VIPs off other ways"));
         }
         faults
     }
@@ -149,11 +179,42 @@ mod tests {
             ),
             ("--table-chunks", "4097", "NSM_TABLE_CHUNKS 4097 is not in 2..4096"),
             ("--external-interface", "a/b", "NSM_EXTERNAL_INTERFACE: "),
-            ("--identifier-offset-start", "255", "NSM_IDENTIFIER_OFFSET_START 255 is not in 256..8388607"),
             ("--trench-name", "", "NSM_TRENCH_NAME is empty"),
         ] {
             let faults = settings(&[setting, value]).validate();
             assert!(faults.len() == 1 && faults[0].starts_with(said), "{setting} {value:?}: {faults:?}");
+        }
+        for (offset, gateways, said) in [
+            (
+                "6000",
+                "6000",
+                &[
+                    "NSM_GATEWAY_TABLE 6000: it or the next table, 6001, is among those of targets, 6000 to 38767 (NSM_IDENTIFIER_OFFSET_START)",
+                ][..],
+            ),
+            ("6000", "5999", &["NSM_GATEWAY_TABLE 5999: it or the next table, 6000, is among those of targets"]),
+            ("6000", "38767", &["NSM_GATEWAY_TABLE 38767: "]),
+            (
+                "6000",
+                "4098",
+                &["NSM_GATEWAY_TABLE 4098: it or the next table, 4099, is 4098, which keeps packets for VIPs"],
+            ),
+            (
+                "6000",
+                "4097",
+                &["NSM_GATEWAY_TABLE 4097: it or the next table, 4098, is 4098, which keeps packets for VIPs"],
+            ),
+            ("4098", "100", &["NSM_IDENTIFIER_OFFSET_START 4098 is not in 4099..8388607"]),
+            ("8388608", "100", &["NSM_IDENTIFIER_OFFSET_START 8388608 is not in 4099..8388607"]),
+            ("256", "4096", &["NSM_IDENTIFIER_OFFSET_START 256 ", "NSM_GATEWAY_TABLE 4096: "]),
+            ("6000", "5998", &[]),
+            ("6000", "38768", &[]),
+            ("4099", "4096", &[]),
+            ("6000", "4294967295", &[]),
+        ] {
+            let faults = settings(&["--identifier-offset-start", offset, "--gateway-table", gateways]).validate();
+            let right = faults.len() == said.len() && faults.iter().zip(said).all(|(f, s)| f.starts_with(s));
+            assert!(right, "{offset} {gateways}: {faults:?}");
         }
         for chunks in ["2", "4096"] {
             assert_eq!(settings(&["--table-chunks", chunks]).validate(), [""; 0]);
