@@ -20,10 +20,12 @@ pub(crate) struct Outcome {
 }
 
 /// Takes the configuration if it has no fault. Otherwise the streams in use follow their targets all the same.
-pub(crate) fn apply(engine: &mut Engine, desired: &Desired, inputs: &Inputs) -> Outcome {
+///
+/// `foreign`: another load balancer forwards here, by tables that the engine does not know.
+pub(crate) fn apply(engine: &mut Engine, desired: &Desired, inputs: &Inputs, foreign: bool) -> Outcome {
     let mut outcome = Outcome { refused: desired.faults.clone(), ..Outcome::default() };
     // Where nothing forwards yet, what could be read of a faulty configuration is better than nothing.
-    let better = !engine.configured() && desired.config.faults().is_empty();
+    let better = !engine.configured() && !foreign && desired.config.faults().is_empty();
     if desired.faults.is_empty() || better {
         match engine.apply(&desired.config, &desired.ready.targets) {
             Ok(()) => {

@@ -24,12 +24,18 @@ impl Availability {
         Availability { forwarding: watch::Sender::new(None), hostname: hostname.to_owned() }
     }
 
-    /// Says whether at least one stream has a ready target.
+    /// Says whether packets are forwarded: a program is attached, and at least one stream has a ready target.
     pub(crate) fn set(&self, forwarding: bool) {
         let changed = self.forwarding.send_if_modified(|known| known.replace(forwarding) != Some(forwarding));
         if changed {
             tracing::info!(forwarding, "stream availability");
         }
+    }
+
+    /// What has been said.
+    #[cfg(test)]
+    pub(crate) fn said(&self) -> Option<bool> {
+        *self.forwarding.borrow()
     }
 
     pub(crate) fn server(self) -> StreamAvailabilityServiceServer<Self> {

@@ -8,24 +8,28 @@ use meridio_common::{Backoff, Health};
 use meridio_maglev::{Engine, Options};
 use nsm_kernel::{Netns, error::ignore_missing};
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::apply::{self, Outcome};
 use crate::availability::Availability;
 use crate::desired::{Desired, Ready, desired, ready};
+use crate::gate::Gate;
+use crate::hops::{hops, slow_path};
 use crate::inputs::{Inputs, Shared};
-use crate::routing::{self, Guarded, Wanted};
+use crate::routing::{self, Guarded};
 use crate::settings::Settings;
 
-/// How long targets out of reach may hold back a load balancer that has just started.
-const COMPLETE_WITHIN: Duration = Duration::from_secs(10);
 /// How often is looked whether everything is still attached.
 const VERIFY: Duration = Duration::from_secs(1);
+/// In how many of these looks there is one at rules and routes, of which there may be thousands.
+const ROUTES: u32 = 10;
 
 /// What the engine was told, and what it made of it.
 struct Round {
     desired: Desired,
+    /// Another load balancer's tables were in use, see [`Dataplane::foreign`].
+    foreign: bool,
     outcome: Outcome,
 }
 
@@ -47,6 +51,8 @@ pub(crate) struct Dataplane {
     kept: Option<bool>,
     /// How often something that was attached had to be attached again.
     restored: u64,
+    /// Remarks of the last report.
+    noted: BTreeSet<String>,
 }
 
 impl Dataplane {
@@ -61,9 +67,10 @@ impl Dataplane {
             availability,
             attached: None,
             last: None,
-            gate: Gate { open: false, since: None },
+            gate: Gate::default(),
             kept: None,
             restored: 0,
+            noted: BTreeSet::new(),
         }
     }
 
@@ -78,20 +85,18 @@ impl Dataplane {
         let open = move || {
             let kernel = Options { chunks, ..Options::new(meridio_maglev::own_directory(&base)?) };
             let engine = Engine::open(meridio_maglev::Settings { kernel, offset_start })?;
-            // By maps of another version, too.
-            let forwards = engine.adopted() || Engine::attached(&interface)?;
-            Ok::<_, meridio_maglev::Error>((engine, forwards))
+            // By maps of another version.
+            let foreign = !engine.adopted() && Engine::attached(&interface)?;
+            Ok::<_, meridio_maglev::Error>((engine, foreign))
         };
         let opened = tokio::task::spawn_blocking(open).await;
         let reason = match opened {
-            Ok(Ok((engine, forwards))) => {
-                if engine.adopted() {
-                    self.availability.set(forwarding(&engine));
-                }
+            Ok(Ok((engine, foreign))) => {
                 self.note_chunks(engine.chunks());
-                self.kept = Some(engine.adopted() && forwarding(&engine));
+                // Of maps of another version nothing is known but that they are in use.
+                self.kept = Some(if engine.adopted() { forwarding(&engine) } else { foreign });
                 // What an earlier process forwards need not be taken away until all targets are there again.
-                self.gate.open = forwards;
+                self.gate.open = engine.adopted() || foreign;
                 self.refused = None;
                 self.health.waiting("DataPlane", "a configuration to attach with", "is the NSP running?");
                 self.engine = Some(engine);
@@ -117,6 +122,10 @@ impl Dataplane {
     pub(crate) async fn run(mut self, shared: Shared, stop: CancellationToken) {
         let mut inputs = shared.subscribe();
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        // One clock for all rounds: inputs that change often must not put it off.
+        let mut looks = tokio::time::interval_at(Instant::now() + VERIFY, VERIFY);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut looked = 0u32;
         loop {
             let now = inputs.borrow_and_update().clone();
             let done = self.step(&now).await;
@@ -133,8 +142,10 @@ impl Dataplane {
                 tokio::select! {
                     () = stop.cancelled() => return self.availability.set(false),
                     () = &mut wait => break,
-                    () = tokio::time::sleep(VERIFY), if self.attached.is_some() => {
-                        if !self.verify().await {
+                    _ = looks.tick(), if self.attached.is_some() => {
+                        looked = looked.wrapping_add(1);
+                        // Routes go with a link that is down for a moment, or with a hand that flushes them, and nobody is told.
+                        if !self.verify().await || looked.is_multiple_of(ROUTES) {
                             break;
                         }
                     }
@@ -207,7 +218,7 @@ impl Dataplane {
         }
         let Some(desired) = desired(inputs, &self.settings.sctp_ports_only) else {
             self.waiting(inputs);
-            return done;
+            return self.keep().await && done;
         };
         done &= self.configure(&desired, inputs).await;
         let outcome = self.last.as_ref().map(|last| last.outcome.clone());
@@ -220,11 +231,36 @@ impl Dataplane {
             done &= self.attach(inputs.external).await;
         }
         if let Some(outcome) = outcome {
-            done &= self.announce(outcome.ready.missing);
+            done &= self.announce(outcome.ready.missing).await;
             let odd = inputs.unusable.iter().map(|name| format!("interface {name} has no Ethernet header: not used"));
             self.report(&desired, outcome.ready.notes.into_iter().chain(odd).collect());
         }
         done
+    }
+
+    /// Until it is known what is wanted, what an earlier process has left goes on, and with it what only its process could do.
+    async fn keep(&mut self) -> bool {
+        if !self.gate.open {
+            return true;
+        }
+        let led = self.lead().await;
+        self.announce(0).await && led
+    }
+
+    /// The way into the detour, if there is one: its interface is another one in each process.
+    async fn lead(&self) -> bool {
+        match self.engine.as_ref().map(Engine::detour) {
+            Some(Ok(index)) => complete(routing::guards(&self.netns, &[], Some(index)).await),
+            _ => true,
+        }
+    }
+
+    /// Whether a load balancer forwards here by tables that this one does not know: those of another version.
+    async fn foreign(&self) -> Result<bool, meridio_maglev::Error> {
+        if self.engine.as_ref().is_none_or(Engine::configured) {
+            return Ok(false);
+        }
+        attached(&self.settings.external_interface).await
     }
 
     fn waiting(&self, inputs: &Inputs) {
@@ -242,9 +278,11 @@ impl Dataplane {
 
     /// Takes the desired state into the engine; `false`: not all of it yet, to be tried again.
     async fn configure(&mut self, desired: &Desired, inputs: &Inputs) -> bool {
+        // Not known is no reason to take over.
+        let foreign = self.foreign().await.unwrap_or(true);
         let Some(mut engine) = self.engine.take() else { return false };
         let in_use = ready(&engine.limits(), inputs).unwrap_or_default();
-        let same = |last: &Round| last.desired == *desired && last.outcome.ready == in_use;
+        let same = |last: &Round| (&last.desired, &last.outcome.ready, last.foreign) == (desired, &in_use, foreign);
         if self.last.as_ref().is_some_and(|last| same(last) && last.outcome.failed.is_empty()) {
             self.engine = Some(engine);
             return true;
@@ -257,7 +295,7 @@ impl Dataplane {
         let (wanted, inputs) = (desired.clone(), inputs.clone());
         let work = tokio::task::spawn_blocking(move || {
             let started = std::time::Instant::now();
-            let outcome = apply::apply(&mut engine, &wanted, &inputs);
+            let outcome = apply::apply(&mut engine, &wanted, &inputs, foreign);
             (engine, outcome, started.elapsed())
         });
         let (engine, outcome, took) = match work.await {
@@ -269,11 +307,11 @@ impl Dataplane {
                 return false;
             }
         };
-        let forwards = engine.configured();
+        let forwards = engine.configured() || foreign;
         self.engine = Some(engine);
         self.say(desired, &outcome, took, forwards);
         let done = outcome.failed.is_empty();
-        self.last = Some(Round { desired: desired.clone(), outcome });
+        self.last = Some(Round { desired: desired.clone(), foreign, outcome });
         done
     }
 
@@ -326,13 +364,26 @@ impl Dataplane {
         }
     }
 
-    /// Tells the frontend whether this load balancer can forward; `false`: look again soon.
-    fn announce(&mut self, missing: usize) -> bool {
+    /// Tells the frontend whether this load balancer forwards; `false`: look again soon.
+    async fn announce(&mut self, missing: usize) -> bool {
         let Some(engine) = &self.engine else { return false };
-        let forwarding = forwarding(engine);
-        let open = self.gate.look(forwarding, missing, Instant::now());
-        self.availability.set(forwarding && open);
-        open || !forwarding
+        let (configured, targets) = (engine.configured(), forwarding(engine));
+        // Without a program on the interface tables are of no use. One of an earlier process counts while another cannot be attached.
+        let attached = match self.attached {
+            Some(_) => true,
+            None => match attached(&self.settings.external_interface).await {
+                Ok(attached) => attached,
+                Err(error) => {
+                    tracing::warn!(%error, "not known whether a load balancer is attached");
+                    return false;
+                }
+            },
+        };
+        // Of tables of another version nothing is known but that they are in use.
+        let forwards = attached && (targets || !configured);
+        let open = self.gate.look(forwards, missing, Instant::now());
+        self.availability.set(forwards && open);
+        open || !forwards
     }
 
     /// Attaches the programs to the external interface whenever it is a new one.
@@ -364,10 +415,12 @@ impl Dataplane {
                 self.attached = Some(index);
                 self.health.serving("DataPlane");
                 self.note_detour();
-                true
+                // It begins with the attachment, after the routes of this round.
+                self.lead().await
             }
             Err(error) => {
                 tracing::error!(%error, "not attached");
+                self.attached = None;
                 self.health.waiting("DataPlane", &error.to_string(), "see the log");
                 false
             }
@@ -377,74 +430,45 @@ impl Dataplane {
     /// Rules and routes of the slow path.
     async fn route(&mut self, desired: &Desired, outcome: &Outcome) -> bool {
         let Some(engine) = &self.engine else { return false };
+        if self.last.as_ref().is_some_and(|last| last.foreign) && !engine.configured() {
+            return complete(routing::guards(&self.netns, &desired.config.vips, None).await);
+        }
         let wanted = slow_path(engine, &outcome.ready);
         let own = routing::Own { tables: self.settings.tables(), detour: engine.detour().ok() };
         // VIPs that only a refused configuration has dropped are in use.
         let keep = !(outcome.refused.is_empty() && outcome.failed.is_empty());
         let guarded = Guarded { vips: &desired.config.vips, keep };
-        match routing::apply(&self.netns, &wanted, guarded, &own).await {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::warn!(%error, "slow path incomplete");
-                false
-            }
-        }
+        complete(routing::apply(&self.netns, &wanted, guarded, &own).await)
     }
 
-    fn report(&self, desired: &Desired, notes: Vec<String>) {
+    fn report(&mut self, desired: &Desired, notes: Vec<String>) {
         let waits = |name: &str, there: bool, what: &str| {
             if there { self.health.serving(name) } else { self.health.waiting(name, what, "is one configured?") }
         };
         waits("Stream", !desired.config.streams.is_empty(), "a stream");
         waits("Flow", !desired.config.flows.is_empty(), "a flow");
-        self.health.note("Targets", desired.notes.iter().cloned().chain(notes).collect());
-    }
-}
-
-/// A load balancer that has just started attracts traffic when it reaches all targets, not the first one: what belongs to the
-/// others would be sent to the wrong ones. A target that stays out of reach holds it back for a while only.
-#[derive(Debug)]
-struct Gate {
-    open: bool,
-    since: Option<Instant>,
-}
-
-impl Gate {
-    fn look(&mut self, forwarding: bool, missing: usize, now: Instant) -> bool {
-        if forwarding && !self.open {
-            let since = *self.since.get_or_insert(now);
-            self.open = missing == 0 || now.duration_since(since) >= COMPLETE_WITHIN;
+        let notes: Vec<String> = desired.notes.iter().cloned().chain(notes).collect();
+        for note in notes.iter().filter(|note| !self.noted.contains(*note)) {
+            tracing::warn!(note, "kept out");
         }
-        self.open
+        self.noted = notes.iter().cloned().collect();
+        self.health.note("Targets", notes);
     }
 }
 
-/// Next hops by the tables of the slow path, of the streams that the engine has.
-fn slow_path(engine: &Engine, ready: &Ready) -> Wanted {
-    let mut wanted = Wanted::new();
-    let limits = engine.limits();
-    for (stream, targets) in &ready.targets {
-        let (Some(offset), Some(limit)) = (engine.offset(stream), limits.get(stream)) else { continue };
-        // Behind the limit are the tables of another stream.
-        for (identifier, target) in targets.range(..=limit) {
-            if let Some((ip, index)) = target.v4 {
-                wanted.insert((false, offset + identifier), (ip.into(), index));
-            }
-            if let Some((ip, index)) = target.v6 {
-                wanted.insert((true, offset + identifier), (ip.into(), index));
-            }
-        }
-    }
-    wanted
+/// Whether a load balancer of any version is attached to an interface.
+async fn attached(interface: &str) -> Result<bool, meridio_maglev::Error> {
+    let interface = interface.to_owned();
+    let asked = tokio::task::spawn_blocking(move || Engine::attached(&interface)).await;
+    asked.unwrap_or_else(|error| Err(meridio_maglev::Error::Load(error.to_string())))
 }
 
-/// Interface and address of each next hop.
-fn hops(ready: &Ready) -> BTreeSet<(u32, IpAddr)> {
-    let targets = ready.targets.values().flat_map(|t| t.values());
-    targets
-        .flat_map(|t| [t.v4.map(|(ip, index)| (index, ip.into())), t.v6.map(|(ip, index)| (index, ip.into()))])
-        .flatten()
-        .collect()
+/// Whether rules and routes are as they should be; if not, why.
+fn complete(result: Result<(), nsm_kernel::Error>) -> bool {
+    if let Err(error) = &result {
+        tracing::warn!(%error, "slow path incomplete");
+    }
+    result.is_ok()
 }
 
 fn forwarding(engine: &Engine) -> bool {

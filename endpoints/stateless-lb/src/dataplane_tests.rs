@@ -4,16 +4,8 @@ use super::*;
 use crate::cli;
 use crate::inputs::Subnet;
 
-#[tokio::test(start_paused = true)]
-async fn a_fresh_load_balancer_waits_for_all_targets_but_not_for_ever() {
-    let now = Instant::now();
-    let mut gate = Gate { open: false, since: None };
-    assert!(!gate.look(false, 0, now), "nothing to forward to");
-    assert!(!gate.look(true, 2, now) && gate.look(true, 0, now), "all there");
-    assert!(gate.look(true, 1, now), "a target that is lost later closes nothing");
-    let mut gate = Gate { open: false, since: None };
-    assert!(!gate.look(true, 1, now) && gate.look(true, 1, now + COMPLETE_WITHIN));
-}
+#[path = "dataplane_pod_tests.rs"]
+mod pods;
 
 /// A directory, with a BPF file system on request, gone at the end.
 struct Directory(std::path::PathBuf);
@@ -167,6 +159,28 @@ async fn targets_are_followed_while_a_configuration_that_does_not_fit_stands() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_report_says_which_targets_are_kept_out_by_their_identifiers() {
+    let directory = Directory::new("identifiers");
+    directory.mount();
+    let mut dataplane = dataplane(&directory);
+    let twin = nsp::Target { ips: vec!["172.31.0.200/24".into()], ..target("s", 2) };
+    let nameless = nsp::Target { ips: vec!["172.31.0.201/24".into()], context: [].into(), ..target("s", 2) };
+    let mut targets = good().targets.unwrap();
+    targets.extend([target("s", 11), twin, nameless]);
+    dataplane.step(&Inputs { targets: Some(targets), ..good() }).await;
+    let notes = dataplane.health.report().notes["Targets"].clone();
+    let expected = [
+        "target 172.31.0.12/24 of stream s: identifier \"11\" is not in 1..10",
+        "target 172.31.0.200/24 of stream s: identifier 2 is taken by another target",
+        "target 172.31.0.201/24 of stream s: has no identifier",
+    ];
+    assert_eq!(notes, expected);
+    assert_eq!((identifiers(&dataplane, "s"), waits_for(&dataplane, "Configuration")), (vec![1, 2], None));
+    dataplane.step(&good()).await;
+    assert!(!dataplane.health.report().notes.contains_key("Targets"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_slow_path_of_a_new_target_is_there_before_its_first_packet() {
     let directory = Directory::new("ahead");
     directory.mount();
@@ -303,63 +317,4 @@ async fn of_two_processes_in_a_pod_the_second_one_waits_and_then_takes_over() {
     second.step(&Inputs::default()).await;
     assert!(second.engine.as_ref().unwrap().adopted());
     assert_eq!((identifiers(&second, "s"), second.kept), (vec![1, 2], Some(true)));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn pods_that_share_a_directory_do_not_find_each_others_tables() {
-    let directory = Directory::new("two-pods");
-    directory.mount();
-    let mut first = dataplane(&directory);
-    first.step(&good()).await;
-    let path = directory.0.clone();
-    let other_pod = move || {
-        // The threads of the runtime inherit the namespace.
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        runtime.block_on(async {
-            let mut second = dataplane(&std::mem::ManuallyDrop::new(Directory(path)));
-            second.step(&Inputs { targets: Some(vec![target("s", 9)]), ..good() }).await;
-            assert!(!second.engine.as_ref().unwrap().adopted());
-            assert_eq!((identifiers(&second, "s"), second.kept), (vec![9], Some(false)));
-        });
-    };
-    Netns::anonymous().unwrap().run(other_pod).await.unwrap();
-    assert_eq!((identifiers(&first, "s"), identifiers(&first, "z")), (vec![1, 2], vec![3, 4]));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_another_version_forwards_is_not_taken_away_until_all_targets_are_there() {
-    let directories = ["version-old", "version-new", "version-none"].map(Directory::new);
-    directories.iter().for_each(Directory::mount);
-    let paths = directories.each_ref().map(|directory| directory.0.clone());
-    let pod = move || {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        runtime.block_on(async {
-            let ip = |words: &str| {
-                assert!(std::process::Command::new("ip").args(words.split(' ')).status().unwrap().success(), "{words}");
-            };
-            ip("link add ext-vlan type veth peer name other");
-            ip("link set ext-vlan up");
-            ip("link set other up");
-            let here = Netns::current().unwrap();
-            let netlink = here.netlink().await.unwrap();
-            let links = netlink.links().await.unwrap();
-            let index = |name: &str| links.iter().find(|link| link.name == name).unwrap().index;
-            let [old, new, none] = paths.map(|path| std::mem::ManuallyDrop::new(Directory(path)));
-            let args = |name: &'static str| ["--external-interface", name];
-            let mut first = told(&old, &args("ext-vlan"));
-            first.step(&Inputs { external: Some(index("ext-vlan")), ..good() }).await;
-            assert_eq!(waits_for(&first, "DataPlane"), None);
-            drop(first);
-            // A target whose subnet is not there is missing. Maps elsewhere are like maps of another layout: not adopted.
-            let far = nsp::Target { ips: vec!["172.30.0.9/24".into()], ..target("s", 2) };
-            let inputs = |index| Inputs { targets: Some(vec![target("s", 1), far]), external: Some(index), ..good() };
-            for (directory, name, open) in [(&new, "ext-vlan", true), (&none, "other", false)] {
-                let mut second = told(directory, &args(name));
-                second.step(&inputs.clone()(index(name))).await;
-                assert!(!second.engine.as_ref().unwrap().adopted());
-                assert_eq!((identifiers(&second, "s"), second.gate.open), (vec![1], open), "{name}");
-            }
-        });
-    };
-    Netns::anonymous().unwrap().run(pod).await.unwrap();
 }

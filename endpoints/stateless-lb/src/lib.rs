@@ -20,6 +20,8 @@ mod dataplane;
 mod desired;
 mod empty_hold;
 mod endpoint;
+mod gate;
+mod hops;
 mod inputs;
 pub mod inspect;
 mod links;
