@@ -228,7 +228,12 @@ impl Dataplane {
         }
         // Maps without a configuration would let packets for VIPs pass to the stack: attach afterwards.
         if self.engine.as_ref().is_some_and(Engine::configured) {
+            let detour = self.detour();
             done &= self.attach(inputs.external).await;
+            // The first attachment makes the detour, which wants a route.
+            if self.detour() != detour {
+                done &= self.lead().await;
+            }
         }
         if let Some(outcome) = outcome {
             done &= self.announce(outcome.ready.missing).await;
@@ -249,9 +254,9 @@ impl Dataplane {
 
     /// The way into the detour, if there is one: its interface is another one in each process.
     async fn lead(&self) -> bool {
-        match self.engine.as_ref().map(Engine::detour) {
-            Some(Ok(index)) => complete(routing::guards(&self.netns, &[], Some(index)).await),
-            _ => true,
+        match self.detour() {
+            Some(index) => complete(routing::guards(&self.netns, &[], Some(index)).await),
+            None => true,
         }
     }
 
@@ -427,6 +432,11 @@ impl Dataplane {
         }
     }
 
+    /// Interface of the detour, while there is one.
+    fn detour(&self) -> Option<u32> {
+        self.engine.as_ref().and_then(|engine| engine.detour().ok())
+    }
+
     /// Rules and routes of the slow path.
     async fn route(&mut self, desired: &Desired, outcome: &Outcome) -> bool {
         let Some(engine) = &self.engine else { return false };
@@ -434,7 +444,7 @@ impl Dataplane {
             return complete(routing::guards(&self.netns, &desired.config.vips, None).await);
         }
         let wanted = slow_path(engine, &outcome.ready);
-        let own = routing::Own { tables: self.settings.tables(), detour: engine.detour().ok() };
+        let own = routing::Own { tables: self.settings.tables(), detour: self.detour() };
         // VIPs that only a refused configuration has dropped are in use.
         let keep = !(outcome.refused.is_empty() && outcome.failed.is_empty());
         let guarded = Guarded { vips: &desired.config.vips, keep };

@@ -1,6 +1,9 @@
 //! Tests with real packets: a client, the load balancer's loops, and two targets, in namespaces. Interfaces and neighbours of the
 //! load balancer are the kernel's; the NSP is played by the test.
 
+mod slow;
+mod wire;
+
 use std::collections::BTreeSet;
 use std::net::UdpSocket;
 use std::path::PathBuf;
@@ -11,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use meridio_common::Health;
-use meridio_maglev::Live;
+use meridio_maglev::{Counters, Live};
 use meridio_proto::nsp::v1 as nsp;
 use nsm_kernel::Netns;
 use tokio_util::sync::CancellationToken;
@@ -36,50 +39,88 @@ pub(crate) fn run(command: &str) -> String {
     String::from_utf8(out.stdout).unwrap()
 }
 
+/// Namespaces of a test. `p` is what the load balancer's default route leads to, where no packet of a VIP has any business.
+const PODS: [&str; 5] = ["c", "l", "p", "t1", "t2"];
+
 /// Everything of one test; gone with it.
 struct Scene {
     id: String,
     bpf: tempfile::TempDir,
     shared: Shared,
     health: Health,
-    stop: CancellationToken,
+    process: Option<Process>,
     ended: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
+/// The loops of a load balancer, which end and begin as its process does.
+struct Process {
+    stop: CancellationToken,
+    loops: JoinHandle<()>,
+}
+
 impl Scene {
     fn new(name: &str) -> Self {
+        Self::with(name, configuration(), |_| {})
+    }
+
+    /// `prepare` is called before there is a load balancer.
+    fn with(name: &str, inputs: Inputs, prepare: impl FnOnce(&Self)) -> Self {
         let bpf = tempfile::Builder::new().prefix("mdt-scene-").tempdir().unwrap();
         let mut scene = Scene {
             id: format!("mds-{:x}-{name}", std::process::id()),
             bpf,
             shared: Shared::new(),
             health: Health::detached("test"),
-            stop: CancellationToken::new(),
+            process: None,
             ended: Arc::default(),
             threads: Vec::new(),
         };
         run(&format!("mount -t bpf bpf {}", scene.bpf.path().display()));
-        for pod in ["c", "l", "t1", "t2"] {
+        for pod in PODS {
             scene.pod(pod);
         }
         scene.cable("c", "ext-vlan0", "10.0.0", "fd0a:");
+        scene.cable("p", "primary", "192.168.0", "fd0b:");
         run(&format!("ip -n {} route add {}/32 via 10.0.0.1", scene.name("c"), VIPS[0]));
+        run(&format!("ip -n {} route add {}/128 via fd0a::1", scene.name("c"), VIPS[1]));
+        run(&format!("ip -n {} route add default via 192.168.0.2", scene.name("l")));
+        run(&format!("ip -n {} -6 route add default via fd0b::2", scene.name("l")));
         for n in 1..=2 {
             scene.cable(&format!("t{n}"), &format!("nsm-{n}"), &format!("172.31.{n}"), &format!("fd00:{n}:"));
-            run(&format!("ip -n {} addr add {}/32 dev lo", scene.name(&format!("t{n}")), VIPS[0]));
+            let t = scene.name(&format!("t{n}"));
+            run(&format!("ip -n {t} addr add {}/32 dev lo", VIPS[0]));
+            run(&format!("ip -n {t} addr add {}/128 dev lo nodad", VIPS[1]));
             scene.replies_leave(n);
-            let echo = scene.echo(n);
-            scene.threads.push(echo);
+            run(&format!("ip -n {t} -6 route add default via fd00:{n}::1"));
+            let echoes = VIPS.map(|vip| scene.echo(n, vip));
+            scene.threads.extend(echoes);
         }
         scene.impatient();
-        scene.shared.change(|inputs| *inputs = configuration());
-        let loops = scene.load_balancer();
-        scene.threads.push(loops);
+        prepare(&scene);
+        scene.begin(inputs);
         scene.until([1, 2]);
-        let serving = || scene.health.report().subservices.get("DataPlane").is_some_and(|s| s.serving);
-        eventually(serving, || format!("not attached: {:?}", scene.health.report()));
         scene
+    }
+
+    /// A process begins, and is told everything; returns when it has done all that it does.
+    fn begin(&mut self, inputs: Inputs) {
+        (self.shared, self.health) = (Shared::new(), Health::detached("test"));
+        self.shared.change(|known| *known = inputs);
+        let stop = CancellationToken::new();
+        self.process = Some(Process { loops: self.load_balancer(stop.clone()), stop });
+        // The flows are reported at the end of a round.
+        let serves = |name| self.health.report().subservices.get(name).is_some_and(|s| s.serving);
+        let serving = || serves("DataPlane") && serves("Flow");
+        eventually(serving, || format!("not attached: {:?}", self.health.report()));
+    }
+
+    /// The process ends; what it has set up in the kernel stays.
+    fn end(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.stop.cancel();
+            let _ = process.loops.join();
+        }
     }
 
     fn name(&self, pod: &str) -> String {
@@ -134,8 +175,8 @@ impl Scene {
     }
 
     /// The number of the target, in answer to everything.
-    fn echo(&self, n: u8) -> JoinHandle<()> {
-        let bind = || UdpSocket::bind((VIPS[0], PORT)).unwrap();
+    fn echo(&self, n: u8, vip: &'static str) -> JoinHandle<()> {
+        let bind = || UdpSocket::bind((vip, PORT)).unwrap();
         let socket = self.netns(&format!("t{n}")).run_blocking(bind).unwrap();
         socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         let ended = self.ended.clone();
@@ -152,11 +193,10 @@ impl Scene {
     }
 
     /// The loops that a load balancer runs, but for those that talk to the NSP.
-    fn load_balancer(&self) -> JoinHandle<()> {
+    fn load_balancer(&self, stop: CancellationToken) -> JoinHandle<()> {
         let base = self.bpf.path().join("lb").to_str().unwrap().to_owned();
         let settings = cli::settings(&["--bpf-dir", &base, "--service-name", "nsm-"]);
-        let (netns, shared, health, stop) =
-            (self.netns("l"), self.shared.clone(), self.health.clone(), self.stop.clone());
+        let (netns, shared, health) = (self.netns("l"), self.shared.clone(), self.health.clone());
         let loops = async move {
             let netns = Netns::current().unwrap();
             assert_eq!(prepare::prepare(&settings, &netns).await, [""; 0]);
@@ -176,12 +216,17 @@ impl Scene {
         })
     }
 
-    /// Identifiers in the table that packets go by.
-    fn ready(&self) -> BTreeSet<u32> {
+    /// What is counted in the tables that packets go by, once there are some.
+    fn counters(&self) -> Option<Counters> {
         let base: PathBuf = self.bpf.path().join("lb");
         let own = self.netns("l").run_blocking(|| meridio_maglev::own_directory(&base).unwrap()).unwrap();
-        let counters = Live::open(&own).and_then(|live| live.counters());
-        counters.map(|c| c.targets.iter().map(|t| t.name.parse().unwrap()).collect()).unwrap_or_default()
+        Live::open(&own).and_then(|live| live.counters()).ok()
+    }
+
+    /// Identifiers in the table that packets go by.
+    fn ready(&self) -> BTreeSet<u32> {
+        let targets = |c: Counters| c.targets.iter().map(|t| t.name.parse().unwrap()).collect();
+        self.counters().map(targets).unwrap_or_default()
     }
 
     fn until<const N: usize>(&self, ready: [u32; N]) {
@@ -214,11 +259,11 @@ impl Scene {
 impl Drop for Scene {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::Relaxed);
-        self.stop.cancel();
+        self.end();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        for pod in ["c", "l", "t1", "t2"] {
+        for pod in PODS {
             let _ = Command::new("ip").args(["netns", "del", &self.name(pod)]).status();
         }
         let _ = Command::new("umount").arg(self.bpf.path()).status();
@@ -231,6 +276,18 @@ fn eventually(condition: impl Fn() -> bool, what: impl Fn() -> String) {
         assert!(Instant::now() < end, "{}", what());
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Both targets, of this stream.
+fn targets(stream: &nsp::Stream) -> Vec<nsp::Target> {
+    let target = |n: u32| nsp::Target {
+        ips: vec![format!("172.31.{n}.2/24"), format!("fd00:{n}::2/64")],
+        context: [("identifier".to_owned(), n.to_string())].into(),
+        status: nsp::target::Status::Enabled as i32,
+        stream: Some(stream.clone()),
+        ..Default::default()
+    };
+    vec![target(1), target(2)]
 }
 
 /// What the NSP tells: two targets of one stream.
@@ -251,17 +308,10 @@ fn configuration() -> Inputs {
         protocols: vec!["udp".into()],
         ..Default::default()
     };
-    let target = |n: u32| nsp::Target {
-        ips: vec![format!("172.31.{n}.2/24"), format!("fd00:{n}::2/64")],
-        context: [("identifier".to_owned(), n.to_string())].into(),
-        status: nsp::target::Status::Enabled as i32,
-        stream: Some(stream.clone()),
-        ..Default::default()
-    };
     Inputs {
         vips: Some(vips),
         conduits: Some(vec![]),
-        targets: Some(vec![target(1), target(2)]),
+        targets: Some(targets(&stream)),
         streams: Some(vec![stream]),
         flows: Some(vec![flow]),
         ..Inputs::default()
