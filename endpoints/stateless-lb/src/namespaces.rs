@@ -1,6 +1,7 @@
 //! Tests with real packets: a client, the load balancer's loops, and two targets, in namespaces. Interfaces and neighbours of the
 //! load balancer are the kernel's; the NSP is played by the test.
 
+pub(crate) mod nat;
 mod slow;
 mod wire;
 

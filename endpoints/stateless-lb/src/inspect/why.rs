@@ -201,6 +201,7 @@ mod tests {
 
     use super::*;
     use crate::cli;
+    use crate::namespaces::nat::{NATS, trench};
 
     #[test]
     fn sctp_streams_are_spread_as_the_load_balancer_was_told() {
@@ -221,5 +222,31 @@ mod tests {
         assert!(chosen(&[]).len() > 5);
         assert!(chosen(&["--sctp-ports-only", "another"]).len() > 5);
         assert_eq!(chosen(&["--sctp-ports-only", "another,stream-a-i"]).len(), 1, "all paths of an association");
+    }
+    #[test]
+    fn a_configuration_that_translates_ports_says_to_which() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let args = ["--config", file.path().to_str().unwrap()];
+        let settings: Settings = cli::parse(&args);
+        let names = Names { interfaces: None };
+        let asked = |image: &Image, question: &str| {
+            let packet = Question::parse(question).unwrap().packet().unwrap();
+            let answer = image.explain(&packet.bytes, packet.ethertype);
+            let said = text(&answer, &names, false);
+            let port = said.lines().find(|line| line.trim_start().starts_with("port")).map(|l| l.trim().to_owned());
+            (port, json(&answer, &names)["translated_port"].clone())
+        };
+        for translated in [true, false] {
+            std::fs::write(file.path(), trench(if translated { &NATS } else { &[] })).unwrap();
+            let image = from_file(file.path(), &settings).unwrap();
+            for ends in ["10.0.0.1:1234 -> 20.0.0.1", "[2001::1]:1234 -> [2000::1]"] {
+                for (protocol, port, target_port) in NATS {
+                    let question = format!("{protocol} {ends}:{port}");
+                    let told = translated.then(|| format!("port     translated to {target_port}"));
+                    let value = if translated { target_port.into() } else { serde_json::Value::Null };
+                    assert_eq!(asked(&image, &question), (told, value), "{question}");
+                }
+            }
+        }
     }
 }
