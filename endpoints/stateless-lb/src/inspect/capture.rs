@@ -25,7 +25,8 @@ pub(crate) fn packets(path: &Path, most: usize) -> anyhow::Result<(Packets, bool
         Err(PcapError::Eof) => bail!("{name}: is empty"),
         Err(_) => bail!("{name}: is neither pcap nor pcapng"),
     };
-    let mut links: Vec<Linktype> = Vec::new();
+    // Link type and snapshot length of each interface.
+    let mut links: Vec<(Linktype, u32)> = Vec::new();
     let mut packets = Vec::new();
     let mut starved = false;
     loop {
@@ -36,7 +37,7 @@ pub(crate) fn packets(path: &Path, most: usize) -> anyhow::Result<(Packets, bool
                 starved = false;
                 let found = match &block {
                     PcapBlockOwned::LegacyHeader(header) => {
-                        links = vec![header.network];
+                        links = vec![(header.network, header.snaplen)];
                         None
                     }
                     PcapBlockOwned::Legacy(block) => Some((0, block.data, block.caplen, block.origlen)),
@@ -45,22 +46,24 @@ pub(crate) fn packets(path: &Path, most: usize) -> anyhow::Result<(Packets, bool
                         None
                     }
                     PcapBlockOwned::NG(Block::InterfaceDescription(description)) => {
-                        links.push(description.linktype);
+                        links.push((description.linktype, description.snaplen));
                         None
                     }
                     PcapBlockOwned::NG(Block::EnhancedPacket(block)) => {
                         Some((block.if_id as usize, block.data, block.caplen, block.origlen))
                     }
                     PcapBlockOwned::NG(Block::SimplePacket(block)) => {
-                        // As much of it as the interface's snapshot length let through, with padding.
-                        Some((0, block.data, block.origlen.min(block.data.len() as u32), block.origlen))
+                        // As much of it as the interface's snapshot length let through (0: all), and padding.
+                        let most = links.first().map(|(_, most)| *most).filter(|most| *most > 0).unwrap_or(u32::MAX);
+                        let captured = block.origlen.min(most).min(block.data.len() as u32);
+                        Some((0, block.data, captured, block.origlen))
                     }
                     PcapBlockOwned::NG(_) => None,
                 };
                 if let Some((interface, data, captured, sent)) = found {
                     let data = data.get(..captured as usize).unwrap_or(data);
                     let packet = match links.get(interface) {
-                        Some(link) => network(data, *link).and_then(|packet| whole(packet, captured, sent)),
+                        Some((link, _)) => network(data, *link).and_then(|packet| whole(packet, captured, sent)),
                         None => Err("its interface is not described".to_owned()),
                     };
                     packets.push((packets.len() + 1, packet));
@@ -130,73 +133,5 @@ fn by_version(first: Option<&u8>) -> Option<u16> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::question::Question;
-    use super::*;
-
-    fn capture(link: u32, frames: &[Vec<u8>]) -> tempfile::NamedTempFile {
-        cut(link, frames, usize::MAX)
-    }
-
-    /// As with a snapshot length.
-    fn cut(link: u32, frames: &[Vec<u8>], most: usize) -> tempfile::NamedTempFile {
-        let mut bytes = [0xa1b2_c3d4u32.to_le_bytes(), [2, 0, 4, 0], [0; 4], [0; 4]].concat();
-        bytes.extend(65_535u32.to_le_bytes());
-        bytes.extend(link.to_le_bytes());
-        for frame in frames {
-            bytes.extend([0; 8]);
-            let captured = frame.len().min(most);
-            bytes.extend((captured as u32).to_le_bytes());
-            bytes.extend((frame.len() as u32).to_le_bytes());
-            bytes.extend(&frame[..captured]);
-        }
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), bytes).unwrap();
-        file
-    }
-
-    #[test]
-    fn frames_with_and_without_tags_and_raw_packets() {
-        let packet = Question::parse("udp 10.0.0.1:1 -> 20.0.0.1:2").unwrap().packet().unwrap();
-        let plain = [vec![0; 12], vec![0x08, 0], packet.bytes.clone()].concat();
-        let tagged = [vec![0; 12], vec![0x81, 0, 0, 100, 0x08, 0], packet.bytes.clone()].concat();
-        let arp = [vec![0; 12], vec![0x08, 6, 0, 1]].concat();
-        let file = capture(1, &[plain, tagged, arp, vec![0; 5]]);
-        let (found, more) = packets(file.path(), 10).unwrap();
-        assert!(!more);
-        assert_eq!(found[0], (1, Ok(packet.clone())));
-        assert_eq!(found[1], (2, Ok(packet.clone())));
-        assert!(found[2].1.as_ref().unwrap_err().contains("0x0806"));
-        assert!(found[3].1.is_err());
-        let (first, more) = packets(file.path(), 1).unwrap();
-        assert!(first.len() == 1 && more);
-        let raw = capture(101, std::slice::from_ref(&packet.bytes));
-        assert_eq!(packets(raw.path(), 10).unwrap(), (vec![(1, Ok(packet))], false));
-    }
-
-    #[test]
-    fn a_cut_packet_is_as_long_as_it_was() {
-        let packet = Question::parse("udp 10.0.0.1:1234 -> 20.0.0.1:4000 size 1400").unwrap().packet().unwrap();
-        let read = |most| packets(cut(101, std::slice::from_ref(&packet.bytes), most).path(), 9).unwrap().0.remove(0).1;
-        for most in [128, 262, 1_399, 1_400] {
-            let got = read(most).unwrap();
-            assert_eq!(got.bytes.len(), 1_400, "{most}");
-            assert_eq!(got.bytes[..128], packet.bytes[..128]);
-        }
-        assert_eq!(read(64).unwrap_err(), "is cut off after 64 of 1400 bytes: capture more of each (tcpdump -s 0)");
-    }
-
-    #[test]
-    fn what_is_no_capture_is_named() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        assert!(packets(file.path(), 1).unwrap_err().to_string().ends_with("is empty"));
-        std::fs::write(file.path(), "this is no capture at all, whatever its name may say").unwrap();
-        assert!(packets(file.path(), 1).unwrap_err().to_string().contains("neither pcap nor pcapng"));
-        assert!(packets(Path::new("/nonexistent.pcap"), 1).is_err());
-        let packet = Question::parse("udp 10.0.0.1:1 -> 20.0.0.1:2").unwrap().packet().unwrap();
-        let whole = capture(101, &[packet.bytes]);
-        let bytes = std::fs::read(whole.path()).unwrap();
-        std::fs::write(file.path(), &bytes[..bytes.len() - 3]).unwrap();
-        assert!(packets(file.path(), 9).unwrap_err().to_string().contains("ends within packet 1"));
-    }
-}
+#[path = "capture_tests.rs"]
+mod tests;
