@@ -10,6 +10,7 @@ use meridio_demo::cleanup::prefix;
 use meridio_demo::cluster::Cluster;
 use meridio_demo::namespace::{BINARY_DIR, Filesystem, Namespace};
 use meridio_demo::topology::{NODES, Trench, node_bpffs};
+use meridio_demo::traffic::continuous::{Continuous, Mark};
 use meridio_demo::traffic::{tcp, udp};
 use meridio_tests::scene::{check_clean, scene, turn};
 
@@ -42,6 +43,16 @@ fn two_trenches_in_parallel_do_not_see_each_other() {
         }
     }
     check_clean(&stage).unwrap();
+}
+
+/// Nothing was lost and no connection broke since `from`.
+fn lossless(what: &str, traffic: &Continuous, from: Mark) {
+    let window = traffic.since(from);
+    let (lost, broken) = (window.losses.len(), window.breaks.len());
+    println!("{what}: {} packets sent, {lost} lost; {} exchanges, {broken} broken", window.sent, window.exchanges);
+    assert!(window.losses.is_empty(), "{what}: {:?} of {lost}", window.losses.first());
+    assert!(window.breaks.is_empty(), "{what}: {:?} of {broken}", window.breaks.first());
+    assert!(window.sent > 1_000 && window.exchanges > 1_000, "{what}: {window:?}");
 }
 
 /// The directories of load balancers on a node's BPF file system.
@@ -102,9 +113,15 @@ fn load_balancers_share_the_bpffs_of_their_node_and_none_disturbs_another() {
 
     let pod = cluster.pod("lb-1").unwrap();
     let process = pod.process("stateless-lb").unwrap();
+    let own = first.traffic().unwrap();
+    let restart = own.mark();
     process.restart(&pod.namespace).unwrap();
+    // Also while the new one finds what is there.
+    std::thread::sleep(Duration::from_secs(3));
     whole("killed and started again");
     assert_eq!(directories(&base), both);
+    lossless("its own trench", &own, restart);
+    drop(own);
 
     assert!(process.terminate(Duration::from_secs(5)));
     assert_eq!(directories(&base), both, "what is stopped forwards on");
@@ -134,9 +151,6 @@ fn load_balancers_share_the_bpffs_of_their_node_and_none_disturbs_another() {
     assert!(now.is_superset(&other) && now.difference(&both).count() == 1, "{now:?}");
 
     std::thread::sleep(Duration::from_secs(1));
-    let window = traffic.since(begin);
-    println!("the other trench: {} packets sent, {} lost", window.sent, window.losses.len());
-    assert!(window.losses.is_empty(), "{:?} of {}", window.losses.first(), window.losses.len());
-    assert!(window.breaks.is_empty() && window.sent > 1_000, "{:?}", window.breaks.first());
+    lossless("the other trench", &traffic, begin);
     check_clean(&stage).unwrap();
 }
