@@ -69,7 +69,7 @@ fn what_the_kernel_lacks_is_named() {
     kernel.chunks = 4;
     let mut engine = Engine::open(Settings { kernel, offset_start: 5000 }).unwrap_or_else(|e| panic!("{e}"));
     for module in MODULES {
-        let refused = engine.attach("lo").expect_err(module).to_string();
+        let refused = engine.attach("lo").unwrap_err().to_string();
         let named = ["interface lo", "CONFIG_NET_SCH_INGRESS", "CONFIG_NET_CLS_BPF"];
         assert!(named.iter().all(|name| refused.contains(name)), "without {module}: {refused}");
         load(module);
