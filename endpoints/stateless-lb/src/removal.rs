@@ -111,6 +111,19 @@ mod tests {
             run(&format!("ip addr add {v4} dev {device}"));
             run(&format!("ip addr add {v6} dev {device} nodad"));
         }
+        // The kernel takes IPv6 addresses and links into use a moment later.
+        let begun = std::time::Instant::now();
+        let devices =
+            ["ext-vlan0", "far-ext-vlan0", "nsm-0", "far-nsm-0"].map(|device| format!("ff00::/8 dev {device} "));
+        let settled = || {
+            let routes = run("ip -6 route show table local");
+            devices.iter().all(|line| routes.contains(line))
+                && ["local fd0a::1 ", "local fd00::1 "].iter().all(|line| routes.contains(line))
+        };
+        while !settled() {
+            assert!(begun.elapsed() < Duration::from_secs(10), "IPv6 addresses are not in use");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     fn inputs() -> Inputs {
