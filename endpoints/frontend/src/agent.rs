@@ -136,8 +136,12 @@ impl Agent {
 
     /// One round; returns when the next one is due at the latest.
     async fn cycle(&mut self, told: &mut Told) -> Instant {
-        if let Err(error) = self.bird.recover().await {
-            tracing::error!(%error, "BIRD is away");
+        match self.bird.recover().await {
+            // It may be the BIRD of before, which knows nothing of what was written meanwhile. Being told again what it has
+            // changes nothing.
+            Ok(true) => self.applied = None,
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "BIRD is away"),
         }
         let attractor = told.attractor.borrow_and_update().clone();
         self.take_attractor(attractor);
@@ -266,12 +270,18 @@ impl Agent {
                 tracing::debug!("{}", masked(&text));
                 (self.applied, self.refused) = (Some(text), None);
             }
-            Err(error @ Error::Configuration(_)) => {
-                tracing::error!(%error);
-                self.refused = Some((text, error.to_string()));
+            Err(error) => {
+                // It may have been taken but for the answer.
+                self.applied = None;
+                match error {
+                    Error::Configuration(_) => {
+                        tracing::error!(%error);
+                        self.refused = Some((text, error.to_string()));
+                    }
+                    Error::Control { .. } | Error::Protocol { .. } => self.bird.lost(&error).await,
+                    _ => tracing::error!(%error, "BIRD cannot be configured"),
+                }
             }
-            Err(error @ (Error::Control { .. } | Error::Protocol { .. })) => self.bird.lost(&error).await,
-            Err(error) => tracing::error!(%error, "BIRD cannot be configured"),
         }
     }
 

@@ -189,6 +189,24 @@ fn a_session_with_a_password() {
 }
 
 #[test]
+fn what_is_decided_while_bird_stands_still_reaches_it_afterwards() {
+    let mut net = Net::new(true);
+    let frontend = up(&mut net, &[]);
+    let pid = net.bird_pid().expect("BIRD");
+    assert!(net.bird_announces());
+    rustix::process::kill_process(pid, Signal::STOP).expect("stop");
+    wait("the missing answer", || frontend.report.borrow().waits.iter().any(|line| line == "BIRD does not answer"));
+    frontend.forwarding.send_replace(Some(false));
+    wait("the decision", || !frontend.advertised());
+    rustix::process::kill_process(pid, Signal::CONT).expect("continue");
+    wait("withdrawal", || !net.bird_announces());
+    assert_eq!(net.bird_pid(), Some(pid), "the BIRD of before");
+    frontend.forwarding.send_replace(Some(true));
+    wait("announcement", || net.learnt("20.0.0.1/32") && net.learnt("2000::1/128"));
+    frontend.stop();
+}
+
+#[test]
 fn a_hung_bird_is_replaced_and_a_missing_one_named() {
     let mut net = Net::new(true);
     let frontend = up(&mut net, &[]);

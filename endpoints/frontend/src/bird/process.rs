@@ -151,15 +151,17 @@ impl Bird {
         self.start().await
     }
 
-    /// Brings a BIRD that is away back, if it is time to. Replaces one that is there but silent.
-    pub async fn recover(&mut self) -> Result<(), Error> {
+    /// Brings a BIRD that is away back, if it is time to. Replaces one that is there but silent. `true` when it is back with
+    /// this call: what it runs with is then unknown, because one that was only silent has read no file meanwhile.
+    pub async fn recover(&mut self) -> Result<bool, Error> {
         if self.control.is_some() || self.retry_at.is_some_and(|at| at > Instant::now()) {
-            return Ok(());
+            return Ok(false);
         }
         match Control::connect(&self.paths.socket).await {
             Ok(control) => {
+                tracing::info!(pid = control.pid(), "BIRD answers again");
                 self.attach(control).await;
-                return Ok(());
+                return Ok(true);
             }
             Err(Error::Control { cause, .. }) if is_silence(&cause) => {
                 let since = *self.silent_since.get_or_insert_with(Instant::now);
@@ -171,10 +173,11 @@ impl Bird {
             }
             Err(_) => {}
         }
-        self.start().await
+        self.start().await.map(|()| true)
     }
 
-    /// Gives BIRD a new configuration. One that it refuses changes nothing.
+    /// Gives BIRD a new configuration. One that it refuses changes nothing. While BIRD is away it is only written, for the
+    /// next one to start with.
     pub async fn configure(&mut self, text: &str) -> Result<(), Error> {
         let candidate = self.paths.write_candidate(text)?;
         match &mut self.control {

@@ -129,6 +129,14 @@ protocol bfd {{ accept direct; neighbor 169.254.100.2 dev \"ext-gw\" local 169.2
         Some(rustix::net::sockopt::socket_peercred(&stream).ok()?.pid)
     }
 
+    /// Whether the frontend's BIRD has VIPs to announce, by its own word.
+    pub(crate) fn bird_announces(&self) -> bool {
+        let output = Command::new("birdc").arg("-s").arg(self.path("bird.ctl")).args(["show", "protocols"]).output();
+        let text = String::from_utf8_lossy(&output.expect("birdc").stdout).into_owned();
+        assert!(text.contains("KERNEL4"), "no answer of BIRD: {text}");
+        text.contains("VIP")
+    }
+
     pub(crate) fn kill_bird(&self) {
         rustix::process::kill_process(self.bird_pid().expect("BIRD"), rustix::process::Signal::KILL).expect("kill");
     }
