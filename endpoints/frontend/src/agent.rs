@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::bird::process::Bird;
 use crate::bird::render::{Base, Inputs, Password, masked, render};
 use crate::bird::status::Status;
-use crate::connectivity::{Copy, FamilyView, Judge, Observation, Verdict};
+use crate::connectivity::{Copy, FamilyView, Judge, Observation, Verdict, announced};
 use crate::error::Error;
 use crate::gateway::{Attraction, Family, Gateway};
 use crate::kernel::netlink::{Kernel, Link};
@@ -39,8 +39,8 @@ pub struct Told {
 pub struct Report {
     /// External connectivity; `None` as long as it is not known.
     pub connected: Option<bool>,
-    /// VIPs are announced.
-    pub advertised: bool,
+    /// Families whose VIPs are announced.
+    pub advertised: BTreeSet<Family>,
     /// What is waited for or wrong, one line each; empty when all is well.
     pub waits: Vec<String>,
 }
@@ -74,15 +74,21 @@ pub struct Agent {
     sysctl_faults: Vec<String>,
     applied: Option<String>,
     refused: Option<(String, String)>,
-    advertise: bool,
+    advertise: BTreeSet<Family>,
     link: Link,
     logged: BTreeMap<String, (String, String)>,
     report: watch::Sender<Report>,
 }
 
 impl Agent {
-    /// `bird` runs already; `advertise` is what it does with VIPs now.
-    pub fn new(options: Options, bird: Bird, kernel: Kernel, advertise: bool, report: watch::Sender<Report>) -> Self {
+    /// `bird` runs already; `advertise` are the families whose VIPs it announces now.
+    pub fn new(
+        options: Options,
+        bird: Bird,
+        kernel: Kernel,
+        advertise: BTreeSet<Family>,
+        report: watch::Sender<Report>,
+    ) -> Self {
         Self {
             options,
             bird,
@@ -150,11 +156,7 @@ impl Agent {
         let (verdict, actual) = self.look(status.as_ref()).await;
         self.apply_kernel(actual.as_ref(), verdict.as_ref()).await;
         let connected = verdict.as_ref().and_then(|verdict| verdict.connected);
-        self.advertise = match (forwarding, connected) {
-            (Some(false), _) | (_, Some(false)) => false,
-            (Some(true), Some(true)) => true,
-            _ => self.advertise,
-        };
+        self.advertise = announced(&self.advertise, forwarding, verdict.as_ref());
         self.configure().await;
         self.tell(connected, forwarding, status.as_ref());
         let poll = if connected == Some(true) { self.options.poll_connected } else { self.options.poll_disconnected };
@@ -258,7 +260,7 @@ impl Agent {
 
     async fn configure(&mut self) {
         let Some(attraction) = &self.attraction else { return };
-        let inputs = Inputs { attraction, passwords: &self.passwords, advertise: self.advertise };
+        let inputs = Inputs { attraction, passwords: &self.passwords, advertise: &self.advertise };
         let text = render(&self.options.base, &inputs);
         let same = |known: Option<&str>| known == Some(text.as_str());
         if same(self.applied.as_deref()) || same(self.refused.as_ref().map(|refused| refused.0.as_str())) {
@@ -266,7 +268,7 @@ impl Agent {
         }
         match self.bird.configure(&text).await {
             Ok(()) => {
-                tracing::info!(advertise = self.advertise, "BIRD configured");
+                tracing::info!(advertise = ?self.advertise, "BIRD configured");
                 tracing::debug!("{}", masked(&text));
                 (self.applied, self.refused) = (Some(text), None);
             }
@@ -286,7 +288,7 @@ impl Agent {
     }
 
     async fn withdraw(&mut self) {
-        self.advertise = false;
+        self.advertise.clear();
         self.configure().await;
     }
 
@@ -312,11 +314,11 @@ impl Agent {
         }
         waits.extend([&self.config_faults, &self.secret_faults, &self.sysctl_faults].into_iter().flatten().cloned());
         waits.extend(self.refused.as_ref().map(|refused| refused.1.clone()));
-        let report = Report { connected, advertised: self.advertise, waits };
+        let report = Report { connected, advertised: self.advertise.clone(), waits };
         self.report.send_if_modified(|old| {
             if old.connected != report.connected || old.advertised != report.advertised {
-                let (connected, advertised) = (report.connected, report.advertised);
-                tracing::info!(connected, advertised, waits = ?report.waits, "external connectivity");
+                let (connected, advertised) = (report.connected, &report.advertised);
+                tracing::info!(connected, ?advertised, waits = ?report.waits, "external connectivity");
             }
             std::mem::replace(old, report.clone()) != report
         });

@@ -72,6 +72,27 @@ pub struct Verdict {
     pub again_at: Option<Instant>,
 }
 
+/// Families whose VIPs are announced from now on, `last` being those until now. `forwarding` is the word of the load balancer,
+/// `None` as long as it is not known, and so is the verdict: where nothing is known nothing changes.
+///
+/// Each family stands for itself: one without a gateway takes nothing from the other, while the list of the NSP
+/// ([`Verdict::connected`]) has but one entry for both.
+pub fn announced(
+    last: &BTreeSet<Family>,
+    forwarding: Option<bool>,
+    verdict: Option<&Verdict>,
+) -> BTreeSet<Family> {
+    let announce = |family: &Family| {
+        let state = verdict.and_then(|verdict| verdict.states.get(family)).copied().unwrap_or(State::Unknown);
+        match (forwarding, state) {
+            (Some(false), _) | (_, State::Down | State::NotConfigured) => false,
+            (Some(true), State::Up) => true,
+            _ => last.contains(family),
+        }
+    };
+    Family::BOTH.into_iter().filter(announce).collect()
+}
+
 /// What has to be remembered between looks.
 #[derive(Debug, Default)]
 pub struct Judge {
@@ -110,6 +131,8 @@ impl Judge {
         verdict
     }
 
+    /// Every family that has gateways has to have one that is up: the entry in the NSP's list says "this way out" for both, and
+    /// with it the proxies would send replies of the family that has none here, while another load balancer has one.
     fn connected(&self, states: &BTreeMap<Family, State>) -> Option<bool> {
         let any = |wanted: State| states.values().any(|state| *state == wanted);
         if any(State::Down) || states.values().all(|state| *state == State::NotConfigured) {
@@ -194,6 +217,31 @@ mod tests {
         assert_eq!(judge.look(&seen(UP, DOWN), now).connected, Some(false));
         assert_eq!(judge.look(&seen(UP, NONE), now).connected, Some(true));
         assert_eq!(judge.look(&seen(NONE, NONE), now).connected, Some(false));
+    }
+
+    #[tokio::test]
+    async fn a_family_is_announced_while_the_other_is_down() {
+        let (mut judge, now, both) = (Judge::default(), Instant::now(), BTreeSet::from(Family::BOTH));
+        let mut told = |look: &Observation| announced(&both, Some(true), Some(&judge.look(look, now)));
+        assert_eq!(told(&seen(UP, UP)), both);
+        assert_eq!(told(&seen(UP, DOWN)), [Family::V4].into());
+        assert_eq!(told(&seen(DOWN, UP)), [Family::V6].into());
+        assert_eq!(told(&seen(UP, NONE)), [Family::V4].into(), "there is nobody to tell it to");
+        assert_eq!(told(&seen(DOWN, DOWN)), [].into());
+        assert_eq!(told(&Observation { carrier: false, ..seen(UP, UP) }), [].into());
+    }
+
+    #[tokio::test]
+    async fn what_is_not_known_changes_no_announcement() {
+        let (now, both, none) = (Instant::now(), BTreeSet::from(Family::BOTH), BTreeSet::new());
+        let (begun, up) = (Judge::default().look(&seen(DOWN, UP), now), Judge::default().look(&seen(UP, UP), now));
+        for last in [&both, &none, &[Family::V4].into()] {
+            assert_eq!(announced(last, Some(true), None), *last);
+            assert_eq!(announced(last, None, Some(&up)), *last);
+            assert_eq!(announced(last, Some(false), Some(&up)), none);
+        }
+        assert_eq!(announced(&both, Some(true), Some(&begun)), both, "IPv4's session has just begun");
+        assert_eq!(announced(&none, Some(true), Some(&begun)), [Family::V6].into());
     }
 
     #[tokio::test]

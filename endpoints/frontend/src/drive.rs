@@ -1,5 +1,7 @@
 //! From settings to a running loop; everything of the frontend that needs neither NSP nor load balancer.
 
+use std::collections::BTreeSet;
+
 use meridio_proto::nsp::v1 as nsp;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -10,7 +12,7 @@ use crate::bird::process::{Bird, Paths};
 use crate::bird::render::{Inputs, render, router_id_of};
 use crate::bird::status::{Status, router_id};
 use crate::error::Error;
-use crate::gateway::Attraction;
+use crate::gateway::{Attraction, Family};
 use crate::kernel::netlink::Kernel;
 use crate::settings::Settings;
 
@@ -44,13 +46,13 @@ pub async fn drive(settings: &Settings, channels: Channels, stop: CancellationTo
     Ok(())
 }
 
-/// BIRD, its router id, and whether it announces VIPs. A BIRD that runs keeps its id: another one would restart every
+/// BIRD, its router id, and the families whose VIPs it announces. A BIRD that runs keeps its id: another one would restart every
 /// session.
 async fn find_or_start(
     settings: &Settings,
     paths: Paths,
     kernel: &Kernel,
-) -> Result<(Bird, std::net::Ipv4Addr, bool), Error> {
+) -> Result<(Bird, std::net::Ipv4Addr, BTreeSet<Family>), Error> {
     let mut bird = Bird::new(paths);
     let fallback = match settings.named_router_id() {
         Some(id) => id,
@@ -60,14 +62,14 @@ async fn find_or_start(
         }
     };
     if !bird.adopt().await {
-        let inputs = Inputs { attraction: &Attraction::default(), passwords: &[], advertise: false };
+        let inputs = Inputs { attraction: &Attraction::default(), passwords: &[], advertise: &BTreeSet::new() };
         match bird.start_first(&render(&settings.options(fallback).base, &inputs)).await {
             Ok(()) => {}
             Err(error @ Error::NoBird { .. }) => return Err(error),
             Err(error) => tracing::error!(%error, "BIRD does not start; trying again"),
         }
     }
-    let Some(control) = bird.control() else { return Ok((bird, fallback, false)) };
+    let Some(control) = bird.control() else { return Ok((bird, fallback, BTreeSet::new())) };
     let running_id = control.ask("show status").await.ok().and_then(|reply| router_id(&reply));
     let protocols = control.ask("show protocols all").await.unwrap_or_default();
     let advertise = Status::parse(&protocols, &Default::default()).advertises();

@@ -4,6 +4,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
+use meridio_frontend::gateway::Family;
 use meridio_proto::nsp::v1 as nsp;
 use rustix::process::Signal;
 use support::{Echo, Frontend, Net, attractor, gateway, in_ns, ip, wait};
@@ -146,6 +147,27 @@ fn what_breaks_is_noticed_at_once() {
     frontend.attractor.send_replace(Some(faulty));
     wait("the fault's name", || frontend.report.borrow().waits.iter().any(|line| line.contains("vip \"vip-a\"")));
     assert!(frontend.connected() == Some(true) && net.learnt("20.0.0.1/32"));
+    frontend.stop();
+}
+
+#[test]
+fn a_family_without_its_gateway_is_withdrawn_and_the_other_stays() {
+    let mut net = Net::new(true);
+    let frontend = up(&mut net, &[]);
+    std::thread::sleep(Duration::from_millis(200));
+    // The gateway's IPv6 address goes, and its session with it.
+    ip(&format!("-n {} addr del 100:100::150/64 dev ext-gw", net.gw));
+    let took = wait("loss of IPv6", || frontend.connected() == Some(false));
+    println!("IPv6 lost: noticed after {took:?}");
+    wait("withdrawal", || !net.learnt("2000::1/128"));
+    for _ in 0..50 {
+        assert!(net.learnt("20.0.0.1/32"), "IPv4 has its gateway");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(frontend.report.borrow().advertised, [Family::V4].into());
+    ip(&format!("-n {} addr replace 100:100::150/64 dev ext-gw nodad", net.gw));
+    wait("announcement", || net.learnt("20.0.0.1/32") && net.learnt("2000::1/128"));
+    wait("connectivity", || frontend.connected() == Some(true));
     frontend.stop();
 }
 

@@ -1,5 +1,6 @@
 //! The BIRD configuration as a pure function of what is wanted.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
@@ -53,15 +54,15 @@ pub enum Password {
     Missing,
 }
 
-/// What changes: the attractor, its secrets, and whether VIPs may be announced.
+/// What changes: the attractor, its secrets, and which VIPs may be announced.
 #[derive(Clone, Debug)]
 pub struct Inputs<'a> {
     /// VIPs and gateways.
     pub attraction: &'a Attraction,
     /// One per gateway, in the same order.
     pub passwords: &'a [Password],
-    /// Announce the VIPs.
-    pub advertise: bool,
+    /// Families whose VIPs are announced.
+    pub advertise: &'a BTreeSet<Family>,
 }
 
 /// Text of `bird.conf`. The same input gives the same bytes.
@@ -72,10 +73,8 @@ pub fn render(base: &Base, inputs: &Inputs<'_>) -> String {
     for family in Family::BOTH {
         template(&mut out, base, family);
     }
-    if inputs.advertise {
-        for family in Family::BOTH {
-            vips(&mut out, family, &inputs.attraction.vips);
-        }
+    for family in inputs.advertise {
+        vips(&mut out, *family, &inputs.attraction.vips);
     }
     for next_hop in &base.vrrps {
         let channel = Family::of(*next_hop);
@@ -127,6 +126,11 @@ pub fn masked(text: &str) -> String {
 pub fn router_id_of(hostname: &str) -> Ipv4Addr {
     let hash = hostname.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     Ipv4Addr::from(hash.max(1))
+}
+
+/// Name of the protocol that has the VIPs of a family while they are announced.
+pub fn vip_protocol(family: Family) -> String {
+    format!("VIP{}", suffix(family))
 }
 
 fn default_route(family: Family) -> &'static str {
@@ -218,7 +222,7 @@ fn vips(out: &mut String, family: Family, vips: &[IpNet]) {
     if own.peek().is_none() {
         return;
     }
-    let _ = writeln!(out, "protocol static VIP{} {{\n\t{family} {{ preference 110; }};", suffix(family));
+    let _ = writeln!(out, "protocol static {} {{\n\t{family} {{ preference 110; }};", vip_protocol(family));
     for vip in own {
         let _ = writeln!(out, "\troute {vip} via \"lo\";");
     }

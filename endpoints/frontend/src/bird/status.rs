@@ -1,10 +1,11 @@
 //! What BIRD says about its sessions: `show protocols all` and `show bfd sessions` as values.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
+use super::render::vip_protocol;
 use super::reply::Reply;
-use crate::gateway::{Gateway, PROTOCOL_PREFIX, Protocol};
+use crate::gateway::{Family, Gateway, PROTOCOL_PREFIX, Protocol};
 
 /// One protocol of BIRD.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -75,9 +76,9 @@ impl Status {
         }
     }
 
-    /// Whether VIPs are announced by the running configuration.
-    pub fn advertises(&self) -> bool {
-        ["VIP4", "VIP6"].iter().any(|name| self.protocols.contains_key(*name))
+    /// Families whose VIPs are announced by the running configuration.
+    pub fn advertises(&self) -> BTreeSet<Family> {
+        Family::BOTH.into_iter().filter(|family| self.protocols.contains_key(&vip_protocol(*family))).collect()
     }
 
     /// The gateways' lines, for logs: name, state and info of each.
@@ -199,7 +200,9 @@ mod tests {
         assert_eq!(status.protocols["NBR-gw-a.1"].routes, Some(Routes { imported: 1, exported: 2, preferred: 3 }));
         assert_eq!(status.protocols["NBR-gw6"].info, "Active Socket: Connection closed");
         assert_eq!(status.gateways().count(), 3);
-        assert!(!status.advertises());
+        assert_eq!(status.advertises(), BTreeSet::new());
+        let one = "1002-VIP6       Static     master6    up     22:35:09.990  \n0000 ";
+        assert_eq!(Status::parse(&reply(one), &reply(BFD)).advertises(), [Family::V6].into());
     }
 
     #[test]

@@ -245,7 +245,7 @@ impl Frontend {
     }
 
     pub(crate) fn advertised(&self) -> bool {
-        self.report.borrow().advertised
+        !self.report.borrow().advertised.is_empty()
     }
 }
 

@@ -37,8 +37,9 @@ fn fixed(name: &str, address: &str, bfd: Option<Bfd>) -> Gateway {
     Gateway { protocol: Protocol::Static, bfd, ..bgp(name, address) }
 }
 
-fn check(name: &str, base: &Base, attraction: &Attraction, passwords: &[Password], advertise: bool) -> String {
-    let text = render(base, &Inputs { attraction, passwords, advertise });
+fn check(name: &str, base: &Base, attraction: &Attraction, passwords: &[Password], advertise: &[Family]) -> String {
+    let advertise = advertise.iter().copied().collect();
+    let text = render(base, &Inputs { attraction, passwords, advertise: &advertise });
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
         std::fs::write(&golden, &text).expect("write golden file");
@@ -60,17 +61,27 @@ fn dual() -> Attraction {
 
 #[test]
 fn at_first_there_is_nothing_to_attract() {
-    check("initial.conf", &base(), &Attraction::default(), &[], false);
+    check("initial.conf", &base(), &Attraction::default(), &[], &[]);
 }
 
 #[test]
 fn dual_stack_announces_only_when_told() {
     let passwords = [Password::None, Password::None];
-    let on = check("dual-on.conf", &base(), &dual(), &passwords, true);
-    let off = check("dual-off.conf", &base(), &dual(), &passwords, false);
+    let on = check("dual-on.conf", &base(), &dual(), &passwords, &Family::BOTH);
+    let off = check("dual-off.conf", &base(), &dual(), &passwords, &[]);
     assert!(on.contains("VIP4") && on.contains("VIP6"));
     assert!(!off.contains("VIP4") && !off.contains("VIP6"));
     assert!(off.contains("export filter cluster_breakout"), "egress does not depend on announcing");
+}
+
+#[test]
+fn one_family_is_announced_without_the_other() {
+    for (family, has, lacks) in [(Family::V4, "VIP4", "VIP6"), (Family::V6, "VIP6", "VIP4")] {
+        let passwords = [Password::None, Password::None];
+        let inputs = Inputs { attraction: &dual(), passwords: &passwords, advertise: &[family].into() };
+        let text = render(&base(), &inputs);
+        assert!(text.contains(has) && !text.contains(lacks), "{text}");
+    }
 }
 
 #[test]
@@ -94,7 +105,7 @@ fn own_numbers_static_routes_and_passwords() {
         &Base { ecmp: false, log_file: None, log_all: true, ..base() },
         &attraction,
         &passwords,
-        true,
+        &Family::BOTH,
     );
     assert!(!text.contains("neighbor 100:100::150"), "no session without its password");
     assert!(!masked(&text).contains("pass word"));
@@ -103,7 +114,7 @@ fn own_numbers_static_routes_and_passwords() {
 #[test]
 fn vrrp_next_hops_replace_what_gateways_tell() {
     let vrrps = vec!["169.254.100.1".parse().expect("ip"), "100:100::1".parse().expect("ip")];
-    check("vrrp.conf", &Base { vrrps, ..base() }, &dual(), &[Password::None, Password::None], true);
+    check("vrrp.conf", &Base { vrrps, ..base() }, &dual(), &[Password::None, Password::None], &Family::BOTH);
 }
 
 #[test]
