@@ -18,7 +18,7 @@ use crate::gateway::{Attraction, Family, Gateway};
 use crate::kernel::netlink::{Kernel, Link};
 use crate::kernel::plan::{Actual, Desired, plan};
 use crate::kernel::sysctl;
-use crate::secrets;
+use crate::secrets::Secrets;
 
 /// Several events of one cause arrive together; one look answers them all.
 const GATHER: Duration = Duration::from_millis(3);
@@ -68,6 +68,7 @@ pub struct Agent {
     judge: Judge,
     attractor: Option<nsp::Attractor>,
     attraction: Option<Attraction>,
+    secrets: Secrets,
     passwords: Vec<Password>,
     config_faults: Vec<String>,
     secret_faults: Vec<String>,
@@ -98,6 +99,7 @@ impl Agent {
             judge: Judge::default(),
             attractor: None,
             attraction: None,
+            secrets: Secrets::default(),
             passwords: vec![],
             config_faults: vec![],
             secret_faults: vec![],
@@ -185,7 +187,7 @@ impl Agent {
             self.attractor = attractor;
         }
         let Some(attraction) = &self.attraction else { return };
-        let (passwords, faults) = secrets::read(self.options.secrets_dir.as_deref(), attraction);
+        let (passwords, faults) = self.secrets.read(self.options.secrets_dir.as_deref(), attraction);
         for fault in faults.iter().filter(|fault| !self.secret_faults.contains(fault)) {
             tracing::warn!("{fault}");
         }

@@ -1,29 +1,50 @@
 //! Passwords of BGP sessions, from a directory with one sub-directory per secret and one file per key
 //! (the shape in which Kubernetes mounts secrets).
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::bird::render::Password;
-use crate::gateway::{Attraction, AuthRef, Protocol};
+use crate::gateway::{Attraction, AuthRef, Gateway, Protocol};
 
 /// Longest TCP MD5 key of Linux (`TCP_MD5SIG_MAXKEYLEN`).
 const KEY_MAX: usize = 80;
 
-/// One password per gateway, in the order of the gateways, and what is wrong with those that are missing.
-pub fn read(dir: Option<&Path>, attraction: &Attraction) -> (Vec<Password>, Vec<String>) {
-    let mut faults = Vec::new();
-    let passwords = attraction.gateways.iter().map(|gateway| match &gateway.protocol {
-        Protocol::Bgp(bgp) => match bgp.auth.as_ref().map(|auth| read_one(dir, auth)) {
-            None => Password::None,
-            Some(Ok(password)) => Password::Known(password),
-            Some(Err(text)) => {
-                faults.push(format!("gateway {:?} is left out: {text}", gateway.name));
-                Password::Missing
+/// The passwords that were read last, of the gateways that there are. A file that cannot be used any more takes no
+/// password away: the session it belongs to works.
+#[derive(Default)]
+pub struct Secrets {
+    known: BTreeMap<AuthRef, String>,
+}
+
+impl Secrets {
+    /// One password per gateway, in the order of the gateways, and what is wrong with those that cannot be read.
+    pub fn read(&mut self, dir: Option<&Path>, attraction: &Attraction) -> (Vec<Password>, Vec<String>) {
+        let mut faults = Vec::new();
+        let mut last = std::mem::take(&mut self.known);
+        for (gateway, auth) in attraction.gateways.iter().filter_map(|gateway| Some((gateway, auth_of(gateway)?))) {
+            let old = last.remove(auth).or_else(|| self.known.get(auth).cloned());
+            let new = read_one(dir, auth).map_err(|text| {
+                let outcome = if old.is_some() { "goes on with its last password" } else { "is left out" };
+                faults.push(format!("gateway {:?} {outcome}: {text}", gateway.name));
+            });
+            if let Some(password) = new.ok().or(old) {
+                self.known.insert(auth.clone(), password);
             }
-        },
-        Protocol::Static => Password::None,
-    });
-    (passwords.collect(), faults)
+        }
+        let password = |gateway| match auth_of(gateway) {
+            None => Password::None,
+            Some(auth) => self.known.get(auth).cloned().map_or(Password::Missing, Password::Known),
+        };
+        (attraction.gateways.iter().map(password).collect(), faults)
+    }
+}
+
+fn auth_of(gateway: &Gateway) -> Option<&AuthRef> {
+    match &gateway.protocol {
+        Protocol::Bgp(bgp) => bgp.auth.as_ref(),
+        Protocol::Static => None,
+    }
 }
 
 fn read_one(dir: Option<&Path>, auth: &AuthRef) -> Result<String, String> {
@@ -42,7 +63,7 @@ fn read_one(dir: Option<&Path>, auth: &AuthRef) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gateway::{Bgp, Gateway};
+    use crate::gateway::Bgp;
 
     fn attraction() -> Attraction {
         let auth = Some(AuthRef { source: "bgp".into(), key: "gw".into() });
@@ -54,18 +75,48 @@ mod tests {
         }
     }
 
+    fn known(password: &str) -> Vec<Password> {
+        vec![Password::Known(password.into())]
+    }
+
     #[test]
     fn a_password_is_read_or_the_gateway_named() {
         let dir = tempfile::tempdir().expect("dir");
-        let (passwords, faults) = read(Some(dir.path()), &attraction());
+        let read = |dir: Option<&Path>| Secrets::default().read(dir, &attraction());
+        let (passwords, faults) = read(Some(dir.path()));
         assert_eq!(passwords, [Password::Missing]);
-        assert!(faults[0].contains("gateway \"g\""), "{faults:?}");
-        assert_eq!(read(None, &attraction()).0, [Password::Missing]);
+        assert!(faults[0].contains("gateway \"g\" is left out"), "{faults:?}");
+        assert_eq!(read(None).0, [Password::Missing]);
 
         std::fs::create_dir(dir.path().join("bgp")).expect("secret");
         std::fs::write(dir.path().join("bgp/gw"), "s3cret\n").expect("key");
-        assert_eq!(read(Some(dir.path()), &attraction()).0, [Password::Known("s3cret".into())]);
+        assert_eq!(read(Some(dir.path())), (known("s3cret"), vec![]));
         std::fs::write(dir.path().join("bgp/gw"), "a\"; bad").expect("key");
-        assert_eq!(read(Some(dir.path()), &attraction()).0, [Password::Missing]);
+        assert_eq!(read(Some(dir.path())).0, [Password::Missing]);
+    }
+
+    #[test]
+    fn a_password_that_was_read_stays_as_long_as_a_gateway_wants_it() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (file, mut secrets) = (dir.path().join("bgp/gw"), Secrets::default());
+        std::fs::create_dir(dir.path().join("bgp")).expect("secret");
+        std::fs::write(&file, "s3cret").expect("key");
+        // Two gateways may share a password.
+        let mut two = attraction();
+        two.gateways.push(Gateway { name: "h".into(), ..two.gateways[0].clone() });
+        assert_eq!(secrets.read(Some(dir.path()), &two).1, Vec::<String>::new());
+
+        std::fs::write(&file, "a\"; bad").expect("key");
+        let (passwords, faults) = secrets.read(Some(dir.path()), &two);
+        assert_eq!(passwords, [known("s3cret"), known("s3cret")].concat());
+        assert!(faults.len() == 2 && faults[1].contains("\"h\" goes on with its last password"), "{faults:?}");
+        std::fs::remove_file(&file).expect("removal");
+        assert_eq!(secrets.read(Some(dir.path()), &attraction()).0, known("s3cret"));
+
+        std::fs::write(&file, "another").expect("key");
+        assert_eq!(secrets.read(Some(dir.path()), &attraction()), (known("another"), vec![]));
+        std::fs::remove_file(&file).expect("removal");
+        secrets.read(Some(dir.path()), &Attraction::default());
+        assert_eq!(secrets.read(Some(dir.path()), &attraction()).0, [Password::Missing], "nobody wanted it");
     }
 }

@@ -207,6 +207,11 @@ fn a_session_with_a_password() {
     std::fs::create_dir_all(net.path("secrets/bgp")).expect("secret");
     std::fs::write(net.path("secrets/bgp/gw"), "s3cret").expect("key");
     wait("connectivity", || frontend.connected() == Some(true));
+    wait("no fault", || frontend.report.borrow().waits.iter().all(|line| !line.contains("password file")));
+    std::fs::remove_file(net.path("secrets/bgp/gw")).expect("removal");
+    wait("the missing file", || frontend.report.borrow().waits.iter().any(|line| line.contains("its last password")));
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(frontend.connected(), Some(true), "the session goes on");
     frontend.stop();
 }
 
