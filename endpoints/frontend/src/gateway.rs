@@ -1,7 +1,7 @@
 //! What an attractor asks for, as validated values: VIPs to attract and gateways to attract them with.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 use meridio_proto::nsp::v1 as nsp;
@@ -169,8 +169,13 @@ fn parse_gateway(gateway: &nsp::Gateway) -> Result<Gateway, Vec<String>> {
         fault(format!("the name is longer than {} characters", SYMBOL_MAX - PROTOCOL_PREFIX.len()));
     }
     let address = gateway.address.parse::<IpAddr>();
-    if address.is_err() {
-        fault(format!("address {:?} is no IP address", gateway.address));
+    match &address {
+        Err(_) => fault(format!("address {:?} is no IP address", gateway.address)),
+        // BIRD refuses the first and would wait for ever for the others.
+        Ok(ip) if ip.is_unspecified() || ip.is_multicast() || *ip == IpAddr::V4(Ipv4Addr::BROADCAST) => {
+            fault(format!("address {ip} is not that of one machine"));
+        }
+        Ok(_) => {}
     }
     let protocol = match gateway.protocol.to_ascii_lowercase().as_str() {
         "bgp" | "" => parse_bgp(gateway, &mut fault).map(Protocol::Bgp),
@@ -252,6 +257,21 @@ mod tests {
             faults.iter().zip(["vip \"a\"", "vip \"b\"", "gateway \"x", "gateway \"g\"", "gateway \"h\""])
         {
             assert!(fault.starts_with(object), "{fault}");
+        }
+    }
+
+    #[test]
+    fn a_gateway_is_one_machine() {
+        let parse = |address: &str| {
+            let gateways = vec![gateway("good", "169.254.100.150"), gateway("odd", address)];
+            Attraction::parse(&nsp::Attractor { gateways, ..Default::default() })
+        };
+        for address in ["::", "0.0.0.0", "224.0.0.5", "ff02::1", "255.255.255.255"] {
+            let faults = parse(address).expect_err(address);
+            assert_eq!(faults, [format!("gateway \"odd\": address {address} is not that of one machine")]);
+        }
+        for address in ["100:100::150", "fe80::1", "10.0.0.1"] {
+            assert!(parse(address).is_ok(), "{address}");
         }
     }
 
