@@ -135,6 +135,10 @@ impl Settings {
                 faults.push(format!("{name} {url:?}: {error}"));
             }
         }
+        // A timer without a period is none.
+        if self.probe_interval.is_zero() {
+            faults.push("NSM_PROBE_INTERVAL is 0".to_owned());
+        }
         if self.probe_misses == 0 {
             faults.push("NSM_PROBE_MISSES is 0".to_owned());
         }
@@ -152,5 +156,30 @@ impl Settings {
 
     pub(crate) fn nsp_address(&self) -> String {
         format!("{}-{}.{}:{}", self.nsp_service_name, self.trench, self.namespace, self.nsp_service_port)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        settings: Settings,
+    }
+
+    fn faults(args: &[&str]) -> Vec<String> {
+        use clap::Parser as _;
+        Cli::try_parse_from(["proxy", "--host=node-a"].iter().chain(args)).expect("arguments").settings.validate()
+    }
+
+    #[test]
+    fn probing_needs_an_interval_and_a_limit() {
+        assert_eq!(faults(&[]), Vec::<String>::new());
+        for interval in ["0", "0s", "0ms"] {
+            assert_eq!(faults(&["--probe-interval", interval]), ["NSM_PROBE_INTERVAL is 0"]);
+        }
+        assert_eq!(faults(&["--probe-misses=0"]), ["NSM_PROBE_MISSES is 0"]);
     }
 }
