@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::bird::process::Bird;
-use crate::bird::render::{Base, Inputs, Password, masked, render};
+use crate::bird::render::{Base, Inputs, Password, masked, render, render_whole};
 use crate::bird::status::Status;
 use crate::connectivity::{Copy, FamilyView, Judge, Observation, Verdict, announced};
 use crate::error::Error;
@@ -147,12 +147,15 @@ impl Agent {
         match self.bird.recover().await {
             // It may be the BIRD of before, which knows nothing of what was written meanwhile. Being told again what it has
             // changes nothing.
-            Ok(true) => self.applied = None,
+            Ok(true) => (self.applied, self.refused) = (None, None),
             Ok(false) => {}
             Err(error) => tracing::error!(%error, "BIRD is away"),
         }
         let attractor = told.attractor.borrow_and_update().clone();
-        self.take_attractor(attractor);
+        if let Some(new) = attractor.filter(|new| self.attractor.as_ref() != Some(new)) {
+            self.take_attractor(new).await;
+        }
+        self.read_passwords();
         let forwarding = *told.forwarding.borrow_and_update();
         let status = self.status().await;
         let (verdict, actual) = self.look(status.as_ref()).await;
@@ -166,26 +169,39 @@ impl Agent {
         due.fold(Instant::now() + poll, Instant::min)
     }
 
-    fn take_attractor(&mut self, attractor: Option<nsp::Attractor>) {
-        if attractor.is_some() && attractor != self.attractor {
-            match attractor.as_ref().map(Attraction::parse) {
-                Some(Ok(new)) => {
-                    let changed = changed_families(self.attraction.as_ref(), &new);
-                    self.judge.restarted(&changed, Instant::now());
-                    tracing::info!(vips = new.vips.len(), gateways = new.gateways.len(), "new attractor configuration");
-                    self.attraction = Some(new);
-                    self.config_faults.clear();
+    /// Takes over what the NSP tells, unless there is a fault in it: then the last one stays, for BIRD and kernel alike.
+    async fn take_attractor(&mut self, attractor: nsp::Attractor) {
+        let refused = match Attraction::parse(&attractor) {
+            Err(faults) => faults,
+            Ok(new) => match self.bird.check(&render_whole(&self.options.base, &new)).await {
+                Ok(()) => {
+                    self.take_attraction(new);
+                    vec![]
                 }
-                Some(Err(faults)) => {
-                    for fault in &faults {
-                        tracing::error!("configuration refused, the last one stays: {fault}");
-                    }
-                    self.config_faults = faults;
+                Err(Error::Configuration(text)) => vec![format!("BIRD refuses what the attractor asks for: {text}")],
+                Err(error) => {
+                    // Nothing is known; the next look asks again.
+                    tracing::error!(%error, "the attractor's configuration cannot be checked");
+                    self.config_faults = vec![format!("the attractor's configuration cannot be checked: {error}")];
+                    return self.bird_failed(&error).await;
                 }
-                None => {}
-            }
-            self.attractor = attractor;
+            },
+        };
+        for fault in &refused {
+            tracing::error!("configuration refused, the last one stays: {fault}");
         }
+        self.config_faults = refused;
+        self.attractor = Some(attractor);
+    }
+
+    fn take_attraction(&mut self, new: Attraction) {
+        let changed = changed_families(self.attraction.as_ref(), &new);
+        self.judge.restarted(&changed, Instant::now());
+        tracing::info!(vips = new.vips.len(), gateways = new.gateways.len(), "new attractor configuration");
+        self.attraction = Some(new);
+    }
+
+    fn read_passwords(&mut self) {
         let Some(attraction) = &self.attraction else { return };
         let (passwords, faults) = self.secrets.read(self.options.secrets_dir.as_deref(), attraction);
         for fault in faults.iter().filter(|fault| !self.secret_faults.contains(fault)) {
@@ -277,15 +293,19 @@ impl Agent {
             Err(error) => {
                 // It may have been taken but for the answer.
                 self.applied = None;
-                match error {
-                    Error::Configuration(_) => {
-                        tracing::error!(%error);
-                        self.refused = Some((text, error.to_string()));
-                    }
-                    Error::Control { .. } | Error::Protocol { .. } => self.bird.lost(&error).await,
-                    _ => tracing::error!(%error, "BIRD cannot be configured"),
+                tracing::error!(%error, "BIRD is not configured");
+                self.bird_failed(&error).await;
+                if matches!(error, Error::Configuration(_)) {
+                    self.refused = Some((text, error.to_string()));
                 }
             }
+        }
+    }
+
+    /// A connection that failed is of no use any more: what comes next on it may be the answer that was missed.
+    async fn bird_failed(&mut self, error: &Error) {
+        if matches!(error, Error::Control { .. } | Error::Protocol { .. }) {
+            self.bird.lost(error).await;
         }
     }
 
@@ -297,7 +317,7 @@ impl Agent {
     fn tell(&mut self, connected: Option<bool>, forwarding: Option<bool>, status: Option<&Status>) {
         self.log_gateways(status);
         let mut waits = Vec::new();
-        if self.attraction.is_none() {
+        if self.attraction.is_none() && self.config_faults.is_empty() {
             waits.push("the NSP has told no attractor yet".to_owned());
         }
         if !self.link.carrier {

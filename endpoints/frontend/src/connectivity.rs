@@ -77,11 +77,7 @@ pub struct Verdict {
 ///
 /// Each family stands for itself: one without a gateway takes nothing from the other, while the list of the NSP
 /// ([`Verdict::connected`]) has but one entry for both.
-pub fn announced(
-    last: &BTreeSet<Family>,
-    forwarding: Option<bool>,
-    verdict: Option<&Verdict>,
-) -> BTreeSet<Family> {
+pub fn announced(last: &BTreeSet<Family>, forwarding: Option<bool>, verdict: Option<&Verdict>) -> BTreeSet<Family> {
     let announce = |family: &Family| {
         let state = verdict.and_then(|verdict| verdict.states.get(family)).copied().unwrap_or(State::Unknown);
         match (forwarding, state) {

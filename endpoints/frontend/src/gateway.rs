@@ -109,6 +109,14 @@ impl Gateway {
         format!("{PROTOCOL_PREFIX}{}", self.name)
     }
 
+    /// Where the password of its session is found, if it wants one.
+    pub fn auth(&self) -> Option<&AuthRef> {
+        match &self.protocol {
+            Protocol::Bgp(bgp) => bgp.auth.as_ref(),
+            Protocol::Static => None,
+        }
+    }
+
     /// The one address family of this gateway's session.
     pub fn family(&self) -> Family {
         Family::of(self.address)

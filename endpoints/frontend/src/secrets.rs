@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::bird::render::Password;
-use crate::gateway::{Attraction, AuthRef, Gateway, Protocol};
+use crate::gateway::{Attraction, AuthRef, Gateway};
 
 /// Longest TCP MD5 key of Linux (`TCP_MD5SIG_MAXKEYLEN`).
 const KEY_MAX: usize = 80;
@@ -22,7 +22,7 @@ impl Secrets {
     pub fn read(&mut self, dir: Option<&Path>, attraction: &Attraction) -> (Vec<Password>, Vec<String>) {
         let mut faults = Vec::new();
         let mut last = std::mem::take(&mut self.known);
-        for (gateway, auth) in attraction.gateways.iter().filter_map(|gateway| Some((gateway, auth_of(gateway)?))) {
+        for (gateway, auth) in attraction.gateways.iter().filter_map(|gateway| Some((gateway, gateway.auth()?))) {
             let old = last.remove(auth).or_else(|| self.known.get(auth).cloned());
             let new = read_one(dir, auth).map_err(|text| {
                 let outcome = if old.is_some() { "goes on with its last password" } else { "is left out" };
@@ -32,18 +32,11 @@ impl Secrets {
                 self.known.insert(auth.clone(), password);
             }
         }
-        let password = |gateway| match auth_of(gateway) {
+        let password = |gateway: &Gateway| match gateway.auth() {
             None => Password::None,
             Some(auth) => self.known.get(auth).cloned().map_or(Password::Missing, Password::Known),
         };
         (attraction.gateways.iter().map(password).collect(), faults)
-    }
-}
-
-fn auth_of(gateway: &Gateway) -> Option<&AuthRef> {
-    match &gateway.protocol {
-        Protocol::Bgp(bgp) => bgp.auth.as_ref(),
-        Protocol::Static => None,
     }
 }
 
@@ -63,7 +56,7 @@ fn read_one(dir: Option<&Path>, auth: &AuthRef) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gateway::Bgp;
+    use crate::gateway::{Bgp, Protocol};
 
     fn attraction() -> Attraction {
         let auth = Some(AuthRef { source: "bgp".into(), key: "gw".into() });

@@ -151,6 +151,28 @@ fn what_breaks_is_noticed_at_once() {
 }
 
 #[test]
+fn a_configuration_that_bird_refuses_changes_nothing_and_withdrawing_still_works() {
+    let mut net = Net::new(true);
+    let frontend = up(&mut net, &[]);
+    let mut refused = dual();
+    // Its protocol would have the name of another one.
+    refused.gateways.push(gateway("BFD", "169.254.100.151", "bgp"));
+    refused.vips.remove(1);
+    frontend.attractor.send_replace(Some(refused));
+    wait("BIRD's word", || frontend.report.borrow().waits.iter().any(|line| line.contains("BIRD refuses")));
+    assert!(frontend.connected() == Some(true) && net.learnt("2000::1/128"));
+    assert!(ip(&format!("-n {} -6 rule", net.fe)).contains("2000::1"), "the kernel has what BIRD has");
+    frontend.forwarding.send_replace(Some(false));
+    wait("withdrawal", || !net.learnt("20.0.0.1/32") && !net.learnt("2000::1/128"));
+    assert!(frontend.report.borrow().waits.iter().any(|line| line.contains("BIRD refuses")));
+    frontend.forwarding.send_replace(Some(true));
+    wait("announcement", || net.learnt("20.0.0.1/32") && net.learnt("2000::1/128"));
+    frontend.attractor.send_replace(Some(dual()));
+    wait("no fault", || frontend.report.borrow().waits.is_empty());
+    frontend.stop();
+}
+
+#[test]
 fn a_family_without_its_gateway_is_withdrawn_and_the_other_stays() {
     let mut net = Net::new(true);
     let frontend = up(&mut net, &[]);

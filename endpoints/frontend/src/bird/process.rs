@@ -179,26 +179,27 @@ impl Bird {
     /// Gives BIRD a new configuration. One that it refuses changes nothing. While BIRD is away it is only written, for the
     /// next one to start with.
     pub async fn configure(&mut self, text: &str) -> Result<(), Error> {
+        let candidate = self.candidate(text).await?;
+        self.paths.promote(&candidate)?;
+        match &mut self.control {
+            Some(control) => taken(control, "configure", &self.paths.config()).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Whether BIRD would take a configuration; an error if not. Nothing changes.
+    pub async fn check(&mut self, text: &str) -> Result<(), Error> {
+        self.candidate(text).await.map(drop)
+    }
+
+    /// Writes a configuration beside the one in use; the file is there when BIRD would take it.
+    async fn candidate(&mut self, text: &str) -> Result<PathBuf, Error> {
         let candidate = self.paths.write_candidate(text)?;
         match &mut self.control {
-            Some(control) => {
-                let reply = control.ask(&format!("configure check {}", quoted(&candidate.to_string_lossy()))).await?;
-                if reply.is_error() {
-                    return Err(Error::Configuration(reply.last_text().to_owned()));
-                }
-                self.paths.promote(&candidate)?;
-                let reply =
-                    control.ask(&format!("configure {}", quoted(&self.paths.config().to_string_lossy()))).await?;
-                if reply.is_error() {
-                    return Err(Error::Configuration(reply.last_text().to_owned()));
-                }
-                Ok(())
-            }
-            None => {
-                self.paths.parse_only(&candidate).await?;
-                self.paths.promote(&candidate)
-            }
+            Some(control) => taken(control, "configure check", &candidate).await?,
+            None => self.paths.parse_only(&candidate).await?,
         }
+        Ok(candidate)
     }
 
     /// BIRD does not answer any more: says how it ended and plans the restart.
@@ -284,6 +285,12 @@ impl Bird {
         kill(pid, rustix::process::Signal::KILL);
         self.silent_since = None;
     }
+}
+
+/// Gives BIRD a command about a configuration; it refuses the command with the configuration.
+async fn taken(control: &mut Control, command: &str, file: &Path) -> Result<(), Error> {
+    let reply = control.ask(&format!("{command} {}", quoted(&file.to_string_lossy()))).await?;
+    if reply.is_error() { Err(Error::Configuration(reply.last_text().to_owned())) } else { Ok(()) }
 }
 
 /// Somebody holds the socket, but does not answer, or has stopped to take connections.

@@ -112,6 +112,14 @@ pub fn render(base: &Base, inputs: &Inputs<'_>) -> String {
     out
 }
 
+/// The text with everything in it that an attractor may bring sooner or later: VIPs of both families, and gateways whose
+/// password is still missing. If BIRD takes this it takes what is rendered of the attractor at any time.
+pub fn render_whole(base: &Base, attraction: &Attraction) -> String {
+    let stand_in = |gateway: &Gateway| gateway.auth().map_or(Password::None, |_| Password::Known("-".to_owned()));
+    let passwords: Vec<_> = attraction.gateways.iter().map(stand_in).collect();
+    render(base, &Inputs { attraction, passwords: &passwords, advertise: &Family::BOTH.into() })
+}
+
 /// The same text with passwords masked, for logs.
 pub fn masked(text: &str) -> String {
     let mask = |line: &str| match line.split_once("password \"") {

@@ -112,6 +112,19 @@ fn own_numbers_static_routes_and_passwords() {
 }
 
 #[test]
+fn the_whole_has_what_waits_too() {
+    let mut attraction = dual();
+    if let Protocol::Bgp(bgp) = &mut attraction.gateways[1].protocol {
+        bgp.auth = Some(AuthRef { source: "bgp".into(), key: "a".into() });
+    }
+    let text = render_whole(&base(), &attraction);
+    for part in ["VIP4", "VIP6", "neighbor 169.254.100.150", "neighbor 100:100::150", "password"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert_eq!(text.matches("password").count(), 1, "only where one is wanted");
+}
+
+#[test]
 fn vrrp_next_hops_replace_what_gateways_tell() {
     let vrrps = vec!["169.254.100.1".parse().expect("ip"), "100:100::1".parse().expect("ip")];
     check("vrrp.conf", &Base { vrrps, ..base() }, &dual(), &[Password::None, Password::None], &Family::BOTH);
