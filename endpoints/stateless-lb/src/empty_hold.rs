@@ -24,9 +24,10 @@ impl EmptyHold {
         EmptyHold { name, shared, hold, version: Arc::default(), fresh: true }
     }
 
-    /// The server is lost; what it says next is to be doubted.
+    /// The server is lost; what it says next is to be doubted, and what is held of what it has said is no longer believed.
     pub(crate) fn lost(&mut self) {
         self.fresh = true;
+        self.version.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Takes a list.
@@ -63,9 +64,12 @@ impl EmptyHold {
                 () = tokio::time::sleep(this.hold) => {}
                 () = nothing_to_lose => {}
             }
-            if this.version.load(Ordering::Relaxed) == mine {
-                this.shared.change(change);
-            }
+            // Within the change: a list that is told at this moment comes after it.
+            this.shared.change(|inputs| {
+                if this.version.load(Ordering::Relaxed) == mine {
+                    change(inputs);
+                }
+            });
         });
     }
 }
@@ -108,6 +112,34 @@ mod tests {
         assert_eq!(after(&shared, 2 * HOLD).await, Some(1), "overtaken");
         watch.list(vec![], |inputs| &mut inputs.streams);
         assert_eq!(after(&shared, Duration::ZERO).await, Some(0), "a change, not a loss");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_server_said_that_is_lost_again_is_not_believed_later() {
+        let (mut watch, shared) = watch();
+        watch.list(some(), |inputs| &mut inputs.streams);
+        watch.frontend(true, false);
+        for _ in 0..2 {
+            watch.lost();
+            watch.list(vec![], |inputs| &mut inputs.streams);
+            watch.lost();
+            assert_eq!(after(&shared, 2 * HOLD).await, Some(1), "an empty list of a session that has ended");
+            watch.frontend(false, true);
+            watch.lost();
+            tokio::time::sleep(2 * HOLD).await;
+            assert_eq!(shared.get().frontend, Some(true));
+        }
+        watch.list(vec![], |inputs| &mut inputs.streams);
+        assert_eq!(after(&shared, HOLD / 2).await, Some(1), "held anew by the next session");
+        assert_eq!(after(&shared, HOLD).await, Some(0));
+
+        // The same when nothing has been told yet.
+        let (mut first, shared) = self::watch();
+        first.list(vec![], |inputs| &mut inputs.streams);
+        first.lost();
+        assert_eq!(after(&shared, 2 * HOLD).await, None);
+        shared.change(|inputs| inputs.kept = Some(false));
+        assert_eq!(after(&shared, HOLD).await, None);
     }
 
     #[tokio::test(start_paused = true)]
