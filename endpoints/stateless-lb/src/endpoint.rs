@@ -97,7 +97,8 @@ impl Gate {
                 Some(true) if open != Some(true) => {
                     tokio::select! {
                         () = self.open() => open = Some(true),
-                        () = until(&mut inputs, |frontend| frontend == Some(false)) => {}
+                        // It may have been registered by now, or be still: the client goes on trying by itself.
+                        () = until(&mut inputs, |frontend| frontend == Some(false)) => open = None,
                     }
                     continue;
                 }
@@ -150,5 +151,113 @@ async fn until(inputs: &mut tokio::sync::watch::Receiver<crate::inputs::Inputs>,
     // An error means that nobody can change the inputs any more: wait for ever, the caller's other branch decides.
     if inputs.wait_for(|inputs| wanted(inputs.frontend)).await.is_err() {
         std::future::pending::<()>().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use nsm_registry::{Chain, service};
+    use tokio::sync::watch;
+    use tonic::service::Routes;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    /// What a manager has been told, and whether it takes who registers.
+    #[derive(Clone, Debug, Default)]
+    struct Told {
+        refuses: bool,
+        arrived: u32,
+        registered: bool,
+        unregistered: u32,
+    }
+
+    struct Manager(watch::Sender<Told>);
+
+    #[tonic::async_trait]
+    impl nsm_registry::Element<NetworkServiceEndpoint> for Manager {
+        fn name(&self) -> &'static str {
+            "manager"
+        }
+
+        async fn register(
+            &self,
+            call: nsm_registry::Call<NetworkServiceEndpoint>,
+            _: nsm_registry::Next<NetworkServiceEndpoint>,
+        ) -> Result<NetworkServiceEndpoint, nsm_registry::Error> {
+            self.0.send_modify(|told| told.arrived += 1);
+            if self.0.borrow().refuses {
+                return Err(nsm_registry::Error::new("manager", &call.message.name, "not now"));
+            }
+            self.0.send_modify(|told| told.registered = true);
+            Ok(call.message)
+        }
+
+        async fn unregister(
+            &self,
+            _: nsm_registry::Call<NetworkServiceEndpoint>,
+            _: nsm_registry::Next<NetworkServiceEndpoint>,
+        ) -> Result<(), nsm_registry::Error> {
+            self.0.send_modify(|told| (told.registered, told.unregistered) = (false, told.unregistered + 1));
+            Ok(())
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_registration_under_way_ends_with_the_frontend() {
+        let folder = tempfile::tempdir().unwrap();
+        let url = format!("unix://{}", folder.path().join("manager").display());
+        let told = watch::Sender::new(Told::default());
+        let manager: Chain<NetworkServiceEndpoint> = Chain::new(vec![Arc::new(Manager(told.clone())) as Arc<_>]);
+        let services: Chain<NetworkService> = Chain::new(vec![]);
+        let routes = service::add_routes(Routes::default(), services, manager);
+        let listener = Listener::bind(&Address::parse(&url).unwrap()).await.unwrap();
+        let end = CancellationToken::new();
+        let serving = Transport::insecure();
+        let server = tokio::spawn({
+            let end = end.clone();
+            async move { serving.serve(vec![listener], routes, end).await }
+        });
+        let endpoint = NetworkServiceEndpoint { name: "lb".to_owned(), ..NetworkServiceEndpoint::default() };
+        let gate = Gate {
+            endpoint,
+            service: NetworkService { name: "s".to_owned(), ..NetworkService::default() },
+            registry: RegistryClient::insecure(url).build().unwrap(),
+            health: Health::detached("test"),
+        };
+        let shared = Shared::new();
+        let following = tokio::spawn({
+            let shared = shared.clone();
+            async move { gate.follow(&shared).await }
+        });
+        let until = async |what: &str, condition: fn(&Told) -> bool| {
+            let mut seen = told.subscribe();
+            let waited = tokio::time::timeout(SOON, seen.wait_for(condition)).await.is_ok();
+            assert!(waited, "{what}: {:?}", *told.borrow());
+        };
+        let frontend = |there| shared.change(|inputs| inputs.frontend = Some(there));
+
+        frontend(true);
+        until("registered", |told| told.registered).await;
+        frontend(false);
+        until("unregistered", |told| told.unregistered == 1 && !told.registered).await;
+        told.send_modify(|told| (told.refuses, told.arrived) = (true, 0));
+        frontend(true);
+        until("under way", |told| told.arrived > 0).await;
+        frontend(false);
+        until("unregistered again", |told| told.unregistered == 2).await;
+        told.send_modify(|told| told.refuses = false);
+        // A client that still tried would have come by then.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert!(!told.borrow().registered, "{:?}", *told.borrow());
+
+        frontend(true);
+        until("registered once more", |told| told.registered).await;
+        following.abort();
+        end.cancel();
+        server.await.unwrap().unwrap();
     }
 }
