@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::{RcvBufForce, SndBufForce};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
 use tokio::sync::oneshot;
@@ -17,6 +19,9 @@ use crate::{Error, Netns};
 const ECHO_V4: (u8, u8) = (8, 0);
 const ECHO_V6: (u8, u8) = (128, 129);
 const HEADER: usize = 8;
+/// Room in bytes for requests whose next hop is being resolved, which wait in the kernel for seconds, and for answers that come at
+/// once: there may be as many as its table of neighbours has entries (1,024).
+const ROOM: usize = 1 << 20;
 /// Largest answer that is read in bytes; more is cut off.
 const BUFFER: usize = 256;
 
@@ -56,6 +61,13 @@ fn open_here(v6: bool, from: &From) -> io::Result<(Socket, bool)> {
         Err(_) => (Socket::new(domain, Type::RAW, Some(protocol))?, true),
     };
     socket.set_nonblocking(true)?;
+    // The privilege gives more than everybody may have; without it less is no reason to go without.
+    if setsockopt(&socket, SndBufForce, &ROOM).is_err() {
+        let _ = socket.set_send_buffer_size(ROOM);
+    }
+    if setsockopt(&socket, RcvBufForce, &ROOM).is_err() {
+        let _ = socket.set_recv_buffer_size(ROOM);
+    }
     if let Some(device) = &from.device {
         socket.bind_device(Some(device.as_bytes()))?;
     }
@@ -151,8 +163,12 @@ impl Pinger {
         let key = (destination, sequence);
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(key, tx);
         let packet = request(self.v6, self.id, sequence);
-        let sent = self.socket.send_to(&packet, SocketAddr::new(destination, 0)).await;
-        let alive = sent.is_ok() && matches!(tokio::time::timeout(timeout, rx).await, Ok(Ok(())));
+        // A socket without room for more makes the sender wait, too.
+        let exchange = async {
+            let sent = self.socket.send_to(&packet, SocketAddr::new(destination, 0)).await;
+            sent.is_ok() && rx.await.is_ok()
+        };
+        let alive = tokio::time::timeout(timeout, exchange).await.unwrap_or(false);
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
         alive
     }
@@ -220,5 +236,29 @@ mod tests {
             assert!(pairs_alive(&ns, &[pair("127.0.0.1"), pair("::1")], second).await);
             sysctl::allow_ping(&ns).await.unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn who_is_silent_takes_nothing_from_the_others() {
+        let (near, _far) = crate::testing::joined_nodes([172, 31, 0, 1].into(), [172, 31, 0, 2].into()).await;
+        let netlink = near.netlink().await.unwrap();
+        let index = netlink.link_by_name("eth0").await.unwrap().unwrap().index;
+        netlink.address_replace(index, "172.30.0.1/16".parse().unwrap()).await.unwrap();
+        // An ICMP socket waits for room where a raw one fails.
+        sysctl::allow_ping(&near).await.unwrap();
+        let pinger = Pinger::open(&near, false, None).await.unwrap();
+        let second = Duration::from_secs(1);
+        // What is sent to them waits in the kernel for their link-layer addresses.
+        let silent = (0..600u16).map(|n| IpAddr::from([172, 30, 1 + (n >> 8) as u8, n as u8]));
+        let silent = futures_util::future::join_all(silent.map(|ip| pinger.probe(ip, second)));
+        let other = async {
+            tokio::time::sleep(second / 2).await;
+            pinger.probe([172, 31, 0, 2].into(), second).await
+        };
+        let started = std::time::Instant::now();
+        let (silent, other) = tokio::join!(silent, other);
+        let took = started.elapsed();
+        assert!(other && !silent.contains(&true), "{other}");
+        assert!(took < 2 * second, "each takes the time that it has: {took:?}");
     }
 }
