@@ -1,5 +1,7 @@
 //! What the NSP tells: VIPs, conduit, streams, flows, targets, frontends.
 
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use meridio_common::{Health, WatchEvent, watch_events};
@@ -21,9 +23,48 @@ pub(crate) struct Watches {
     conduit: nsp::Conduit,
     hostname: String,
     shared: Shared,
-    health: Health,
+    sessions: Sessions,
     hold: Duration,
     stop: CancellationToken,
+}
+
+/// Which watches are lost, and why. One that works says nothing about the others: readiness needs them all.
+#[derive(Clone)]
+struct Sessions {
+    lost: Arc<Mutex<BTreeMap<&'static str, String>>>,
+    health: Health,
+}
+
+impl Sessions {
+    fn told(&self, watch: &'static str) {
+        self.change(|lost| _ = lost.remove(watch));
+    }
+
+    fn lost(&self, watch: &'static str, status: &tonic::Status) {
+        self.change(|lost| _ = lost.insert(watch, status.message().to_owned()));
+    }
+
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<&'static str, String>)) {
+        // Held until health has been told, so that its last word is about the last change.
+        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut lost);
+        if lost.is_empty() {
+            self.health.serving("NSPCli");
+        } else {
+            self.health.waiting("NSPCli", &waits(&lost), "is it running?");
+        }
+    }
+}
+
+/// What is waited for; watches with the same reason are named together.
+fn waits(lost: &BTreeMap<&'static str, String>) -> String {
+    let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (watch, reason) in lost {
+        reasons.entry(reason).or_default().push(watch);
+    }
+    let lines: Vec<String> =
+        reasons.iter().map(|(reason, watches)| format!("{}: {reason}", watches.join(", "))).collect();
+    format!("the NSP ({})", lines.join("; "))
 }
 
 impl Watches {
@@ -39,7 +80,8 @@ impl Watches {
         let conduit =
             nsp::Conduit { name: settings.conduit_name.clone(), trench: Some(trench), ..nsp::Conduit::default() };
         let hold = settings.empty_hold.into();
-        Watches { channel, conduit, hostname: hostname.to_owned(), shared, health, hold, stop }
+        let sessions = Sessions { lost: Arc::default(), health };
+        Watches { channel, conduit, hostname: hostname.to_owned(), shared, sessions, hold, stop }
     }
 
     /// Starts all watches. A pattern with an empty name stands for all streams of the conduit, so six streams suffice.
@@ -127,13 +169,12 @@ impl Watches {
         watch_events(name, &self.stop, open, |event| {
             match event {
                 WatchEvent::Message(message) => {
-                    self.health.serving("NSPCli");
+                    self.sessions.told(name);
                     told.list(items(message), field);
                 }
                 WatchEvent::Lost(status) => {
                     told.lost();
-                    let waits = format!("the NSP ({})", status.message());
-                    self.health.waiting("NSPCli", &waits, "is it running?");
+                    self.sessions.lost(name, &status);
                 }
             }
             std::future::ready(())
@@ -152,18 +193,27 @@ impl Watches {
             let (mut client, pattern) = (registry.clone(), pattern.clone());
             async move { client.watch(pattern).await }
         };
-        let mut told = EmptyHold::new("frontends", self.shared.clone(), self.hold);
-        watch_events("frontends", &self.stop, open, |event| {
+        let name = "frontends";
+        let mut told = EmptyHold::new(name, self.shared.clone(), self.hold);
+        watch_events(name, &self.stop, open, |event| {
             match event {
                 WatchEvent::Message(nsp::TargetResponse { targets }) => {
+                    self.sessions.told(name);
                     let ours = |t: &nsp::Target| t.context.get("identifier").is_some_and(|id| *id == self.hostname);
                     // Nobody at all after a loss says more about the NSP than about the frontend.
                     told.frontend(targets.iter().any(ours), targets.is_empty());
                 }
-                WatchEvent::Lost(_) => told.lost(),
+                WatchEvent::Lost(status) => {
+                    told.lost();
+                    self.sessions.lost(name, &status);
+                }
             }
             std::future::ready(())
         })
         .await;
     }
 }
+
+#[cfg(test)]
+#[path = "watches_tests.rs"]
+mod tests;
