@@ -162,7 +162,7 @@ fn nats(desired: &mut Desired, message: &nsp::Conduit) {
 }
 
 /// An address as targets register it, with or without a prefix length.
-fn address(text: &str) -> Option<IpAddr> {
+pub(crate) fn address(text: &str) -> Option<IpAddr> {
     text.parse().ok().or_else(|| text.parse::<IpNet>().ok().map(|net| net.addr()))
 }
 

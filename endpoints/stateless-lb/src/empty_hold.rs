@@ -38,7 +38,7 @@ impl EmptyHold {
 
     /// Takes whether the frontend of this pod is among those that are registered; `nobody`: none is.
     pub(crate) fn frontend(&mut self, present: bool, nobody: bool) {
-        let known = self.shared.get().frontend;
+        let known = self.shared.look(|inputs| inputs.frontend);
         self.take(nobody, known, move |inputs| inputs.frontend = Some(present));
     }
 
@@ -47,7 +47,7 @@ impl EmptyHold {
         let mine = self.version.fetch_add(1, Ordering::Relaxed) + 1;
         let fresh = std::mem::replace(&mut self.fresh, false);
         let first = known.is_none();
-        let to_lose = known.unwrap_or_else(|| self.shared.get().kept != Some(false));
+        let to_lose = known.unwrap_or_else(|| self.shared.look(|inputs| inputs.kept != Some(false)));
         if !(fresh && empty && to_lose) {
             return self.shared.change(change);
         }

@@ -1,6 +1,6 @@
 //! Everything the load balancer knows, collected from watches, in one value.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -41,6 +41,9 @@ pub(crate) struct Inputs {
     pub(crate) kept: Option<bool>,
     /// Addresses of targets whose link-layer address cannot be resolved.
     pub(crate) unreachable: BTreeSet<IpAddr>,
+    /// Next hops (interface, address) of targets whose link-layer address is another one than before, each with the number of its
+    /// last change. No number comes twice: who remembers it sees each change, also one that came while it did something else.
+    pub(crate) mac_changes: BTreeMap<(u32, IpAddr), u64>,
 }
 
 /// The shared inputs: whoever learns something changes them, the loops read them.
@@ -59,6 +62,11 @@ impl Shared {
             change(inputs);
             *inputs != before
         });
+    }
+
+    /// Looks at the inputs without a copy; whoever changes them waits meanwhile.
+    pub(crate) fn look<R>(&self, look: impl FnOnce(&Inputs) -> R) -> R {
+        look(&self.0.borrow())
     }
 
     pub(crate) fn get(&self) -> Inputs {

@@ -13,6 +13,8 @@ pub(super) struct Interfaces {
     pub(super) subnets: BTreeSet<Subnet>,
     pub(super) unusable: BTreeSet<String>,
     pub(super) external: Option<u32>,
+    /// Indexes of the NSM interfaces, up or not.
+    pub(super) nsm: BTreeSet<u32>,
 }
 
 /// Reads them: NSM's are those whose name begins with `prefix`. Sets interfaces down that a newer one has replaced.
@@ -20,6 +22,7 @@ pub(super) async fn read(netlink: &Netlink, prefix: &str, external: &str) -> Res
     let links = netlink.links().await?;
     let outside = links.iter().find(|l| l.name == external && l.up).map(|l| l.index);
     let ours: Vec<&Link> = links.iter().filter(|l| l.name.starts_with(prefix) && l.name != external).collect();
+    let nsm = ours.iter().map(|l| l.index).collect();
     let (usable, unusable): (Vec<&Link>, Vec<&Link>) = ours.into_iter().filter(|l| l.up).partition(|l| l.mac.is_some());
     let ours: BTreeMap<u32, (u32, bool)> =
         usable.iter().map(|l| (l.index, (l.mtu, l.kind == "veth" && l.peer_nsid.is_some()))).collect();
@@ -41,7 +44,7 @@ pub(super) async fn read(netlink: &Netlink, prefix: &str, external: &str) -> Res
         })
         .collect();
     let unusable = unusable.iter().map(|l| l.name.clone()).collect();
-    Ok(Interfaces { subnets, unusable, external: outside })
+    Ok(Interfaces { subnets, unusable, external: outside, nsm })
 }
 
 /// Interfaces whose address a newer one of ours has. Proxy and NSM of a node may have forgotten the connection that an interface belongs

@@ -2,6 +2,7 @@
 
 use super::suspects::HOLD;
 use super::*;
+use nsm_kernel::netlink::NeighbourState;
 
 fn ip(args: &str) {
     let out = std::process::Command::new("ip").args(args.split(' ')).output().unwrap();
@@ -131,4 +132,143 @@ async fn a_silent_target_leaves_and_comes_back_not_too_soon() {
     assert!(!before.has_changed().unwrap() && shared.get().unreachable.is_empty());
     stop.cancel();
     following.await.unwrap();
+}
+
+/// Something that makes the kernel resolve the address.
+async fn send(netns: &Netns, to: IpAddr) {
+    let send = move || {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        let _ = socket.send_to(b"anybody there?", (to, 9));
+    };
+    netns.run(send).await.unwrap();
+}
+
+fn registered(ips: &[IpAddr]) -> Vec<meridio_proto::nsp::v1::Target> {
+    let target = |ip: &IpAddr| meridio_proto::nsp::v1::Target { ips: vec![format!("{ip}/24")], ..Default::default() };
+    ips.iter().map(target).collect()
+}
+
+/// Neighbours that the kernel asks for `times` times, a tenth of a second after the other.
+async fn ask_for(netns: &Netns, times: u32) {
+    let settings = move || {
+        for (key, value) in [("retrans_time_ms", 100), ("mcast_solicit", times)] {
+            std::fs::write(format!("/proc/sys/net/ipv4/neigh/nsm-0/{key}"), value.to_string()).unwrap();
+        }
+    };
+    netns.run(settings).await.unwrap();
+}
+
+async fn until_neighbour(netns: &Netns, what: &str, condition: impl Fn(&Neighbour) -> bool) {
+    let netlink = netns.netlink().await.unwrap();
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        let all = netlink.neighbours(None).await.unwrap();
+        if all.iter().any(&condition) {
+            return;
+        }
+        assert!(Instant::now() < end, "{what}: {all:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// What a process is told that begins now.
+struct Begun {
+    shared: Shared,
+    stop: CancellationToken,
+    following: tokio::task::JoinHandle<()>,
+    /// Who was out as soon as interfaces were known.
+    out: BTreeSet<IpAddr>,
+}
+
+impl Begun {
+    async fn with(netns: &Netns, targets: Option<&[IpAddr]>) -> Begun {
+        let (shared, stop) = (Shared::new(), CancellationToken::new());
+        shared.change(|inputs| inputs.targets = targets.map(registered));
+        let following = run(netns.clone(), "nsm-".to_owned(), "ext".to_owned(), shared.clone(), stop.clone());
+        let mut inputs = shared.subscribe();
+        let following = tokio::spawn(following);
+        let first = tokio::time::timeout(Duration::from_secs(30), inputs.wait_for(|inputs| inputs.subnets.is_some()));
+        let out = first.await.unwrap().unwrap().unreachable.clone();
+        Begun { shared, stop, following, out }
+    }
+
+    async fn end(self) -> BTreeSet<IpAddr> {
+        self.stop.cancel();
+        self.following.await.unwrap();
+        self.out
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_begins_believes_what_the_kernel_has_found_out() {
+    let cable = Cable::new("begin");
+    let (l, p) = (format!("{}-l", cable.0), format!("{}-p", cable.0));
+    let netns = Netns::named(&l).unwrap();
+    let (alive, dead): (IpAddr, IpAddr) = ("172.31.0.2".parse().unwrap(), "172.31.0.9".parse().unwrap());
+    ask_for(&netns, 3).await;
+    for ip in [alive, dead] {
+        send(&netns, ip).await;
+    }
+    until_neighbour(&netns, "resolved", |n| n.ip == alive && n.mac.is_some()).await;
+    until_neighbour(&netns, "failed", |n| n.ip == dead && n.state == NeighbourState::Failed).await;
+    let both = [alive, dead];
+    assert_eq!(Begun::with(&netns, Some(&both)).await.end().await, BTreeSet::from([dead]));
+    // Targets may be told later than interfaces.
+    let begun = Begun::with(&netns, None).await;
+    assert_eq!(begun.out, BTreeSet::from([dead]));
+    begun.shared.change(|inputs| inputs.targets = Some(registered(&[alive])));
+    until(&begun.shared, "of no interest", |inputs| inputs.unreachable.is_empty()).await;
+    begun.end().await;
+
+    // Somebody goes on sending to it: it is asked for at this moment.
+    ask_for(&netns, 1000).await;
+    ip(&format!("-n {l} neigh flush dev nsm-0"));
+    send(&netns, dead).await;
+    until_neighbour(&netns, "being resolved", |n| n.ip == dead && n.state == NeighbourState::Probing).await;
+    let begun = Begun::with(&netns, Some(&both)).await;
+    assert_eq!(begun.out, BTreeSet::from([dead]));
+    ip(&format!("-n {p} addr add {dead}/24 dev eth0"));
+    until(&begun.shared, "back", |inputs| inputs.unreachable.is_empty()).await;
+    begun.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_whose_messages_were_lost_are_read() {
+    let cable = Cable::new("lost");
+    let netns = Netns::named(&format!("{}-l", cable.0)).unwrap();
+    let dead: IpAddr = "172.31.0.9".parse().unwrap();
+    ask_for(&netns, 1).await;
+    send(&netns, dead).await;
+    until_neighbour(&netns, "failed", |n| n.ip == dead && n.state == NeighbourState::Failed).await;
+    let links = Links { netns, prefix: "nsm-".to_owned(), external: "ext".to_owned(), shared: Shared::new() };
+    links.shared.change(|inputs| inputs.subnets = Some(BTreeSet::new()));
+    let (mut known, mut unread) = (Neighbours::default(), false);
+    known.targets(Some(&registered(&[dead])));
+    links.scan(&mut known, &mut unread).await;
+    assert_eq!(known.doubt(), None, "nothing was lost");
+    unread = true;
+    links.scan(&mut known, &mut unread).await;
+    assert!(!unread && known.out().is_empty(), "an entry that is being deleted looks like that for a moment");
+    assert_eq!(known.confirm(Instant::now() + CONFIRM), [dead]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_link_layer_address_behind_a_targets_address_is_told() {
+    let cable = Cable::new("mac");
+    let (l, p) = (format!("{}-l", cable.0), format!("{}-p", cable.0));
+    let netns = Netns::named(&l).unwrap();
+    let target: IpAddr = "172.31.0.2".parse().unwrap();
+    let index = netns.netlink().await.unwrap().link_by_name("nsm-0").await.unwrap().unwrap().index;
+    send(&netns, target).await;
+    until_neighbour(&netns, "resolved", |n| n.ip == target && n.mac.is_some()).await;
+    // The first one was there before the process.
+    let begun = Begun::with(&netns, Some(&[target])).await;
+    for number in 1..=2 {
+        ip(&format!("-n {p} link set eth0 address 02:00:00:00:00:0{number}"));
+        ip(&format!("-n {l} neigh flush dev nsm-0"));
+        send(&netns, target).await;
+        let changed = |inputs: &Inputs| inputs.mac_changes.get(&(index, target)) == Some(&number);
+        until(&begun.shared, "changed", changed).await;
+    }
+    begun.end().await;
 }
