@@ -11,6 +11,7 @@ mod conduit;
 mod context;
 mod identifier;
 mod names;
+mod probe;
 mod settings;
 mod store;
 mod stream;

@@ -1,6 +1,10 @@
 //! The NSM connection of a conduit.
 
-use crate::{context, names::ConduitKey, settings::Settings};
+use crate::{
+    names::ConduitKey,
+    probe::{BridgeProbe, PROBE_GRACE, Rebuilt},
+    settings::Settings,
+};
 use nsm_chain::{
     Client, Connection, ConnectionContext, Connector, Error, NetworkServiceRequest, State,
     elements::{
@@ -11,13 +15,9 @@ use nsm_chain::{
         sendfd::SendFdClient,
     },
 };
-use nsm_kernel::{Netns, elements::context::GUARD_POLICIES, ping::Pinger};
-use std::{
-    net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
-use tokio::{sync::watch, time::Instant};
+use nsm_kernel::elements::context::GUARD_POLICIES;
+use std::{sync::Arc, time::Duration};
+use tokio::sync::watch;
 
 /// What a conduit needs of NSM; tests replace it.
 #[async_trait::async_trait]
@@ -38,9 +38,6 @@ pub(crate) trait Wire: Send + Sync + 'static {
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 const PROBE_TIMEOUT: Duration = Duration::from_millis(600);
 const PROBE_MISSES: u32 = 5;
-/// A bridge that has not answered yet may not answer pings at all: it is given this time before that counts.
-const PROBE_GRACE: Duration = Duration::from_secs(30);
-const PROBE_ECHOES: u32 = 3;
 
 /// The connection by a real NSM manager.
 pub(crate) struct NsmWire {
@@ -65,6 +62,7 @@ impl NsmWire {
             .url(settings.nsm_socket.clone())
             .dial_timeout(settings.dial_timeout.get())
             .liveness(check)
+            .element(Rebuilt(probe.clone()))
             .element(kernel)
             .element(SendFdClient)
             .build();
@@ -93,59 +91,6 @@ impl Wire for NsmWire {
     async fn alive(&self, connection: &Connection) -> bool {
         self.probe.alive(connection, PROBE_TIMEOUT).await
     }
-}
-
-/// Pings the bridge from the target's own addresses. One answer of either family proves the wire: a dead wire is rebuilt, and that
-/// takes the interface away, so doubt speaks for leaving it.
-#[derive(Default)]
-struct BridgeProbe {
-    state: Mutex<ProbeState>,
-}
-
-#[derive(Default)]
-struct ProbeState {
-    answered: bool,
-    first: Option<Instant>,
-}
-
-impl BridgeProbe {
-    fn judge(&self, answered: bool) -> bool {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = *state.first.get_or_insert_with(Instant::now);
-        state.answered |= answered;
-        answered || (!state.answered && first.elapsed() < PROBE_GRACE)
-    }
-}
-
-#[async_trait::async_trait]
-impl Liveness for BridgeProbe {
-    async fn alive(&self, connection: &Connection, timeout: Duration) -> bool {
-        let ip_context = connection.context.as_ref().and_then(|context| context.ip_context.as_ref());
-        let pairs = ip_context.map(context::probe_pairs).unwrap_or_default();
-        let answered = match Netns::current() {
-            Ok(netns) => any_answers(&netns, &pairs, timeout).await,
-            Err(error) => {
-                tracing::debug!(%error, "the wire cannot be probed");
-                false
-            }
-        };
-        self.judge(answered)
-    }
-}
-
-async fn any_answers(netns: &Netns, pairs: &[(IpAddr, IpAddr)], timeout: Duration) -> bool {
-    let checks = pairs.iter().map(|&(source, bridge)| {
-        Box::pin(async move {
-            let pinger = Pinger::open(netns, source.is_ipv6(), Some(source)).await.map_err(drop)?;
-            for _ in 0..PROBE_ECHOES {
-                if pinger.probe(bridge, timeout / PROBE_ECHOES).await {
-                    return Ok(());
-                }
-            }
-            Err(())
-        })
-    });
-    pairs.is_empty() || futures_util::future::select_ok(checks).await.is_ok()
 }
 
 /// The request for a new connection.
@@ -241,15 +186,5 @@ mod tests {
         let url = (INODE_URL.to_owned(), "inode://4/1".to_owned());
         known.mechanism = Some(Mechanism { parameters: [url].into(), ..Mechanism::default() });
         assert_eq!(what(&known, 0, true), other, "an earlier pod's");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_bridge_that_never_answered_gets_time() {
-        let probe = BridgeProbe::default();
-        assert!(probe.judge(false));
-        tokio::time::advance(PROBE_GRACE).await;
-        assert!(!probe.judge(false));
-        assert!(probe.judge(true));
-        assert!(!probe.judge(false));
     }
 }
