@@ -170,20 +170,20 @@ struct Link {
 }
 
 impl Link {
-    async fn run(mut self, stop: CancellationToken) {
+    async fn run(self, stop: CancellationToken) {
         tokio::select! {
             () = stop.cancelled() => {}
             () = self.keep() => {}
         }
     }
 
-    async fn keep(&mut self) {
-        let mut status = self.wire.watch();
+    async fn keep(&self) {
+        let (mut status, mut wanted) = (self.wire.watch(), self.vips.clone());
         let mut current = self.establish().await;
         let mut backoff = self.backoff();
         loop {
             self.publish(&current);
-            let vips = self.vips.borrow_and_update().clone();
+            let vips = wanted.borrow_and_update().clone();
             let mut failed = false;
             if let Some(request) = vips.as_ref().and_then(|vips| change(&current, vips)) {
                 match self.wire.request(request).await {
@@ -202,17 +202,26 @@ impl Link {
             let settled = !failed && vips.as_ref().is_some_and(|vips| change(&current, vips).is_none());
             if settled {
                 backoff.reset();
-                self.view.send_if_modified(|view| !std::mem::replace(&mut view.ready, true));
+                self.modify(|view| view.ready = true);
             }
             tokio::select! {
                 () = backoff.wait(), if !settled && vips.is_some() => {}
-                _ = self.vips.changed() => {}
+                _ = wanted.changed() => {}
                 _ = status.changed() => {}
             }
             if let ConnectionStatus::Up(connection) = &*status.borrow_and_update() {
                 current = (**connection).clone();
             }
         }
+    }
+
+    /// Changes the view; streams are told only if it is another one then.
+    fn modify(&self, change: impl FnOnce(&mut View)) {
+        self.view.send_if_modified(|view| {
+            let before = view.clone();
+            change(view);
+            *view != before
+        });
     }
 
     fn backoff(&self) -> Backoff {
@@ -225,20 +234,14 @@ impl Link {
         let saved = self.shared.store.connection(&self.key);
         loop {
             let found = self.wire.find().await;
-            let known = match &found {
-                Ok(Some(connection)) => Some(connection),
-                Ok(None) => saved.as_ref(),
-                // Without an answer of the manager there is nobody to request from either.
-                Err(error) => {
-                    tracing::warn!(conduit = %self.key, %error, "the NSM manager does not answer, trying again");
-                    backoff.wait().await;
-                    continue;
-                }
-            };
-            let alive = match known {
-                Some(known) => self.wire.alive(known).await,
-                None => false,
-            };
+            let known = found.as_ref().ok().and_then(Option::as_ref).or(saved.as_ref());
+            let alive = self.left(known).await;
+            // Without an answer of the manager there is nobody to request from either.
+            if let Err(error) = &found {
+                tracing::warn!(conduit = %self.key, %error, "the NSM manager does not answer, trying again");
+                backoff.wait().await;
+                continue;
+            }
             let request = wire::recover(&self.shared.settings, &self.key, known, attempt, alive);
             match self.wire.request(request).await {
                 Ok(connection) => {
@@ -252,18 +255,33 @@ impl Link {
         }
     }
 
+    /// Whether the wire of an earlier run's connection works; while it does, streams keep what is registered.
+    async fn left(&self, known: Option<&Connection>) -> bool {
+        let working = match known {
+            Some(known) if self.wire.alive(known).await => Some(known),
+            _ => None,
+        };
+        let ips = working.map(ips_of).unwrap_or_default();
+        self.modify(|view| view.left = ips);
+        working.is_some()
+    }
+
     fn publish(&self, connection: &Connection) {
         self.shared.store.set_connection(&self.key, connection);
-        let ips = local_ips(&connection.context.clone().unwrap_or_default().ip_context.unwrap_or_default());
-        self.view.send_if_modified(|view| {
-            let changed = view.ips != ips;
-            if changed {
+        let ips = ips_of(connection);
+        self.modify(|view| {
+            if view.ips != ips {
                 tracing::info!(conduit = %self.key, ?ips, "addresses");
                 view.ips = ips;
             }
-            changed
+            view.left.clear();
         });
     }
+}
+
+fn ips_of(connection: &Connection) -> Vec<String> {
+    let ip_context = connection.context.as_ref().and_then(|context| context.ip_context.as_ref());
+    ip_context.map(local_ips).unwrap_or_default()
 }
 
 /// The request that gives the connection these VIPs; `None` if it has them.

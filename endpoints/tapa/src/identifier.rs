@@ -66,6 +66,12 @@ pub(crate) fn decide(
     }
 }
 
+/// Whether what an earlier run has registered may be renewed as it is: it is ENABLED, and nobody has changed its identifier.
+pub(crate) fn renewable(ips: &[String], targets: &[Target], identifier: Option<u32>) -> Option<u32> {
+    let own = targets.iter().find(|target| same_ips(&target.ips, ips) && target.status() == Status::Enabled)?;
+    identifier.filter(|_| identifier_of(own) == identifier)
+}
+
 /// Two targets with one identifier: who is enabled keeps it; of two that are, the one with the smaller addresses.
 fn keeps<'a>(own: &Target, id: u32, others: impl Iterator<Item = &'a Target>) -> bool {
     if own.status() != Status::Enabled {
@@ -110,6 +116,18 @@ mod tests {
         assert_eq!(step(std::slice::from_ref(&own), 100, None, false), Step::Hold(5));
         assert_eq!(step(&[own], 100, None, true), Step::Register(5, Status::Enabled));
         assert_eq!(step(&[target(1, "5", Status::Enabled)], 100, Some(9), false), Step::Done(5));
+    }
+
+    #[test]
+    fn renewed_blindly_is_only_what_is_as_it_was() {
+        let listed = [target(2, "6", Status::Enabled), target(1, "5", Status::Enabled)];
+        assert_eq!(renewable(&ips(1), &listed, Some(5)), Some(5));
+        assert_eq!(renewable(&ips(1), &listed, Some(6)), None);
+        assert_eq!(renewable(&ips(1), &listed, None), None);
+        assert_eq!(renewable(&ips(3), &listed, Some(5)), None);
+        assert_eq!(renewable(&[], &listed, Some(5)), None);
+        assert_eq!(renewable(&ips(1), &[target(1, "5", Status::Disabled)], Some(5)), None);
+        assert_eq!(renewable(&ips(1), &[target(1, "x", Status::Enabled)], None), None);
     }
 
     #[test]

@@ -66,12 +66,14 @@ impl Stream {
         let watching = CancellationToken::new();
         let task = tokio::spawn(watch_targets(self.registry.clone(), self.key.clone(), lists, watching.clone()));
         let saved = self.store.stream(&self.key);
+        let now = Instant::now();
         let mut state = State {
             targets: None,
+            // Nobody knows how long ago an earlier run has renewed what it left.
+            renew: if saved.ips.is_empty() { now + self.renewal } else { now },
             ips: saved.ips,
             identifier: saved.identifier,
             written: None,
-            renew: Instant::now() + self.renewal,
             undefined_since: None,
             retry: None,
         };
@@ -134,14 +136,17 @@ impl Stream {
         let step = identifier::decide(&state.ips, targets, max, state.identifier, ready, pick);
         match self.take(state, step, now).await {
             Ok(wake) => wake,
-            Err(cause) => {
-                tracing::warn!(stream = %self.key, cause, "the stream cannot be registered, trying again");
-                self.board.set(&self.key, Shown::Unavailable);
-                let retry = Instant::now() + RETRY;
-                state.retry = Some(retry);
-                retry
-            }
+            Err(cause) => self.failed(state, &cause),
         }
+    }
+
+    /// Returns when to try again.
+    fn failed(&self, state: &mut State, cause: &str) -> Instant {
+        tracing::warn!(stream = %self.key, cause, "the stream cannot be registered, trying again");
+        self.board.set(&self.key, Shown::Unavailable);
+        let retry = Instant::now() + RETRY;
+        state.retry = Some(retry);
+        retry
     }
 
     async fn take(&mut self, state: &mut State, step: Step, now: Instant) -> Result<Instant, String> {
@@ -207,13 +212,31 @@ impl Stream {
         self.board.set(&self.key, status);
         if status != Shown::Undefined || state.ips.is_empty() {
             state.undefined_since = None;
-            return now + self.renewal;
+            return self.keep(state, now).await;
         }
         let since = *state.undefined_since.get_or_insert(now);
         if now.duration_since(since) >= UNDEFINED_GRACE {
             self.unregister(state).await;
         }
         since + UNDEFINED_GRACE
+    }
+
+    /// What an earlier run has left ENABLED is renewed as it is while its wire works: neither that nor the load balancers need the NSM
+    /// manager that is waited for.
+    async fn keep(&mut self, state: &mut State, now: Instant) -> Instant {
+        let works = same_ips(self.view.borrow().working(), &state.ips);
+        let listed = state.targets.as_deref().unwrap_or_default();
+        let Some(id) = identifier::renewable(&state.ips, listed, state.identifier).filter(|_| works) else {
+            return now + self.renewal;
+        };
+        if let Some(retry) = state.retry.filter(|retry| *retry > now) {
+            return retry;
+        }
+        state.retry = None;
+        match self.renew(state, id, Status::Enabled, now).await {
+            Ok(_) => state.renew,
+            Err(cause) => self.failed(state, &cause),
+        }
     }
 
     async fn unregister(&mut self, state: &mut State) {

@@ -27,3 +27,4 @@ pub(crate) fn conduit(name: &str) -> ConduitKey {
 }
 
 mod scenario;
+mod world;

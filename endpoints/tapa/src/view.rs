@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 pub(crate) struct View {
     /// The target's addresses; empty while there is no connection.
     pub(crate) ips: Vec<String>,
+    /// The addresses of an earlier run's connection that is not established again yet, if its wire works all the same.
+    pub(crate) left: Vec<String>,
     /// The interface has every VIP: it accepts traffic.
     pub(crate) ready: bool,
     /// The conduit's streams by name with their limits of targets; `None` until the NSP has told.
@@ -35,6 +37,11 @@ impl View {
             Some(Some(max)) => Gate::Go(self.ips.clone(), *max, self.ready),
         }
     }
+
+    /// Addresses that work, whatever else is not known yet.
+    pub(crate) fn working(&self) -> &[String] {
+        if self.ips.is_empty() { &self.left } else { &self.ips }
+    }
 }
 
 /// Name and limit of each stream in an answer of the NSP.
@@ -58,5 +65,13 @@ mod tests {
         assert_eq!(view.gate("s"), Gate::Go(view.ips.clone(), 7, false));
         view.ips.clear();
         assert_eq!(view.gate("s"), Gate::Wait(Status::Unavailable));
+    }
+
+    #[test]
+    fn addresses_of_an_earlier_run_work_until_there_are_others() {
+        let mut view = View { left: vec!["10.0.0.1/24".into()], ..View::default() };
+        assert_eq!(view.working(), ["10.0.0.1/24"]);
+        view.ips = vec!["10.0.0.2/24".into()];
+        assert_eq!(view.working(), ["10.0.0.2/24"]);
     }
 }

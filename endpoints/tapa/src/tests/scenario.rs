@@ -1,268 +1,12 @@
-//! A whole TAPA against an NSP and an NSM in memory.
+//! A whole TAPA.
 
+use super::world::{LIMIT, World};
 use super::*;
-use crate::{board::Board, names::StreamKey};
-use futures_util::stream::{BoxStream, StreamExt};
 use meridio_proto::{
     ambassador::v1::stream_status::Status as Shown,
-    nsp::v1::{
-        self as nsp, Target, TargetResponse,
-        configuration_manager_server::{ConfigurationManager, ConfigurationManagerServer},
-        target::Status,
-        target_registry_server::{TargetRegistry, TargetRegistryServer},
-    },
+    nsp::v1::{Target, target::Status},
 };
-use nsm_chain::{
-    Connection, ConnectionContext, Error, IpContext, NetworkServiceRequest, elements::heal::ConnectionStatus,
-};
-use std::{sync::Mutex, time::Instant};
-use tokio::{sync::watch, task::JoinHandle};
-use tokio_stream::wrappers::WatchStream;
-use tonic::{Request, Response};
-
-const LIMIT: Duration = Duration::from_secs(20);
-
-/// What the NSP knows.
-#[derive(Clone)]
-struct Nsp {
-    targets: Arc<watch::Sender<Vec<Target>>>,
-    streams: Arc<watch::Sender<Vec<nsp::Stream>>>,
-    vips: Arc<watch::Sender<Vec<String>>>,
-}
-
-type Answers<T> = BoxStream<'static, Result<T, tonic::Status>>;
-
-fn answers<V, T>(sender: &watch::Sender<V>, map: impl Fn(V) -> T + Send + 'static) -> Response<Answers<T>>
-where
-    V: Clone + Send + Sync + 'static,
-    T: Send + 'static,
-{
-    Response::new(WatchStream::new(sender.subscribe()).map(move |value| Ok(map(value))).boxed())
-}
-
-#[tonic::async_trait]
-impl TargetRegistry for Nsp {
-    type WatchStream = Answers<TargetResponse>;
-
-    async fn register(&self, request: Request<Target>) -> Result<Response<()>, tonic::Status> {
-        let mut new = request.into_inner();
-        self.targets.send_modify(|targets| {
-            match targets.iter_mut().find(|target| target.ips == new.ips) {
-                Some(target) => *target = new,
-                None => {
-                    new.set_status(Status::Disabled);
-                    targets.push(new);
-                }
-            };
-        });
-        Ok(Response::new(()))
-    }
-
-    async fn unregister(&self, request: Request<Target>) -> Result<Response<()>, tonic::Status> {
-        self.targets.send_modify(|targets| targets.retain(|target| target.ips != request.get_ref().ips));
-        Ok(Response::new(()))
-    }
-
-    async fn watch(&self, _: Request<Target>) -> Result<Response<Self::WatchStream>, tonic::Status> {
-        Ok(answers(&self.targets, |targets| TargetResponse { targets }))
-    }
-}
-
-macro_rules! silent {
-    ($($name:ident $stream:ident $request:ty, $response:ty;)*) => {
-        #[tonic::async_trait]
-        impl ConfigurationManager for Nsp {
-            type WatchStreamStream = Answers<nsp::StreamResponse>;
-            type WatchFlowStream = Answers<nsp::FlowResponse>;
-            $(type $stream = Answers<$response>;)*
-
-            async fn watch_stream(&self, _: Request<nsp::Stream>) -> Result<Response<Self::WatchStreamStream>, tonic::Status> {
-                Ok(answers(&self.streams, |streams| nsp::StreamResponse { streams }))
-            }
-
-            async fn watch_flow(&self, _: Request<nsp::Flow>) -> Result<Response<Self::WatchFlowStream>, tonic::Status> {
-                Ok(answers(&self.vips, |vips| {
-                    let vip = |address| nsp::Vip { address, ..nsp::Vip::default() };
-                    let vips = vips.into_iter().map(vip).collect();
-                    nsp::FlowResponse { flows: vec![nsp::Flow { vips, ..nsp::Flow::default() }] }
-                }))
-            }
-
-            $(async fn $name(&self, _: Request<$request>) -> Result<Response<Self::$stream>, tonic::Status> {
-                Ok(Response::new(futures_util::stream::pending().boxed()))
-            })*
-        }
-    };
-}
-
-silent! {
-    watch_trench WatchTrenchStream nsp::Trench, nsp::TrenchResponse;
-    watch_conduit WatchConduitStream nsp::Conduit, nsp::ConduitResponse;
-    watch_vip WatchVipStream nsp::Vip, nsp::VipResponse;
-    watch_attractor WatchAttractorStream nsp::Attractor, nsp::AttractorResponse;
-    watch_gateway WatchGatewayStream nsp::Gateway, nsp::GatewayResponse;
-}
-
-/// The manager, forwarder and proxy of a node: what outlives a TAPA.
-#[derive(Clone)]
-struct Mesh(Arc<Inner>);
-
-struct Inner {
-    connection: Mutex<Option<Connection>>,
-    requests: Mutex<Vec<NetworkServiceRequest>>,
-    status: watch::Sender<ConnectionStatus>,
-    fail: std::sync::atomic::AtomicBool,
-}
-
-impl Mesh {
-    fn new() -> Self {
-        let status = watch::Sender::new(ConnectionStatus::New);
-        Self(Arc::new(Inner { connection: Mutex::default(), requests: Mutex::default(), status, fail: false.into() }))
-    }
-
-    fn context(&self) -> Option<IpContext> {
-        self.0.connection.lock().unwrap().clone()?.context?.ip_context
-    }
-
-    /// Another proxy: other addresses.
-    fn renumber(&self, subnet: u8) {
-        let mut current = self.0.connection.lock().unwrap();
-        let connection = current.as_mut().unwrap();
-        connection.context = Some(addresses(subnet));
-        self.0.status.send_replace(ConnectionStatus::Up(Box::new(connection.clone())));
-    }
-}
-
-fn addresses(subnet: u8) -> ConnectionContext {
-    let ip_context = IpContext {
-        src_ip_addrs: vec![format!("172.16.{subnet}.6/24")],
-        extra_prefixes: vec![format!("172.16.{subnet}.1/24")],
-        ..IpContext::default()
-    };
-    ConnectionContext { ip_context: Some(ip_context), ..ConnectionContext::default() }
-}
-
-#[async_trait::async_trait]
-impl Wire for Mesh {
-    async fn find(&self) -> Result<Option<Connection>, Error> {
-        Ok(self.0.connection.lock().unwrap().clone())
-    }
-
-    async fn request(&self, request: NetworkServiceRequest) -> Result<Connection, Error> {
-        self.0.requests.lock().unwrap().push(request.clone());
-        let changes =
-            request.connection.iter().flat_map(|connection| &connection.context).any(|ctx| ctx.ip_context.is_some());
-        if changes && self.0.fail.load(std::sync::atomic::Ordering::SeqCst) {
-            return Err(Error::new("mesh", "", "told to fail"));
-        }
-        let mut connection = request.connection.unwrap();
-        connection.context.get_or_insert_default().ip_context.get_or_insert_with(|| addresses(1).ip_context.unwrap());
-        *self.0.connection.lock().unwrap() = Some(connection.clone());
-        self.0.status.send_replace(ConnectionStatus::Up(Box::new(connection.clone())));
-        Ok(connection)
-    }
-
-    async fn close(&self, _: Connection) -> Result<(), Error> {
-        *self.0.connection.lock().unwrap() = None;
-        self.0.status.send_replace(ConnectionStatus::Closed);
-        Ok(())
-    }
-
-    fn watch(&self) -> watch::Receiver<ConnectionStatus> {
-        self.0.status.subscribe()
-    }
-
-    async fn alive(&self, _: &Connection) -> bool {
-        true
-    }
-}
-
-struct World {
-    nsp: Nsp,
-    mesh: Mesh,
-    address: Address,
-    dir: tempfile::TempDir,
-}
-
-struct Fakes(Address, Mesh);
-
-impl Network for Fakes {
-    fn nsp(&self, _: &str) -> Result<Channel, nsm_transport::Error> {
-        Ok(Transport::insecure().channel(&self.0))
-    }
-
-    fn wire(&self, _: &Settings, _: &ConduitKey, interface: &str) -> Arc<dyn Wire> {
-        assert_eq!(interface, "nsm-0");
-        Arc::new(self.1.clone())
-    }
-}
-
-struct Tapa {
-    board: Board,
-    store: Store,
-    stop: CancellationToken,
-    task: JoinHandle<()>,
-}
-
-impl World {
-    async fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let address = Address::Unix(dir.path().join("nsp.sock"));
-        let stream = nsp::Stream { name: "s".into(), max_targets: 3, conduit: None };
-        let nsp = Nsp {
-            targets: Arc::new(watch::Sender::new(Vec::new())),
-            streams: Arc::new(watch::Sender::new(vec![stream])),
-            vips: Arc::new(watch::Sender::new(vec!["20.0.0.1/32".into()])),
-        };
-        let listener = Listener::bind(&address).await.unwrap();
-        let routes = Routes::new(TargetRegistryServer::new(nsp.clone()))
-            .add_service(ConfigurationManagerServer::new(nsp.clone()));
-        tokio::spawn(
-            async move { Transport::insecure().serve(vec![listener], routes, CancellationToken::new()).await },
-        );
-        Self { nsp, mesh: Mesh::new(), address, dir }
-    }
-
-    fn start(&self) -> Tapa {
-        let store = Store::open(self.dir.path(), "t").unwrap();
-        let board = Board::new(store.streams().into_iter().map(|saved| saved.key));
-        let network = Box::new(Fakes(self.address.clone(), self.mesh.clone()));
-        let shared = Shared { settings: settings(), board: board.clone(), store: store.clone(), network };
-        let stop = CancellationToken::new();
-        let task = tokio::spawn(supervise(Arc::new(shared), stop.clone()));
-        Tapa { board, store, stop, task }
-    }
-
-    async fn targets(&self, what: &str, wanted: impl Fn(&[Target]) -> bool) -> Vec<Target> {
-        let mut targets = self.nsp.targets.subscribe();
-        let found = tokio::time::timeout(LIMIT, targets.wait_for(|targets| wanted(targets))).await;
-        found.unwrap_or_else(|_| panic!("{what}")).unwrap().clone()
-    }
-
-    fn enabled(&self) -> Vec<Target> {
-        self.nsp.targets.borrow().iter().filter(|target| target.status() == Status::Enabled).cloned().collect()
-    }
-}
-
-impl Tapa {
-    fn open(&self, stream: &str) -> StreamKey {
-        let key = StreamKey { conduit: conduit("c"), stream: stream.into() };
-        self.board.open(key.clone()).unwrap();
-        self.store.set_streams(&self.board.all());
-        key
-    }
-
-    async fn reaches(&self, key: &StreamKey, status: Shown) {
-        let mut board = self.board.subscribe();
-        let wait = board.wait_for(|streams| streams.get(key) == Some(&status));
-        tokio::time::timeout(LIMIT, wait).await.unwrap_or_else(|_| panic!("not {status:?}")).unwrap();
-    }
-
-    async fn end(self) {
-        self.stop.cancel();
-        tokio::time::timeout(LIMIT, self.task).await.unwrap().unwrap();
-    }
-}
+use std::{sync::atomic::Ordering::SeqCst, time::Instant};
 
 #[tokio::test]
 async fn open_close_and_end() {
@@ -302,14 +46,13 @@ async fn a_killed_tapa_goes_on_where_it_was() {
     let key = tapa.open("s");
     tapa.reaches(&key, Shown::Open).await;
     let (before, context) = (world.enabled(), world.mesh.context());
-    // Dropped without a word, like a process that is killed.
-    tapa.task.abort();
-    let _ = tapa.task.await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    tapa.kill().await;
     assert_eq!((world.enabled(), world.mesh.context()), (before.clone(), context.clone()), "nothing is taken back");
     world.mesh.0.requests.lock().unwrap().clear();
 
+    let renewed = world.registrations(1);
     let tapa = world.start();
+    assert_eq!(renewed.await, before, "renewed at once");
     tapa.reaches(&key, Shown::Open).await;
     assert_eq!((world.enabled(), world.mesh.context()), (before, context));
     for request in world.mesh.0.requests.lock().unwrap().iter() {
@@ -364,13 +107,48 @@ async fn traffic_is_asked_for_only_when_the_vips_are_there() {
     let world = World::new().await;
     let tapa = world.start();
     // Connected, but the forwarder refuses to set addresses.
-    world.mesh.0.fail.store(true, std::sync::atomic::Ordering::SeqCst);
+    world.mesh.0.fail.store(true, SeqCst);
     let key = tapa.open("s");
     world.targets("not registered", |targets| !targets.is_empty()).await;
     tokio::time::sleep(Duration::from_millis(150)).await;
     assert!(world.enabled().is_empty());
     tapa.reaches(&key, Shown::Pending).await;
-    world.mesh.0.fail.store(false, std::sync::atomic::Ordering::SeqCst);
+    world.mesh.0.fail.store(false, SeqCst);
     tapa.reaches(&key, Shown::Open).await;
+    tapa.end().await;
+}
+
+#[tokio::test]
+async fn without_the_manager_a_restarted_tapa_renews_what_works() {
+    let mut world = World::new().await;
+    world.settings.nsp_entry_timeout = Duration::from_millis(50).into();
+    world.settings.grpc_max_backoff = Duration::from_millis(200).into();
+    let tapa = world.start();
+    let key = tapa.open("s");
+    tapa.reaches(&key, Shown::Open).await;
+    let before = world.enabled();
+    tapa.kill().await;
+
+    world.mesh.0.away.store(true, SeqCst);
+    let tapa = world.start();
+    let renewed = world.registrations(5).await;
+    assert!(renewed.iter().all(|target| *target == before[0]), "{renewed:?}");
+    tapa.reaches(&key, Shown::Unavailable).await;
+    // What does not work is left to expire.
+    world.mesh.0.dead.store(true, SeqCst);
+    let quiet = async {
+        let mut before = usize::MAX;
+        while before != world.nsp.registered.borrow().len() {
+            before = world.nsp.registered.borrow().len();
+            world.mesh.asked(2).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, quiet).await.expect("it is renewed");
+    world.mesh.0.dead.store(false, SeqCst);
+    world.registrations(1).await;
+
+    world.mesh.0.away.store(false, SeqCst);
+    tapa.reaches(&key, Shown::Open).await;
+    assert_eq!(world.enabled(), before);
     tapa.end().await;
 }
