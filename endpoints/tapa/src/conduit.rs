@@ -23,13 +23,17 @@ use std::{
 use tokio::{
     sync::watch,
     task::{JoinHandle, JoinSet},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
 /// First pause after a failed attempt to connect or to change the connection.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Pause before each question to the wire of a connection that NSM has lost. So many in a row without an answer mean that it is dead:
+/// what is healed before changes nothing for the target.
+const DOWN_PAUSE: Duration = Duration::from_millis(500);
+const DOWN_MISSES: u32 = 2;
 /// Longest pause while the first connection is made; a proxy that has just come up should not be waited for.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -174,13 +178,14 @@ impl Link {
         tokio::select! {
             () = stop.cancelled() => {}
             () = self.keep() => {}
+            () = self.doubt() => {}
         }
     }
 
     async fn keep(&self) {
         let (mut status, mut wanted) = (self.wire.watch(), self.vips.clone());
         let mut current = self.establish().await;
-        let mut backoff = self.backoff();
+        let (mut backoff, mut up) = (self.backoff(), true);
         loop {
             self.publish(&current);
             let vips = wanted.borrow_and_update().clone();
@@ -202,15 +207,55 @@ impl Link {
             let settled = !failed && vips.as_ref().is_some_and(|vips| change(&current, vips).is_none());
             if settled {
                 backoff.reset();
-                self.modify(|view| view.ready = true);
+                self.modify(|view| {
+                    view.ready = true;
+                    view.dead &= !up;
+                });
             }
             tokio::select! {
                 () = backoff.wait(), if !settled && vips.is_some() => {}
                 _ = wanted.changed() => {}
                 _ = status.changed() => {}
             }
-            if let ConnectionStatus::Up(connection) = &*status.borrow_and_update() {
+            let news = status.borrow_and_update();
+            up = news.is_up();
+            if let ConnectionStatus::Up(connection) = &*news {
                 current = (**connection).clone();
+            }
+        }
+    }
+
+    /// Of a connection that NSM has lost the wire may work all the same: it is asked for as long as there is no other news.
+    async fn doubt(&self) {
+        let mut status = self.wire.watch();
+        loop {
+            let lost = match &*status.borrow_and_update() {
+                ConnectionStatus::Down(connection) => Some(connection.clone()),
+                _ => None,
+            };
+            tokio::select! {
+                // News first: once it is up nothing may call it dead any more.
+                biased;
+                changed = status.changed() => if changed.is_err() { return std::future::pending().await },
+                () = self.ask(lost.as_deref()) => {}
+            }
+        }
+    }
+
+    /// Asks the wire again and again, and tells the streams what it says.
+    async fn ask(&self, lost: Option<&Connection>) {
+        let Some(lost) = lost else { return std::future::pending().await };
+        let mut misses = 0_u32;
+        loop {
+            sleep(DOWN_PAUSE).await;
+            misses = if self.wire.alive(lost).await { 0 } else { misses.saturating_add(1) };
+            if misses == DOWN_MISSES {
+                tracing::warn!(conduit = %self.key, "the connection is lost, and its wire does not work");
+            }
+            match misses {
+                0 => self.modify(|view| view.dead = false),
+                DOWN_MISSES.. => self.modify(|view| view.dead = true),
+                _ => {}
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The identifier protocol as a pure function of what the NSP lists.
 
+use crate::view::Traffic;
 use meridio_proto::nsp::v1::{Target, target::Status};
 use std::collections::BTreeSet;
 
@@ -32,14 +33,14 @@ pub(crate) fn identifier_of(target: &Target) -> Option<u32> {
     target.context.get(IDENTIFIER)?.parse().ok()
 }
 
-/// Decides. `ips` are ours, `targets` everything registered for the stream, `previous` the identifier to prefer, `ready` whether
-/// the interface accepts traffic. `pick` chooses one of n: it should be random, so that two targets that collide part.
+/// Decides. `ips` are ours, `targets` everything registered for the stream, `previous` the identifier to prefer, `traffic` whether
+/// the interface accepts it. `pick` chooses one of n: it should be random, so that two targets that collide part.
 pub(crate) fn decide(
     ips: &[String],
     targets: &[Target],
     max_targets: u32,
     previous: Option<u32>,
-    ready: bool,
+    traffic: Traffic,
     pick: impl FnOnce(usize) -> usize,
 ) -> Step {
     let max = if max_targets == 0 { DEFAULT_MAX_TARGETS } else { max_targets };
@@ -57,10 +58,11 @@ pub(crate) fn decide(
     };
     let held = identifier_of(own).filter(|id| (1..=max).contains(id));
     match held {
-        Some(id) if free(&id) || keeps(own, id, others()) => match (own.status(), ready) {
+        Some(id) if free(&id) || keeps(own, id, others()) => match (own.status(), traffic) {
+            (Status::Enabled, Traffic::Lost) => Step::Register(id, Status::Disabled),
             (Status::Enabled, _) => Step::Done(id),
-            (_, true) => Step::Register(id, Status::Enabled),
-            (_, false) => Step::Hold(id),
+            (_, Traffic::Accepted) => Step::Register(id, Status::Enabled),
+            (_, Traffic::NotYet | Traffic::Lost) => Step::Hold(id),
         },
         _ => choose().map_or(Step::Full, Step::Change),
     }
@@ -94,8 +96,9 @@ mod tests {
         Target { ips: ips(n), context, status: status.into(), ..Target::default() }
     }
 
-    fn step(targets: &[Target], max: u32, previous: Option<u32>, ready: bool) -> Step {
-        decide(&ips(1), targets, max, previous, ready, |_| 0)
+    fn step(targets: &[Target], max: u32, previous: Option<u32>, accepted: bool) -> Step {
+        let traffic = if accepted { Traffic::Accepted } else { Traffic::NotYet };
+        decide(&ips(1), targets, max, previous, traffic, |_| 0)
     }
 
     #[test]
@@ -107,7 +110,10 @@ mod tests {
         assert_eq!(step(&others, 100, Some(101), true), Step::Register(3, Status::Disabled));
         assert_eq!(step(&others, 2, None, true), Step::Full);
         assert_eq!(step(&[], 0, Some(100), true), Step::Register(100, Status::Disabled));
-        assert_eq!(decide(&ips(1), &others, 4, None, true, |n| n - 1), Step::Register(4, Status::Disabled));
+        assert_eq!(
+            decide(&ips(1), &others, 4, None, Traffic::Accepted, |n| n - 1),
+            Step::Register(4, Status::Disabled)
+        );
     }
 
     #[test]
@@ -116,6 +122,13 @@ mod tests {
         assert_eq!(step(std::slice::from_ref(&own), 100, None, false), Step::Hold(5));
         assert_eq!(step(&[own], 100, None, true), Step::Register(5, Status::Enabled));
         assert_eq!(step(&[target(1, "5", Status::Enabled)], 100, Some(9), false), Step::Done(5));
+    }
+
+    #[test]
+    fn disabled_while_the_wire_is_dead_with_the_identifier_it_has() {
+        let step = |status| decide(&ips(1), &[target(1, "5", status)], 100, Some(5), Traffic::Lost, |_| 0);
+        assert_eq!(step(Status::Enabled), Step::Register(5, Status::Disabled));
+        assert_eq!(step(Status::Disabled), Step::Hold(5));
     }
 
     #[test]
@@ -150,9 +163,9 @@ mod tests {
     fn of_two_enabled_one_stays() {
         let (one, two) = (target(1, "5", Status::Enabled), target(2, "5", Status::Enabled));
         assert_eq!(step(&[one.clone(), two.clone()], 100, None, true), Step::Done(5));
-        assert_eq!(decide(&ips(2), &[one, two], 100, None, true, |_| 0), Step::Change(1));
+        assert_eq!(decide(&ips(2), &[one, two], 100, None, Traffic::Accepted, |_| 0), Step::Change(1));
         let (own, other) = (target(2, "5", Status::Enabled), target(1, "5", Status::Disabled));
-        assert_eq!(decide(&ips(2), &[own, other], 100, None, true, |_| 0), Step::Done(5));
+        assert_eq!(decide(&ips(2), &[own, other], 100, None, Traffic::Accepted, |_| 0), Step::Done(5));
     }
 
     #[test]
@@ -174,7 +187,7 @@ mod tests {
             // Each of them decides on what it sees, in turns that differ from round to round.
             let n = (round * 7 + round / 20) % max + 1;
             let pick = |count: usize| (n as usize * 31 + round as usize * 17) % count;
-            let step = decide(&ips(n), &registry, max, None, true, pick);
+            let step = decide(&ips(n), &registry, max, None, Traffic::Accepted, pick);
             let (id, status) = match step {
                 Step::Register(id, status) => (id, status),
                 Step::Change(id) => (id, Status::Disabled),

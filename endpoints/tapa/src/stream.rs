@@ -5,7 +5,7 @@ use crate::{
     identifier::{self, IDENTIFIER, Step, same_ips},
     names::StreamKey,
     store::Store,
-    view::{Gate, View},
+    view::{Gate, Traffic, View},
 };
 use meridio_common::watch_loop;
 use meridio_proto::{
@@ -111,9 +111,9 @@ impl Stream {
         let now = Instant::now();
         let far = now + self.renewal;
         let gate = self.view.borrow_and_update().gate(&self.key.stream);
-        let (ips, max, ready) = match gate {
+        let (ips, max, traffic) = match gate {
             Gate::Wait(status) => return self.wait(state, status, now).await,
-            Gate::Go(ips, max, ready) => (ips, max, ready),
+            Gate::Go(ips, max, traffic) => (ips, max, traffic),
         };
         state.undefined_since = None;
         if let Some(retry) = state.retry.filter(|retry| *retry > now) {
@@ -129,12 +129,12 @@ impl Stream {
             return written.until;
         }
         let Some(targets) = &state.targets else {
-            self.board.set(&self.key, Shown::Pending);
+            self.board.set(&self.key, traffic.shown());
             return far;
         };
         let pick = |count: usize| rand::random_range(0..count.max(1));
-        let step = identifier::decide(&state.ips, targets, max, state.identifier, ready, pick);
-        match self.take(state, step, now).await {
+        let step = identifier::decide(&state.ips, targets, max, state.identifier, traffic, pick);
+        match self.take(state, step, traffic, now).await {
             Ok(wake) => wake,
             Err(cause) => self.failed(state, &cause),
         }
@@ -149,7 +149,7 @@ impl Stream {
         retry
     }
 
-    async fn take(&mut self, state: &mut State, step: Step, now: Instant) -> Result<Instant, String> {
+    async fn take(&mut self, state: &mut State, step: Step, traffic: Traffic, now: Instant) -> Result<Instant, String> {
         match step {
             Step::Full => {
                 if state.targets.iter().flatten().any(|target| same_ips(&target.ips, &state.ips)) {
@@ -158,18 +158,18 @@ impl Stream {
                 Err("no identifier available to register the target".to_owned())
             }
             Step::Register(id, status) => {
-                self.board.set(&self.key, Shown::Pending);
+                self.board.set(&self.key, traffic.shown());
                 self.register(state, id, status).await
             }
             Step::Change(id) => {
-                self.board.set(&self.key, Shown::Pending);
+                self.board.set(&self.key, traffic.shown());
                 let ips = state.ips.clone();
                 self.unregister(state).await;
                 state.ips = ips;
                 self.register(state, id, Status::Disabled).await
             }
             Step::Hold(id) => {
-                self.board.set(&self.key, Shown::Pending);
+                self.board.set(&self.key, traffic.shown());
                 self.renew(state, id, Status::Disabled, now).await
             }
             Step::Done(id) => {

@@ -10,10 +10,33 @@ pub(crate) struct View {
     pub(crate) ips: Vec<String>,
     /// The addresses of an earlier run's connection that is not established again yet, if its wire works all the same.
     pub(crate) left: Vec<String>,
-    /// The interface has every VIP: it accepts traffic.
+    /// The interface has had every VIP.
     pub(crate) ready: bool,
+    /// NSM has lost the connection, and the wire does not work either.
+    pub(crate) dead: bool,
     /// The conduit's streams by name with their limits of targets; `None` until the NSP has told.
     pub(crate) streams: Option<BTreeMap<String, u32>>,
+}
+
+/// Whether the interface accepts traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Traffic {
+    /// It has not had every VIP yet.
+    NotYet,
+    /// It does; a change of VIPs does not take this back.
+    Accepted,
+    /// The wire is dead.
+    Lost,
+}
+
+impl Traffic {
+    /// What a stream is shown as while it is registered DISABLED.
+    pub(crate) fn shown(self) -> Status {
+        match self {
+            Self::Lost => Status::Unavailable,
+            Self::NotYet | Self::Accepted => Status::Pending,
+        }
+    }
 }
 
 /// Whether one stream can be registered.
@@ -21,8 +44,8 @@ pub(crate) struct View {
 pub(crate) enum Gate {
     /// Not yet: the status says why.
     Wait(Status),
-    /// With these addresses, limit, and whether traffic is accepted.
-    Go(Vec<String>, u32, bool),
+    /// With these addresses and this limit.
+    Go(Vec<String>, u32, Traffic),
 }
 
 impl View {
@@ -34,13 +57,25 @@ impl View {
         match self.streams.as_ref().map(|streams| streams.get(name)) {
             None => Gate::Wait(Status::Unavailable),
             Some(None) => Gate::Wait(Status::Undefined),
-            Some(Some(max)) => Gate::Go(self.ips.clone(), *max, self.ready),
+            Some(Some(max)) => Gate::Go(self.ips.clone(), *max, self.traffic()),
         }
     }
 
-    /// Addresses that work, whatever else is not known yet.
+    fn traffic(&self) -> Traffic {
+        match (self.dead, self.ready) {
+            (true, _) => Traffic::Lost,
+            (false, true) => Traffic::Accepted,
+            (false, false) => Traffic::NotYet,
+        }
+    }
+
+    /// Addresses that work, whatever else is not known yet; empty if there are none.
     pub(crate) fn working(&self) -> &[String] {
-        if self.ips.is_empty() { &self.left } else { &self.ips }
+        match self.dead {
+            true => &[],
+            false if self.ips.is_empty() => &self.left,
+            false => &self.ips,
+        }
     }
 }
 
@@ -62,7 +97,11 @@ mod tests {
         view.streams = Some(streams(&[]));
         assert_eq!(view.gate("s"), Gate::Wait(Status::Undefined));
         view.streams = Some(streams(&[nsp::Stream { name: "s".into(), max_targets: 7, conduit: None }]));
-        assert_eq!(view.gate("s"), Gate::Go(view.ips.clone(), 7, false));
+        assert_eq!(view.gate("s"), Gate::Go(view.ips.clone(), 7, Traffic::NotYet));
+        view.ready = true;
+        assert_eq!(view.gate("s"), Gate::Go(view.ips.clone(), 7, Traffic::Accepted));
+        view.dead = true;
+        assert_eq!(view.gate("s"), Gate::Go(view.ips.clone(), 7, Traffic::Lost));
         view.ips.clear();
         assert_eq!(view.gate("s"), Gate::Wait(Status::Unavailable));
     }
@@ -73,5 +112,7 @@ mod tests {
         assert_eq!(view.working(), ["10.0.0.1/24"]);
         view.ips = vec!["10.0.0.2/24".into()];
         assert_eq!(view.working(), ["10.0.0.2/24"]);
+        view.dead = true;
+        assert!(view.working().is_empty());
     }
 }

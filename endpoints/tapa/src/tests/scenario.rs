@@ -152,3 +152,29 @@ async fn without_the_manager_a_restarted_tapa_renews_what_works() {
     assert_eq!(world.enabled(), before);
     tapa.end().await;
 }
+
+#[tokio::test]
+async fn a_target_is_disabled_while_its_wire_is_dead() {
+    let world = World::new().await;
+    let tapa = world.start();
+    let key = tapa.open("s");
+    tapa.reaches(&key, Shown::Open).await;
+    let (before, asked) = (world.enabled(), world.nsp.registered.borrow().len());
+    // Control is lost, the wire works.
+    world.mesh.lose();
+    world.mesh.asked(3).await;
+    assert_eq!((world.enabled(), world.nsp.registered.borrow().len()), (before.clone(), asked));
+    assert_eq!(tapa.board.subscribe().borrow().get(&key), Some(&Shown::Open));
+
+    world.mesh.0.dead.store(true, SeqCst);
+    tapa.reaches(&key, Shown::Unavailable).await;
+    let disabled = world.targets("not disabled", |targets| targets[0].status() == Status::Disabled).await;
+    assert_eq!((disabled.len(), &disabled[0].context, &disabled[0].ips), (1, &before[0].context, &before[0].ips));
+    world.mesh.asked(2).await;
+    assert_eq!(tapa.board.subscribe().borrow().get(&key), Some(&Shown::Unavailable));
+
+    world.mesh.heal();
+    tapa.reaches(&key, Shown::Open).await;
+    assert_eq!(world.enabled(), before);
+    tapa.end().await;
+}

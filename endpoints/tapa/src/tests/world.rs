@@ -145,6 +145,16 @@ impl Mesh {
         }))
     }
 
+    pub(super) fn lose(&self) {
+        let current = self.0.connection.lock().unwrap().clone().unwrap();
+        self.0.status.send_replace(ConnectionStatus::Down(Box::new(current)));
+    }
+
+    pub(super) fn heal(&self) {
+        let current = self.0.connection.lock().unwrap().clone().unwrap();
+        self.0.status.send_replace(ConnectionStatus::Up(Box::new(current)));
+    }
+
     /// Waits until the wire was asked for so often again.
     pub(super) async fn asked(&self, times: usize) {
         let mut asked = self.0.asked.subscribe();
