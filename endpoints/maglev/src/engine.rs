@@ -306,17 +306,17 @@ impl Engine {
         }
     }
 
-    /// Has packets ask for the link addresses of these next hops again. Else what the program has found out about one is believed for
+    /// Has packets ask for the link addresses of these next hops (interface, address) again. Else what the program has found out about one is believed for
     /// some ticks of the kernel more; to be called when the kernel has learnt another one.
     ///
     /// # Errors
     /// The maps cannot be written.
-    pub fn look_again(&mut self, next_hops: &BTreeSet<IpAddr>) -> Result<(), Error> {
+    pub fn look_again(&mut self, next_hops: &BTreeSet<(u32, IpAddr)>) -> Result<(), Error> {
         let streams = &self.kernel.maps.streams;
         for (number, slot) in &mut self.slots {
             let copy = (slot.entry.active & 1) as usize;
-            let v4 = |t: &TargetEntry| t.ifindex4 != 0 && next_hops.contains(&IpAddr::from(t.v4));
-            let v6 = |t: &TargetEntry| t.ifindex6 != 0 && next_hops.contains(&IpAddr::from(t.v6));
+            let v4 = |t: &TargetEntry| next_hops.contains(&(t.ifindex4, t.v4.into()));
+            let v6 = |t: &TargetEntry| next_hops.contains(&(t.ifindex6, t.v6.into()));
             if slot.targets[copy].values().any(|target| v4(target) || v6(target)) {
                 slot.entry.written[copy] = monotonic();
                 streams.set(number, &slot.entry).map_err(failed(streams))?;

@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
@@ -63,14 +62,15 @@ fn a_target_with_a_new_link_address_is_followed_at_once_when_the_engine_is_told(
     let (mut engine, net, _fs) = start();
     let flood = Flood::start(&net, 2, (PORT, PORT), 10 * RATE);
     flood.flows(500);
-    let hops: BTreeSet<IpAddr> = BTreeSet::from(["172.16.1.2".parse().unwrap(), "fd00:1::2".parse().unwrap()]);
+    let hops: [IpAddr; 2] = ["172.16.1.2", "fd00:1::2"].map(|hop| hop.parse().unwrap());
+    let all = hops.map(|hop| (net.index("nsm1"), hop)).into();
     let (l, tap) = (net.name("l"), net.tap("t1", "eth0"));
     for n in 1..=10u8 {
         // As in the kernel when an announcement has come. Nobody has that address: what is sent there is seen on the cable.
-        for next_hop in &hops {
+        for next_hop in hops {
             ip(&format!("-n {l} neigh replace {next_hop} lladdr 02:00:00:00:02:{n:02x} dev nsm1 nud reachable"));
         }
-        engine.look_again(&hops).unwrap();
+        engine.look_again(&all).unwrap();
         // What was under way has arrived by then; without being told the program would go on for 8 to 80 ms.
         std::thread::sleep(Duration::from_millis(4));
         tap.forget();

@@ -15,7 +15,7 @@ use crate::apply::{self, Outcome};
 use crate::availability::Availability;
 use crate::desired::{Desired, Ready, desired, ready};
 use crate::gate::Gate;
-use crate::hops::{hops, slow_path};
+use crate::hops::{Followed, hops, slow_path};
 use crate::inputs::{Inputs, Shared};
 use crate::routing::{self, Guarded};
 use crate::settings::Settings;
@@ -51,6 +51,7 @@ pub(crate) struct Dataplane {
     kept: Option<bool>,
     /// How often something that was attached had to be attached again.
     restored: u64,
+    followed: Followed,
     /// Remarks of the last report.
     noted: BTreeSet<String>,
 }
@@ -70,6 +71,7 @@ impl Dataplane {
             gate: Gate::default(),
             kept: None,
             restored: 0,
+            followed: Followed::default(),
             noted: BTreeSet::new(),
         }
     }
@@ -212,7 +214,7 @@ impl Dataplane {
             return false;
         }
         let adopted = self.engine.as_ref().is_some_and(Engine::adopted);
-        let mut done = true;
+        let mut done = self.engine.as_mut().is_none_or(|engine| self.followed.follow(&inputs.mac_changes, engine));
         if adopted {
             done &= self.attach(inputs.external).await;
         }
