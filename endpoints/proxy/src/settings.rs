@@ -135,12 +135,14 @@ impl Settings {
                 faults.push(format!("{name} {url:?}: {error}"));
             }
         }
-        // A timer without a period is none.
-        if self.probe_interval.is_zero() {
-            faults.push("NSM_PROBE_INTERVAL is 0".to_owned());
-        }
-        if self.probe_misses == 0 {
-            faults.push("NSM_PROBE_MISSES is 0".to_owned());
+        for (name, zero) in [
+            ("NSM_PROBE_MISSES", self.probe_misses == 0),
+            ("NSM_PROBE_INTERVAL", self.probe_interval.get().is_zero()),
+            ("NSM_BRIDGE_IP_RENEW_INTERVAL", self.bridge_ip_renew_interval.get().is_zero()),
+        ] {
+            if zero {
+                faults.push(format!("{name} is 0"));
+            }
         }
         faults
     }
@@ -160,26 +162,27 @@ impl Settings {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use clap::Parser;
 
-    #[derive(clap::Parser)]
+    #[derive(Parser)]
     struct Cli {
         #[command(flatten)]
         settings: Settings,
     }
 
-    fn faults(args: &[&str]) -> Vec<String> {
-        use clap::Parser as _;
-        Cli::try_parse_from(["proxy", "--host=node-a"].iter().chain(args)).expect("arguments").settings.validate()
+    /// Settings as they are when nothing but the node is said.
+    pub(crate) fn defaults() -> Settings {
+        Settings { host: "node".into(), ..Cli::parse_from(["proxy"]).settings }
     }
 
     #[test]
-    fn probing_needs_an_interval_and_a_limit() {
-        assert_eq!(faults(&[]), Vec::<String>::new());
-        for interval in ["0", "0s", "0ms"] {
-            assert_eq!(faults(&["--probe-interval", interval]), ["NSM_PROBE_INTERVAL is 0"]);
-        }
-        assert_eq!(faults(&["--probe-misses=0"]), ["NSM_PROBE_MISSES is 0"]);
+    fn a_loop_without_a_pause_is_refused_by_name() {
+        assert_eq!(defaults().validate(), [""; 0]);
+        let zero: GoDuration = "0s".parse().unwrap();
+        let faulty = Settings { bridge_ip_renew_interval: zero, probe_interval: zero, probe_misses: 0, ..defaults() };
+        let faults = ["NSM_PROBE_MISSES is 0", "NSM_PROBE_INTERVAL is 0", "NSM_BRIDGE_IP_RENEW_INTERVAL is 0"];
+        assert_eq!(faulty.validate(), faults);
     }
 }
