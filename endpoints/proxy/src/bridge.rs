@@ -171,6 +171,7 @@ impl Bridge {
         Ok(())
     }
 
+    /// What fails does not keep the rest from being done.
     async fn route(&self, desired: &routing::Routing) -> Result<(), nsm_kernel::Error> {
         let rules = self.netlink.rules().await?;
         let routes = self.netlink.routes(Some(routing::TABLE)).await?;
@@ -178,21 +179,22 @@ impl Bridge {
         if plan.is_empty() {
             return Ok(());
         }
+        let mut result = Ok(());
         for route in &plan.replace_routes {
             tracing::info!(%route, "reply route");
-            self.netlink.route_replace(route).await?;
+            result = result.and(self.netlink.route_replace(route).await);
         }
         for rule in &plan.add_rules {
-            self.netlink.rule_add(rule).await?;
+            result = result.and(self.netlink.rule_add(rule).await);
         }
         for rule in &plan.delete_rules {
-            self.netlink.rule_delete(rule).await?;
+            result = result.and(self.netlink.rule_delete(rule).await);
         }
         for route in &plan.delete_routes {
             tracing::info!(%route, "reply route removed");
-            self.netlink.route_delete(route).await?;
+            result = result.and(self.netlink.route_delete(route).await);
         }
-        Ok(())
+        result
     }
 
     fn tell(&self, inputs: &Inputs, health: &Health) {
@@ -354,6 +356,38 @@ mod tests {
         assert!(
             over(bridge).iter().any(|net| net == "172.16.1.0/24") && over(bridge).iter().any(|net| net == "fd00::/64")
         );
+    }
+
+    /// What an earlier version made of a VIP 0.0.0.0/0 goes, no rule of a VIP goes with it, and a rule that the kernel refuses keeps
+    /// none of the others from being made.
+    #[tokio::test]
+    async fn rules_are_as_wanted_whatever_is_in_the_way() {
+        use nsm_kernel::Rule;
+        let netns = Netns::anonymous().unwrap();
+        let netlink = netns.netlink().await.unwrap().clone();
+        let families = Families { v4: true, v6: true };
+        let this = Bridge { netns, netlink: netlink.clone(), families, index: 1, fresh: BTreeSet::new() };
+        let rule =
+            |from: &str| Rule::from_source(from.parse().unwrap(), routing::TABLE).with_priority(routing::PRIORITY);
+        let vips = ["20.0.0.1/32", "20.0.0.2/32", "2000::1/128"].map(rule);
+        // The kernel takes a rule for every source for one that exists if it comes after others, and deletes the first one for it.
+        for rule in [rule("0.0.0.0/0"), rule("::/0")].iter().chain(&vips[..2]) {
+            netlink.rule_add(rule).await.unwrap();
+        }
+        let desired = routing::Routing { rules: Some(vips.to_vec()), routes: Vec::new() };
+        this.route(&desired).await.unwrap();
+        let have = async || {
+            let rules = netlink.rules().await.unwrap().into_iter().filter(|rule| rule.table == routing::TABLE);
+            rules
+                .map(|rule| rule.from.map_or_else(|| "all".to_owned(), |from| from.to_string()))
+                .collect::<BTreeSet<_>>()
+        };
+        assert_eq!(have().await, ["20.0.0.1/32", "20.0.0.2/32", "2000::1/128"].map(String::from).into());
+        let refused = Rule { v6: true, ..vips[0].clone() };
+        let rules = Some(vec![refused, rule("20.0.0.3/32")]);
+        let error = this.route(&routing::Routing { rules, routes: Vec::new() }).await.unwrap_err();
+        assert!(error.to_string().contains("20.0.0.1"), "{error}");
+        assert_eq!(have().await, ["20.0.0.3/32"].map(String::from).into());
     }
 
     /// Behind a port that is attached anew the neighbour may be another one; behind one that stays it is the same.

@@ -110,16 +110,24 @@ pub(crate) fn plan(desired: &Routing, rules: &[Rule], routes: &[Route]) -> Routi
     RoutingPlan { replace_routes, add_rules, delete_rules, delete_routes }
 }
 
+/// A rule that sends replies to [`TABLE`].
+fn ours(rule: &Rule) -> bool {
+    rule.lookup && rule.table == TABLE && rule.from.is_some()
+}
+
+/// The kernel says no source where it is every address. A rule with other conditions is somebody else's.
+fn sourced(rule: &Rule) -> Rule {
+    let every = Rule::from_source(Route::default_of(rule.v6, TABLE).destination, TABLE);
+    let unconditional = rule.same_selector(&Rule { from: None, ..every.clone() });
+    if unconditional { Rule { from: every.from, ..rule.clone() } } else { rule.clone() }
+}
+
 /// Rules to add, and rules to delete.
 fn plan_rules(wanted: &[Rule], existing: &[Rule]) -> (Vec<Rule>, Vec<Rule>) {
+    let existing: Vec<Rule> = existing.iter().map(sourced).collect();
     let add = wanted.iter().filter(|rule| !existing.iter().any(|have| rule.matches(have))).cloned().collect();
-    let delete = existing
-        .iter()
-        .filter(|have| have.lookup && have.table == TABLE && have.from.is_some())
-        .filter(|have| !wanted.iter().any(|rule| rule.matches(have)))
-        .cloned()
-        .collect();
-    (add, delete)
+    let unwanted = |have: &Rule| ours(have) && !wanted.iter().any(|rule| rule.matches(have));
+    (add, existing.into_iter().filter(unwanted).collect())
 }
 
 /// The next hops of the default routes in `routes`: what a proxy finds at its start.

@@ -142,3 +142,21 @@ fn the_last_next_hop_leaves_a_blackhole() {
     assert_eq!(todo.delete_routes.len(), 2);
     assert_eq!(inherited(&before.routes).len(), 4);
 }
+
+#[test]
+fn a_rule_for_every_address_is_known_again_and_somebody_elses_left_alone() {
+    let (mut inputs, links) = two();
+    let every = ["0.0.0.0/0", "::/0"].map(|text| text.parse().unwrap());
+    inputs.vips = Some(every.into());
+    let wanted = desired(&inputs, BOTH, 7, &links);
+    // As the kernel tells them.
+    let mut told = wanted.rules.clone().unwrap();
+    told.iter_mut().for_each(|rule| rule.from = None);
+    let todo = plan(&wanted, &told, &wanted.routes);
+    assert!(todo.is_empty(), "{todo:?}");
+    inputs.vips = Some(BTreeSet::new());
+    told.push(Rule { mark: Some(1), ..told[0].clone() });
+    let todo = plan(&desired(&inputs, BOTH, 7, &links), &told, &wanted.routes);
+    assert_eq!(todo.delete_rules, wanted.rules.unwrap());
+    assert!(todo.add_rules.is_empty());
+}
