@@ -75,6 +75,14 @@ impl Bridge {
         Ok(routing::inherited(&self.netlink.routes(Some(routing::TABLE)).await?))
     }
 
+    /// Whether an earlier run of this proxy has left rules for VIPs.
+    ///
+    /// # Errors
+    /// When the rules cannot be read.
+    pub(crate) async fn has_rules(&self) -> Result<bool, nsm_kernel::Error> {
+        Ok(self.netlink.rules().await?.iter().any(routing::ours))
+    }
+
     /// Keeps kernel and inputs together until `stop`. What is in the kernel then stays there.
     pub(crate) async fn reconcile(mut self, shared: Shared, health: Health, mtu: u32, stop: CancellationToken) {
         let mut inputs = shared.subscribe();
@@ -367,6 +375,7 @@ mod tests {
         let netlink = netns.netlink().await.unwrap().clone();
         let families = Families { v4: true, v6: true };
         let this = Bridge { netns, netlink: netlink.clone(), families, index: 1, fresh: BTreeSet::new() };
+        assert!(!this.has_rules().await.unwrap());
         let rule =
             |from: &str| Rule::from_source(from.parse().unwrap(), routing::TABLE).with_priority(routing::PRIORITY);
         let vips = ["20.0.0.1/32", "20.0.0.2/32", "2000::1/128"].map(rule);
@@ -383,6 +392,7 @@ mod tests {
                 .collect::<BTreeSet<_>>()
         };
         assert_eq!(have().await, ["20.0.0.1/32", "20.0.0.2/32", "2000::1/128"].map(String::from).into());
+        assert!(this.has_rules().await.unwrap());
         let refused = Rule { v6: true, ..vips[0].clone() };
         let rules = Some(vec![refused, rule("20.0.0.3/32")]);
         let error = this.route(&routing::Routing { rules, routes: Vec::new() }).await.unwrap_err();

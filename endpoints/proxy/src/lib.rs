@@ -23,6 +23,8 @@ mod probe;
 mod routing;
 mod settings;
 mod store;
+#[cfg(test)]
+mod testing;
 mod vips;
 
 use std::sync::Arc;
@@ -98,6 +100,7 @@ struct Parts {
 impl Parts {
     async fn run(self, bridge: Bridge, stop: CancellationToken) -> anyhow::Result<()> {
         let settings = &self.settings;
+        let kept = bridge.has_rules().await.context("reply rules")?;
         let keep_alive: Duration = settings.grpc_keepalive_time.into();
         let connect = |address: &str| meridio_common::grpc::connect_with(&self.source, address, keep_alive);
         let addresses = Addresses::new(connect(&settings.ipam_service)?, settings, self.families);
@@ -113,7 +116,7 @@ impl Parts {
         let (shared, health) = (self.shared.clone(), self.health.clone());
         tasks.spawn(bridge.reconcile(shared.clone(), health.clone(), settings.mtu, stop.clone()));
         tasks.spawn(probe::run(shared.clone(), settings.probe_interval.into(), settings.probe_misses, stop.clone()));
-        tasks.spawn(vips::watch(nsp, settings.trench.clone(), shared.clone(), health.clone(), stop.clone()));
+        tasks.spawn(vips::watch(nsp, settings.trench.clone(), kept, shared.clone(), health.clone(), stop.clone()));
         let renew = settings.bridge_ip_renew_interval.into();
         tasks.spawn(bridge_addresses(addresses.clone(), shared.clone(), health.clone(), renew, stop.clone()));
 

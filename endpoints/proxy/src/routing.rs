@@ -111,7 +111,7 @@ pub(crate) fn plan(desired: &Routing, rules: &[Rule], routes: &[Route]) -> Routi
 }
 
 /// A rule that sends replies to [`TABLE`].
-fn ours(rule: &Rule) -> bool {
+pub(crate) fn ours(rule: &Rule) -> bool {
     rule.lookup && rule.table == TABLE && rule.from.is_some()
 }
 

@@ -1,36 +1,100 @@
 //! The VIPs of the trench, whose replies this proxy routes.
 
+use std::collections::BTreeSet;
+use std::time::Duration;
+
 use ipnet::IpNet;
 use meridio_common::{Health, WatchEvent, watch_events};
 use meridio_proto::nsp::v1::configuration_manager_client::ConfigurationManagerClient;
 use meridio_proto::nsp::v1::{Trench, Vip, VipResponse};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::Channel;
 
 use crate::inputs::Shared;
 
-/// Follows the NSP until `stop`. What was last told stays in force while it is away.
-pub(crate) async fn watch(channel: Channel, trench: String, shared: Shared, health: Health, stop: CancellationToken) {
+/// How long an empty list is doubted that is the first word of a session; the load balancer doubts it as long.
+const HOLD: Duration = Duration::from_secs(60);
+
+/// Follows the NSP until `stop`. What was last told stays in force while it is away. `kept`: an earlier run has left rules for VIPs.
+pub(crate) async fn watch(
+    channel: Channel,
+    trench: String,
+    kept: bool,
+    shared: Shared,
+    health: Health,
+    stop: CancellationToken,
+) {
     let client = ConfigurationManagerClient::new(channel);
     let pattern = Vip { trench: Some(Trench { name: trench }), ..Vip::default() };
     let open = || {
         let (mut client, pattern) = (client.clone(), pattern.clone());
         async move { client.watch_vip(pattern).await }
     };
+    let mut told = Told::new(shared, kept);
     watch_events("VIPs", &stop, open, |event| {
         match event {
             WatchEvent::Message(VipResponse { vips }) => {
                 health.serving("NSPCli");
-                let nets = vips.iter().filter_map(net).collect();
-                shared.change(|inputs| inputs.vips = Some(nets));
+                told.list(&vips);
             }
             WatchEvent::Lost(status) => {
+                told.lost();
                 health.waiting("NSPCli", &format!("the NSP ({})", status.message()), "is it running?");
             }
         }
         std::future::ready(())
     })
     .await;
+}
+
+/// Takes what the NSP tells into the inputs: at once, or after a while when it begins with an empty list and there are VIPs to lose.
+///
+/// An NSP that has lost its storage, or has not read its configuration yet, begins with an empty list too. If it were believed, all
+/// rules would go, and replies would leave by the primary network.
+struct Told {
+    shared: Shared,
+    kept: bool,
+    /// Nothing has been told in this session.
+    fresh: bool,
+    /// What is held back is dropped with it.
+    held: Option<DropGuard>,
+}
+
+impl Told {
+    fn new(shared: Shared, kept: bool) -> Self {
+        Self { shared, kept, fresh: true, held: None }
+    }
+
+    /// The session is over, and what was doubted in it is not heard of again.
+    fn lost(&mut self) {
+        self.fresh = true;
+        self.held = None;
+    }
+
+    fn list(&mut self, vips: &[Vip]) {
+        self.held = None;
+        let fresh = std::mem::replace(&mut self.fresh, false);
+        let to_lose = self.shared.look(|inputs| inputs.vips.as_ref().map_or(self.kept, |known| !known.is_empty()));
+        let nets: BTreeSet<IpNet> = vips.iter().filter_map(net).collect();
+        if !(fresh && vips.is_empty() && to_lose) {
+            return self.shared.change(|inputs| inputs.vips = Some(nets));
+        }
+        tracing::warn!(hold = ?HOLD, "the NSP begins without any VIP: held back");
+        let (shared, dropped) = (self.shared.clone(), CancellationToken::new());
+        self.held = Some(dropped.clone().drop_guard());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = dropped.cancelled() => return,
+                () = tokio::time::sleep(HOLD) => {}
+            }
+            // Asked again where nobody else changes them: what has been told just now is newer.
+            shared.change(|inputs| {
+                if !dropped.is_cancelled() {
+                    inputs.vips = Some(nets);
+                }
+            });
+        });
+    }
 }
 
 /// The prefix of a VIP that can have a rule.
@@ -48,10 +112,66 @@ fn net(vip: &Vip) -> Option<IpNet> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{self, Nsp};
+
+    /// A watch of `nsp`; what it has told after a while.
+    fn start(nsp: &Nsp, kept: bool) -> (impl AsyncFn(Duration) -> Option<usize>, CancellationToken) {
+        let (shared, stop) = (Shared::new(), CancellationToken::new());
+        let health = Health::detached("test");
+        tokio::spawn(watch(nsp.channel(), "t".into(), kept, shared.clone(), health, stop.clone()));
+        let after = async move |time| {
+            tokio::time::sleep(time).await;
+            shared.look(|inputs| inputs.vips.as_ref().map(BTreeSet::len))
+        };
+        (after, stop)
+    }
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[tokio::test(start_paused = true)]
+    async fn an_empty_list_after_a_loss_is_believed_only_if_it_stands() {
+        let nsp = Nsp::default();
+        let (known, stop) = start(&nsp, false);
+        nsp.tell(&["20.0.0.1/32"]);
+        assert_eq!(known(SECOND).await, Some(1));
+        // It comes back before it has read its configuration.
+        nsp.restart();
+        nsp.tell(&[]);
+        assert_eq!(known(HOLD / 2).await, Some(1));
+        nsp.tell(&["20.0.0.1/32", "20.0.0.2/32"]);
+        assert_eq!(known(SECOND).await, Some(2));
+        assert_eq!(known(2 * HOLD).await, Some(2), "what was held is overtaken");
+        // It is lost again before the time is over.
+        nsp.restart();
+        nsp.tell(&[]);
+        assert_eq!(known(HOLD / 2).await, Some(2));
+        nsp.restart();
+        assert_eq!(known(2 * HOLD).await, Some(2), "what was held has died with its session");
+        nsp.tell(&[]);
+        assert_eq!(known(HOLD / 2).await, Some(2));
+        assert_eq!(known(HOLD).await, Some(0), "it stands");
+        nsp.tell(&["20.0.0.1/32"]);
+        assert_eq!(known(SECOND).await, Some(1));
+        nsp.tell(&[]);
+        assert_eq!(known(SECOND).await, Some(0), "a change, not a loss");
+        stop.cancel();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_restart_an_empty_list_is_doubted_if_there_are_rules() {
+        for (kept, soon) in [(true, None), (false, Some(0))] {
+            let nsp = Nsp::default();
+            let (known, stop) = start(&nsp, kept);
+            nsp.tell(&[]);
+            assert_eq!(known(HOLD / 2).await, soon, "{kept}");
+            assert_eq!(known(HOLD).await, Some(0), "{kept}");
+            stop.cancel();
+        }
+    }
 
     #[test]
     fn a_vip_without_a_prefix_or_with_the_whole_of_a_family_is_left_out() {
-        let of = |text: &str| net(&Vip { address: text.into(), ..Vip::default() }).map(|net| net.to_string());
+        let of = |text: &str| net(&testing::vip(text)).map(|net| net.to_string());
         assert_eq!(of("20.0.0.1/24").as_deref(), Some("20.0.0.0/24"));
         for text in ["0.0.0.0/0", "20.0.0.1/0", "::/0", "20.0.0.1/33", ""] {
             assert_eq!(of(text), None, "{text}");
