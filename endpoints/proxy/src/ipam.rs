@@ -58,6 +58,11 @@ impl Addresses {
     /// Both ends' addresses of connection `id`. A pending release of them is called off.
     pub(crate) async fn of_connection(&self, id: &str) -> Result<Allocation, Status> {
         self.keep(id);
+        self.renew(id).await
+    }
+
+    /// The same, for who has them already: a pending release of them stays.
+    pub(crate) async fn renew(&self, id: &str) -> Result<Allocation, Status> {
         let (source, destination) = (format!("{id}-src"), format!("{id}-dst"));
         let (source, destination) = tokio::try_join!(self.allocate(&source), self.allocate(&destination))?;
         Ok(Allocation { source, destination })

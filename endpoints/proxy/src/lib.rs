@@ -38,7 +38,7 @@ use nsm_chain::elements::mechanisms::Mechanisms;
 use nsm_chain::elements::mtu::Mtu;
 use nsm_chain::elements::null::Null;
 use nsm_chain::elements::sendfd::{SendFdClient, SendFdServer};
-use nsm_chain::{Client, Endpoint, Side};
+use nsm_chain::{Client, Endpoint, EndpointBuilder, Side};
 use nsm_identity::X509Source;
 use nsm_registry::RegistryClient;
 use nsm_transport::Transport;
@@ -46,6 +46,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::bridge::Bridge;
+use crate::elements::TargetAddresses;
 use crate::inputs::Shared;
 use crate::ipam::Addresses;
 use crate::mesh::Mesh;
@@ -56,6 +57,9 @@ pub use settings::Settings;
 
 /// Probes that heal counts before it believes that a data path is dead, five a second: longer than any of our own restarts.
 const DEAD_AFTER: u32 = 10;
+
+/// How often a target that is silent towards NSM is looked at, as in NSM's own processes.
+const KEEP_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Runs the proxy until `stop`. What it has set up in the kernel stays: the next run adopts it.
 ///
@@ -157,14 +161,21 @@ impl Parts {
 
     fn endpoint(&self, addresses: &Addresses) -> Endpoint {
         let tokens = nsm_chain::token::from_source(self.source.clone(), self.settings.max_token_lifetime.into());
-        let kernel = KernelServer::new();
-        Endpoint::builder(&self.settings.name, tokens)
-            .element(Mechanisms::new(Side::Server).with("KERNEL", kernel).with("NOOP", Null))
-            .element(elements::TargetAddresses::new(addresses.clone(), self.shared.clone()))
-            .element(Mtu(self.settings.mtu))
-            .element(SendFdServer)
-            .build()
+        let asker = Arc::new(probe::Asker::default());
+        let targets = TargetAddresses::new(addresses.clone(), self.shared.clone(), asker);
+        for_targets(Endpoint::builder(&self.settings.name, tokens), Arc::new(targets), self.settings.mtu)
     }
+}
+
+/// The endpoint for targets.
+fn for_targets(builder: EndpointBuilder, targets: Arc<TargetAddresses>, mtu: u32) -> Endpoint {
+    builder
+        .keep_while(targets.clone(), KEEP_INTERVAL)
+        .element(Mechanisms::new(Side::Server).with("KERNEL", KernelServer::new()).with("NOOP", Null))
+        .shared(targets)
+        .element(Mtu(mtu))
+        .element(SendFdServer)
+        .build()
 }
 
 /// Asks the IPAM for the bridge's addresses until it answers, and again every `renew` to keep the lease.

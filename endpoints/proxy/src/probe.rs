@@ -13,6 +13,10 @@ use tokio_util::sync::CancellationToken;
 use crate::inputs::{Inputs, Shared};
 use crate::mesh::FORGET;
 
+/// How often a target is asked before it counts as dead, and how long each answer may take.
+const QUESTIONS: u32 = 3;
+const ANSWER: Duration = Duration::from_secs(1);
+
 /// How an address is judged from its probes in a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Judgement {
@@ -68,6 +72,31 @@ pub(crate) async fn run(shared: Shared, interval: Duration, misses: u32, stop: C
     }
 }
 
+/// Whether somebody is there.
+#[async_trait::async_trait]
+pub(crate) trait Answers: Send + Sync + 'static {
+    /// Whether `address` answers.
+    async fn answers(&self, address: IpAddr) -> bool;
+}
+
+/// Asks a target, when there is reason to, through the bridge.
+#[derive(Default)]
+pub(crate) struct Asker(tokio::sync::Mutex<Pingers>);
+
+#[async_trait::async_trait]
+impl Answers for Asker {
+    async fn answers(&self, address: IpAddr) -> bool {
+        // Who cannot be asked is not dead for that.
+        let Some(pinger) = self.0.lock().await.of(address).await else { return true };
+        for _ in 0..QUESTIONS {
+            if pinger.probe(address, ANSWER).await {
+                return true;
+            }
+        }
+        false
+    }
+}
+
 /// One socket a family, opened when it is first needed.
 #[derive(Default)]
 struct Pingers {
@@ -84,7 +113,7 @@ impl Pingers {
             let from = ping::From { device: Some(crate::bridge::BRIDGE.to_owned()), source: None };
             match Pinger::open_from(&netns, address.is_ipv6(), from).await {
                 Ok(pinger) => *place = Some(Arc::new(pinger)),
-                Err(error) => tracing::error!(%error, "load balancers cannot be probed"),
+                Err(error) => tracing::error!(%error, "addresses cannot be probed"),
             }
         }
         place.clone()

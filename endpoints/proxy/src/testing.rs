@@ -1,10 +1,12 @@
-//! An NSP for tests, reached through memory: sockets and paused time do not agree.
+//! An NSP and an IPAM for tests, reached through memory: sockets and paused time do not agree.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures_util::stream::{self, BoxStream, StreamExt};
 use hyper_util::rt::TokioIo;
+use meridio_proto::ipam::v1::ipam_server::{self, IpamServer};
+use meridio_proto::ipam::v1::{Child, Prefix};
 use meridio_proto::nsp::v1 as nsp;
 use meridio_proto::nsp::v1::configuration_manager_server::{ConfigurationManager, ConfigurationManagerServer};
 use tokio::sync::watch;
@@ -108,5 +110,44 @@ impl ConfigurationManager for Nsp {
 
     async fn watch_gateway(&self, _: Request<nsp::Gateway>) -> Told<nsp::GatewayResponse> {
         nothing()
+    }
+}
+
+/// An IPAM that notes what it is asked for: the names that were allocated, and those that were released.
+#[derive(Clone, Default)]
+pub(crate) struct Ipam(Arc<Mutex<(Vec<String>, Vec<String>)>>);
+
+impl Ipam {
+    pub(crate) fn channel(&self) -> Channel {
+        channel(Routes::new(IpamServer::new(self.clone())))
+    }
+
+    fn noted(&self) -> MutexGuard<'_, (Vec<String>, Vec<String>)> {
+        self.0.lock().unwrap()
+    }
+
+    /// How many allocations there have been so far, renewed ones too.
+    pub(crate) fn allocations(&self) -> usize {
+        self.noted().0.len()
+    }
+
+    /// What has been released since it was last asked.
+    pub(crate) fn released(&self) -> Vec<String> {
+        std::mem::take(&mut self.noted().1)
+    }
+}
+
+#[tonic::async_trait]
+impl ipam_server::Ipam for Ipam {
+    async fn allocate(&self, child: Request<Child>) -> Result<Response<Prefix>, Status> {
+        let name = child.into_inner().name;
+        let address = if name.ends_with("-src") { "172.16.1.6" } else { "172.16.1.7" };
+        self.noted().0.push(name);
+        Ok(Response::new(Prefix { address: address.into(), prefix_length: 24 }))
+    }
+
+    async fn release(&self, child: Request<Child>) -> Result<Response<()>, Status> {
+        self.noted().1.push(child.into_inner().name);
+        Ok(Response::new(()))
     }
 }
