@@ -157,4 +157,41 @@ mod tests {
         assert_eq!([false, false, false].map(|answer| judgement.note(answer, 3)), [None, None, Some(false)]);
         assert_eq!(judgement.note(true, 3), Some(true));
     }
+
+    /// A target is found through the bridge, although the main route to it leads elsewhere.
+    #[test]
+    fn a_target_answers_through_the_bridge_or_not_at_all() {
+        use nsm_kernel::netlink::{LinkChange, VethEnd, mac_from_seed};
+        async fn asked(netns: Netns) -> [bool; 2] {
+            let (netlink, far) = (netns.netlink().await.unwrap(), Netns::anonymous().unwrap());
+            let bridge = crate::bridge::BRIDGE;
+            let end = |netns: &Netns, name: &str| VethEnd {
+                netns: netns.clone(),
+                name: name.into(),
+                mac: mac_from_seed(name),
+            };
+            netlink.bridge_create(bridge, mac_from_seed(bridge)).await.unwrap();
+            netlink.veth_create(&end(&netns, "port"), &end(&far, "nsm-0"), None).await.unwrap();
+            let index = async |netns: &Netns, name| {
+                netns.netlink().await.unwrap().link_by_name(name).await.unwrap().unwrap().index
+            };
+            let (bridge, port, target) =
+                (index(&netns, bridge).await, index(&netns, "port").await, index(&far, "nsm-0").await);
+            let attach = LinkChange { up: Some(true), master: Some(bridge), ..LinkChange::default() };
+            // A port has an address of the same network, and its route is the older one.
+            netlink.link_change(port, &attach).await.unwrap();
+            netlink.address_replace(port, "172.16.1.7/24".parse().unwrap()).await.unwrap();
+            netlink.link_up(bridge).await.unwrap();
+            netlink.address_replace(bridge, "172.16.1.1/24".parse().unwrap()).await.unwrap();
+            far.netlink().await.unwrap().link_up(target).await.unwrap();
+            far.netlink().await.unwrap().address_replace(target, "172.16.1.6/24".parse().unwrap()).await.unwrap();
+            let asker = Asker::default();
+            let answers = async |address: &str| asker.answers(address.parse().unwrap()).await;
+            [answers("172.16.1.6").await, answers("172.16.1.9").await]
+        }
+        let netns = Netns::anonymous().unwrap();
+        let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let inside = || runtime().block_on(asked(Netns::current().unwrap()));
+        assert_eq!(netns.run_blocking(inside).unwrap(), [true, false]);
+    }
 }
