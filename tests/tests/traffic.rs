@@ -119,9 +119,9 @@ fn a_faulty_configuration_leaves_the_last_good_one_forwarding() {
         ("an unknown field", good.replace("priority: 1", "prioritee: 1"), "prioritee"),
         ("a VIP that is no CIDR", good.replace("20.0.0.1/32", "20.0.0.1.5/32"), "20.0.0.1.5"),
         (
-            "a flow of an unknown stream",
-            good.replace("priority: 1\n      stream: stream-a-i", "priority: 1\n      stream: stream-x"),
-            "stream-x",
+            "a gateway that does not exist, which is left out",
+            good.replace("gateways:\n      - gateway-v4", "gateways:\n      - gateway-x\n      - gateway-v4"),
+            "gateway-x",
         ),
         ("port-NATs that overlap", with_two_nats(&good), "4711"),
     ];

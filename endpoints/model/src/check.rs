@@ -1,26 +1,9 @@
-//! Rules between the objects of a configuration: the rules of the original's webhooks, and references that lead nowhere, which the
-//! original drops in silence.
+//! Rules within the objects of a configuration: those of the original's webhooks.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
-use crate::parse::NameSet;
 use crate::values::MAX_TARGETS_LIMIT;
 use crate::{Configuration, Fault, PortNat, PortRange};
-
-/// Names that exist, by kind (`vip`, `stream` ...).
-#[derive(Debug, Default)]
-pub(crate) struct Names(BTreeMap<&'static str, NameSet>);
-
-impl Names {
-    /// Names of one kind.
-    pub(crate) fn of(&mut self, kind: &'static str) -> &mut NameSet {
-        self.0.entry(kind).or_default()
-    }
-
-    fn has(&self, kind: &str, name: &str) -> bool {
-        self.0.get(kind).is_some_and(|names| names.contains(name))
-    }
-}
 
 /// Names of Kubernetes objects: RFC 1123 subdomains.
 pub(crate) fn object_name(name: &str) -> Result<String, String> {
@@ -38,9 +21,9 @@ pub(crate) fn object_name(name: &str) -> Result<String, String> {
 }
 
 impl Configuration {
-    /// The faults of a configuration that was built from values; empty for one that was parsed.
+    /// The faults of a configuration that was built from values; empty for one that was parsed. What its objects are to each other
+    /// is not looked at, see [`Configuration::resolve`].
     pub fn validate(&self) -> Vec<Fault> {
-        let mut names = Names::default();
         let mut faults = Vec::new();
         let objects = [
             ("conduit", self.conduits.iter().map(|o| &o.name).collect::<Vec<_>>()),
@@ -54,11 +37,12 @@ impl Configuration {
             faults.push(Fault::new("trench", format!("name {reason}")));
         }
         for (kind, list) in objects {
+            let mut names = BTreeSet::new();
             for name in list {
                 if let Err(reason) = object_name(name) {
                     faults.push(Fault::new(format!("{kind} {name}"), format!("name {reason}")));
                 }
-                if !names.of(kind).insert(name.clone()) {
+                if !names.insert(name) {
                     faults.push(Fault::new(
                         format!("{kind} {name}"),
                         format!("the name is used by more than one {kind}"),
@@ -84,29 +68,21 @@ impl Configuration {
                 faults.push(Fault::new(object, "protocols is missing or empty"));
             }
         }
-        faults.extend(self.check(&names));
+        faults.extend(self.check());
         faults
     }
 
-    /// The rules between objects.
-    pub(crate) fn check(&self, names: &Names) -> Vec<Fault> {
+    /// The rules between the values of an object.
+    pub(crate) fn check(&self) -> Vec<Fault> {
         let mut faults = Vec::new();
-        self.check_conduits(names, &mut faults);
-        for stream in self.streams.iter().filter(|s| !names.has("conduit", &s.conduit)) {
-            faults.push(unknown("stream", &stream.name, "conduit", &stream.conduit));
-        }
-        self.check_flows(names, &mut faults);
-        self.check_flow_conduits(&mut faults);
-        self.check_attractors(names, &mut faults);
+        self.check_conduits(&mut faults);
+        self.check_flows(&mut faults);
         faults
     }
 
-    fn check_conduits(&self, names: &Names, faults: &mut Vec<Fault>) {
+    fn check_conduits(&self, faults: &mut Vec<Fault>) {
         for conduit in &self.conduits {
             let object = format!("conduit {}", conduit.name);
-            for nat in &conduit.port_nats {
-                references("conduit", &conduit.name, "vip", &nat.vips, names, faults);
-            }
             for (i, a) in conduit.port_nats.iter().enumerate() {
                 for (j, b) in conduit.port_nats.iter().enumerate().skip(i + 1) {
                     if let Some(reason) = nat_conflict(i, a, j, b) {
@@ -117,13 +93,9 @@ impl Configuration {
         }
     }
 
-    fn check_flows(&self, names: &Names, faults: &mut Vec<Fault>) {
+    fn check_flows(&self, faults: &mut Vec<Fault>) {
         for flow in &self.flows {
             let object = format!("flow {}", flow.name);
-            if !names.has("stream", &flow.stream) {
-                faults.push(unknown("flow", &flow.name, "stream", &flow.stream));
-            }
-            references("flow", &flow.name, "vip", &flow.vips, names, faults);
             let mut clash = |field: &str, a: String, b: String| {
                 faults.push(Fault::new(object.clone(), format!("{field} overlap: {a} and {b}")));
             };
@@ -146,49 +118,6 @@ impl Configuration {
             }
         }
     }
-
-    /// Flows of streams in different conduits must not share a VIP: the packet could only go one way.
-    fn check_flow_conduits(&self, faults: &mut Vec<Fault>) {
-        let conduit = |flow: &crate::Flow| self.stream(&flow.stream).map(|s| s.conduit.as_str());
-        for (i, a) in self.flows.iter().enumerate() {
-            for b in self.flows.iter().skip(i + 1) {
-                let (Some(conduit_a), Some(conduit_b)) = (conduit(a), conduit(b)) else { continue };
-                if conduit_a == conduit_b {
-                    continue;
-                }
-                for vip in a.vips.iter().filter(|vip| b.vips.contains(vip)) {
-                    let reason = format!(
-                        "shares vip {vip} with flow {}, whose stream is in conduit {conduit_b} and not in {conduit_a}",
-                        b.name
-                    );
-                    faults.push(Fault::new(format!("flow {}", a.name), reason));
-                }
-            }
-        }
-    }
-
-    fn check_attractors(&self, names: &Names, faults: &mut Vec<Fault>) {
-        for (i, attractor) in self.attractors.iter().enumerate() {
-            references("attractor", &attractor.name, "vip", &attractor.vips, names, faults);
-            references("attractor", &attractor.name, "gateway", &attractor.gateways, names, faults);
-            for other in self.attractors.iter().skip(i + 1) {
-                for vip in attractor.vips.iter().filter(|vip| other.vips.contains(vip)) {
-                    let reason = format!("vip {vip} is also listed by attractor {}", other.name);
-                    faults.push(Fault::new(format!("attractor {}", attractor.name), reason));
-                }
-            }
-        }
-    }
-}
-
-fn unknown(kind: &str, name: &str, target: &str, missing: &str) -> Fault {
-    Fault::new(format!("{kind} {name}"), format!("names {target} {missing:?}, which does not exist"))
-}
-
-fn references(kind: &str, name: &str, target: &str, listed: &[String], names: &Names, faults: &mut Vec<Fault>) {
-    faults.extend(
-        listed.iter().filter(|missing| !names.has(target, missing)).map(|missing| unknown(kind, name, target, missing)),
-    );
 }
 
 fn overlaps(ranges: &[PortRange]) -> Vec<(PortRange, PortRange)> {

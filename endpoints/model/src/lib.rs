@@ -1,7 +1,7 @@
 //! Trench, attractor, gateway, VIP, conduit, stream, flow and target as parsed, validated values. No I/O.
 //!
 //! [`Configuration::parse`] reads the ConfigMap layout of the original (seven keys) strictly and reports all faults at
-//! once; [`Configuration::to_config_map`] writes it; [`Configuration::to_nsp`] makes the `nsp.v1` messages; [`plan::warnings`] finds
+//! once; [`Configuration::resolve`] leaves out what leads nowhere, with warnings; [`Configuration::to_config_map`] writes it; [`Configuration::to_nsp`] makes the `nsp.v1` messages; [`plan::warnings`] finds
 //! what is allowed but has no effect.
 
 mod check;
@@ -11,6 +11,7 @@ mod nsp;
 mod parse;
 pub mod plan;
 mod read;
+mod resolve;
 mod values;
 mod write;
 

@@ -29,7 +29,7 @@ pub struct NspLists {
 }
 
 impl Configuration {
-    /// The messages of this configuration. References of a configuration without faults all resolve; others are left out.
+    /// The messages of this configuration. All references of one that was parsed resolve; others are left out.
     pub fn to_nsp(&self) -> NspLists {
         let trench = nsp::Trench { name: self.trench.name.clone() };
         let vips: Vec<_> = self.vips.iter().map(|vip| vip.to_nsp(&trench)).collect();

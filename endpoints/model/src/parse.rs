@@ -5,7 +5,6 @@ use std::net::IpAddr;
 
 use serde_yaml_ng::{Mapping, Value};
 
-use crate::check::Names;
 use crate::read::{Item, from_str};
 use crate::values::{DEFAULT_MAX_TARGETS, MAX_TARGETS_LIMIT};
 use crate::{
@@ -25,8 +24,17 @@ impl Configuration {
     /// YAML document itself, as in the original, or the same structure in place. Absent list keys are empty lists.
     ///
     /// # Errors
-    /// All faults at once: syntax, unknown fields, bad values, and references that lead nowhere.
+    /// All faults at once: syntax, unknown fields and bad values. References that lead nowhere are none, see
+    /// [`Configuration::parse_with_warnings`].
     pub fn parse(text: &str) -> Result<Self, Faults> {
+        Self::parse_with_warnings(text).map(|(configuration, _)| configuration)
+    }
+
+    /// As [`Configuration::parse`], and tells what of the text was left out ([`Configuration::resolve`]).
+    ///
+    /// # Errors
+    /// As [`Configuration::parse`].
+    pub fn parse_with_warnings(text: &str) -> Result<(Self, Vec<Fault>), Faults> {
         let document: Value =
             serde_yaml_ng::from_str(text).map_err(|e| Faults(vec![Fault::new("document", e.to_string())]))?;
         let Value::Mapping(document) = document else {
@@ -42,16 +50,15 @@ impl Configuration {
             None => &document,
         };
         unknown_keys(data, &KEYS, "configuration", &mut faults);
-        let mut names = Names::default();
-        for kind in ["stream", "conduit"] {
-            // A reference that is missing was reported where it is missing.
-            names.of(kind).insert(String::new());
+        let mut reader = Reader { trench: String::new(), faults };
+        let mut configuration = reader.read(data);
+        let Reader { mut faults, .. } = reader;
+        faults.extend(configuration.check());
+        if !faults.is_empty() {
+            return Err(Faults(faults));
         }
-        let mut reader = Reader { names, trench: String::new(), faults };
-        let configuration = reader.read(data);
-        let Reader { names, mut faults, .. } = reader;
-        faults.extend(configuration.check(&names));
-        if faults.is_empty() { Ok(configuration) } else { Err(Faults(faults)) }
+        let warnings = configuration.resolve();
+        Ok((configuration, warnings))
     }
 }
 
@@ -65,8 +72,6 @@ fn unknown_keys(mapping: &Mapping, known: &[&str], object: &str, faults: &mut Ve
 }
 
 struct Reader {
-    /// Names that were seen, also of items with faults, so that one fault is not reported again by every reference.
-    names: Names,
     trench: String,
     faults: Vec<Fault>,
 }
@@ -136,12 +141,12 @@ impl Reader {
                 return Vec::new();
             }
         };
-        let mut values = Vec::new();
+        let (mut values, mut names) = (Vec::new(), BTreeSet::new());
         for (index, value) in list.iter().enumerate() {
             let place = format!("key {key:?}, item {}", index + 1);
             let Some(mut item) = Item::new(kind, place, value, &mut self.faults) else { continue };
             let name = item.parsed("name", crate::check::object_name).unwrap_or_default();
-            if !name.is_empty() && !self.names.of(kind).insert(name.clone()) {
+            if !name.is_empty() && !names.insert(name.clone()) {
                 item.fault(format!("the name is used by more than one {kind}"));
             }
             if !matches!(kind, "stream" | "flow") {
@@ -179,7 +184,7 @@ fn conduit(item: &mut Item<'_>, name: String) -> Option<Conduit> {
     Some(Conduit { name, port_nats })
 }
 
-// A value with a fault gets a stand-in, so that the rules between objects still see the item: one pass finds everything.
+// A value with a fault gets a stand-in, so that the rules between its values still see the item: one pass finds everything.
 
 fn stream(item: &mut Item<'_>, name: String) -> Option<Stream> {
     let conduit = item.required("conduit").unwrap_or_default();
@@ -287,6 +292,3 @@ fn static_route(item: &mut Item<'_>) -> Option<GatewayProtocol> {
     }
     clean.then_some(GatewayProtocol::Static)
 }
-
-/// Names by kind; see [`Names::of`].
-pub(crate) type NameSet = BTreeSet<String>;

@@ -18,10 +18,10 @@ pub fn warnings(configuration: &Configuration) -> Vec<Fault> {
     warnings
 }
 
-/// Faults and warnings of a ConfigMap text: first what would be refused, and if nothing is, what has no effect.
+/// Faults and warnings of a ConfigMap text: first what would be refused, and if nothing is, what is left out and what has no effect.
 pub fn review(text: &str) -> (Vec<Fault>, Vec<Fault>) {
-    match Configuration::parse(text) {
-        Ok(configuration) => (Vec::new(), warnings(&configuration)),
+    match Configuration::parse_with_warnings(text) {
+        Ok((configuration, left_out)) => (Vec::new(), [left_out, warnings(&configuration)].concat()),
         Err(faults) => (faults.0, Vec::new()),
     }
 }

@@ -149,8 +149,8 @@ pub struct BgpAuth {
     pub source: String,
 }
 
-/// Everything that is configured in one trench; lists sorted by name. From [`Configuration::parse`] it is free of faults; one built
-/// from values can be asked with [`Configuration::validate`].
+/// Everything that is configured in one trench; lists sorted by name. From [`Configuration::parse`] it is free of faults and
+/// all its references lead somewhere; one built from values can be asked with [`Configuration::validate`] and [`Configuration::resolve`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Configuration {
     /// The trench.

@@ -69,11 +69,6 @@ fn one_line_for_each_fault() {
             "vip vip-a-1-v4: address \"20.0.0.1/24\" has host bits set, did you mean 20.0.0.0/24?",
         ),
         (
-            "stream: stream-a-i\n",
-            "stream: stream-x\n",
-            "flow flow-a-z-tcp: names stream \"stream-x\", which does not exist",
-        ),
-        (
             "priority: 1",
             "priority: -1",
             "flow flow-a-z-tcp: priority has to be a number from 0 to 2147483647, it is -1",
@@ -125,11 +120,6 @@ fn one_line_for_each_fault() {
             "gateway gateway-v6-a-1: local-asn must not be set when protocol is static",
         ),
         (
-            "gateways:\n      - gateway-v4-a-1",
-            "gateways:\n      - gateway-x",
-            "attractor attractor-a-1: names gateway \"gateway-x\", which does not exist",
-        ),
-        (
             "name: stream-a-ii",
             "name: Stream_A",
             "stream Stream_A: name \"Stream_A\" is not a valid name (lower-case letters, digits, '-' and '.', at most 253)",
@@ -161,10 +151,10 @@ fn one_fault_is_one_line() {
 
 #[test]
 fn all_faults_at_once() {
-    let text = FIXTURE.replace("20.0.0.1/32", "20.0.0.1").replace("stream: stream-a-ii", "stream: nowhere").replace(
-        "conduit: conduit-a-1\n      max-targets: 100\n    - name: stream-a-ii",
-        "conduit: conduit-x\n      max-targets: 0\n    - name: stream-a-ii",
-    );
+    let text = FIXTURE
+        .replace("20.0.0.1/32", "20.0.0.1")
+        .replace("stream: stream-a-ii", "streams: stream-a-ii")
+        .replacen("max-targets: 100", "max-targets: 0", 1);
     let lines = faults(&text);
     assert_eq!(lines.len(), 4, "{lines:#?}");
 }
@@ -205,17 +195,111 @@ fn garbage_is_refused_in_one_line() {
     assert!(Configuration::parse("trench: {name: t}").is_ok());
 }
 
+/// What is left of a text, and the warnings.
+fn resolved(text: &str) -> (Configuration, Vec<String>) {
+    let (configuration, warnings) = Configuration::parse_with_warnings(text).unwrap();
+    assert_eq!(Configuration::parse(text).unwrap(), configuration);
+    assert_eq!(configuration.clone().resolve(), [], "nothing is left to be left out");
+    (configuration, warnings.iter().map(ToString::to_string).collect())
+}
+
+fn names<'a>(objects: impl IntoIterator<Item = &'a String>) -> Vec<&'a str> {
+    objects.into_iter().map(String::as_str).collect()
+}
+
 #[test]
-fn flows_that_share_a_vip_over_conduits_are_refused() {
+fn names_that_lead_nowhere_are_left_out_with_a_warning() {
+    assert_eq!(resolved(FIXTURE).1, [""; 0]);
+    let text = FIXTURE
+        .replacen("gateways:\n      - gateway-v4-a-1", "gateways:\n      - gateway-x\n      - gateway-v4-a-1", 1)
+        .replace("        - vip-a-1-v4", "        - vip-x\n        - vip-a-1-v4")
+        .replace("      - vip-a-1-v6", "      - vip-a-1-v6\n      - vip-y");
+    let (configuration, warnings) = resolved(&text);
+    assert_eq!(
+        warnings,
+        [
+            "conduit conduit-a-1: names vip \"vip-x\", which does not exist: it goes without",
+            "flow flow-a-z-tcp: names vip \"vip-y\", which does not exist: it goes without",
+            "flow flow-a-z-udp: names vip \"vip-y\", which does not exist: it goes without",
+            "attractor attractor-a-1: names vip \"vip-y\", which does not exist: it goes without",
+            "attractor attractor-a-1: names gateway \"gateway-x\", which does not exist: it goes without",
+        ]
+    );
+    assert_eq!(configuration, Configuration::parse(FIXTURE).unwrap(), "nothing else is touched");
+    assert_eq!(plan::review(&text).1[0].to_string(), warnings[0]);
+}
+
+#[test]
+fn streams_and_flows_that_lead_nowhere_are_left_out_with_a_warning() {
+    let (configuration, warnings) = resolved(&FIXTURE.replace("stream: stream-a-ii", "stream: stream-x"));
+    assert_eq!(
+        warnings,
+        ["flow flow-a-z-udp: names stream \"stream-x\", which does not exist or is left out: it is left out"]
+    );
+    assert_eq!(names(configuration.flows.iter().map(|f| &f.name)), ["flow-a-z-tcp"]);
+    assert_eq!(configuration.streams.len(), 2);
+
+    let nowhere = FIXTURE.replacen("conduit: conduit-a-1", "conduit: conduit-x", 1);
+    let (configuration, warnings) = resolved(&nowhere);
+    assert_eq!(
+        warnings,
+        [
+            "stream stream-a-i: names conduit \"conduit-x\", which does not exist: it is left out",
+            "flow flow-a-z-tcp: names stream \"stream-a-i\", which does not exist or is left out: it is left out"
+        ]
+    );
+    assert_eq!(names(configuration.streams.iter().map(|s| &s.name)), ["stream-a-ii"]);
+    let lists = configuration.to_nsp();
+    assert!(lists.streams.iter().all(|s| s.conduit.is_some()) && lists.flows.iter().all(|f| f.stream.is_some()));
+    assert_eq!((lists.streams.len(), lists.flows.len()), (1, 1));
+
+    // A trench in which nothing but the trench is there yet.
+    let empty = "trench: {name: t}\nstreams: {items: [{name: s, conduit: c}]}\n\
+                 attractors: {items: [{name: a, trench: t, vips: [v], gateways: [g]}]}\n";
+    let (configuration, warnings) = resolved(empty);
+    assert_eq!(warnings.len(), 3, "{warnings:#?}");
+    assert!(configuration.streams.is_empty() && configuration.attractors[0].gateways.is_empty());
+}
+
+#[test]
+fn of_flows_that_share_a_vip_over_conduits_the_first_by_name_stays() {
     let text = FIXTURE
         .replace(
             "    - name: conduit-a-1\n",
             "    - name: conduit-a-2\n      trench: trench-a\n    - name: conduit-a-1\n",
         )
         .replace("name: stream-a-ii\n      conduit: conduit-a-1", "name: stream-a-ii\n      conduit: conduit-a-2");
-    let lines = faults(&text);
-    assert_eq!(lines.len(), 2, "{lines:#?}");
-    assert!(lines[0].contains("shares vip vip-a-1-v4 with flow flow-a-z-udp"), "{lines:?}");
+    let (configuration, warnings) = resolved(&text);
+    assert_eq!(
+        warnings,
+        [
+            "flow flow-a-z-udp: shares vip vip-a-1-v4 with flow flow-a-z-tcp, whose stream is in conduit conduit-a-1 and not in conduit-a-2: \
+             it is left out"
+        ]
+    );
+    assert_eq!(names(configuration.flows.iter().map(|f| &f.name)), ["flow-a-z-tcp"]);
+    // Whichever comes first in the text.
+    let renamed = text.replace("flow-a-z-tcp", "flow-b");
+    assert_eq!(names(resolved(&renamed).0.flows.iter().map(|f| &f.name)), ["flow-a-z-udp"]);
+    // A flow that is left out takes no VIP away from others.
+    let nowhere = text.replace("stream: stream-a-i\n", "stream: stream-x\n");
+    assert_eq!(names(resolved(&nowhere).0.flows.iter().map(|f| &f.name)), ["flow-a-z-udp"]);
+}
+
+#[test]
+fn of_attractors_that_list_a_vip_the_first_by_name_has_it() {
+    let text = FIXTURE.replace(
+        "  attractors: |\n    items:\n",
+        "  attractors: |\n    items:\n    - name: attractor-b\n      trench: trench-a\n      vips: [vip-a-1-v6]\n      gateways: [gateway-v6-a-1]\n",
+    );
+    let (configuration, warnings) = resolved(&text);
+    assert_eq!(
+        warnings,
+        ["attractor attractor-b: vip vip-a-1-v6 is also listed by attractor attractor-a-1: it goes without"]
+    );
+    let [first, second] = configuration.attractors.as_slice() else { panic!("{configuration:?}") };
+    assert_eq!((names(&first.vips), names(&second.vips)), (vec!["vip-a-1-v4", "vip-a-1-v6"], vec![]));
+    assert_eq!(names(&second.gateways), ["gateway-v6-a-1"]);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use meridio_common::Health;
-use meridio_model::{Configuration, Faults, NspLists, plan};
+use meridio_model::{Configuration, Fault, NspLists, plan};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -29,7 +29,9 @@ pub(crate) struct ConfigFile {
     /// The text that was judged last, or why the file could not be read.
     judged: Result<String, String>,
     /// Why the present file is not what is served; empty if it is.
-    remarks: Vec<String>,
+    refused: Vec<String>,
+    /// What was left out of what is served.
+    left_out: Vec<Fault>,
 }
 
 impl ConfigFile {
@@ -38,26 +40,32 @@ impl ConfigFile {
     /// # Errors
     /// With nothing stored: what is wrong with the file.
     pub(crate) fn load(path: &Path, datasource: &Path) -> Result<Self, Error> {
-        let last_good = last_good_path(datasource);
         let read = read(path);
-        let judged = read.as_ref().map(String::clone).map_err(ToString::to_string);
+        let mut file = Self {
+            path: path.to_owned(),
+            last_good: last_good_path(datasource),
+            lists: watch::Sender::default(),
+            judged: read.as_ref().map(String::clone).map_err(ToString::to_string),
+            refused: Vec::new(),
+            left_out: Vec::new(),
+        };
         let refused = match read {
-            Ok(text) => match Configuration::parse(&text) {
-                Ok(configuration) => {
-                    let lists = watch::Sender::new(Arc::new(configuration.to_nsp()));
-                    let file = Self { path: path.to_owned(), last_good, lists, judged, remarks: Vec::new() };
-                    file.accepted(&text, &configuration);
+            Ok(text) => match Configuration::parse_with_warnings(&text) {
+                Ok((configuration, left_out)) => {
+                    file.accepted(&text, &configuration, left_out);
+                    file.publish(configuration.to_nsp());
                     return Ok(file);
                 }
                 Err(faults) => Error::Faulty { path: path.to_owned(), faults },
             },
             Err(source) => Error::ConfigFile { path: path.to_owned(), source },
         };
-        let stored = fs::read_to_string(&last_good).ok().and_then(|text| Configuration::parse(&text).ok());
-        let Some(configuration) = stored else { return Err(refused) };
-        let lists = watch::Sender::new(Arc::new(configuration.to_nsp()));
-        let mut file = Self { path: path.to_owned(), last_good, lists, judged, remarks: Vec::new() };
+        let stored = fs::read_to_string(&file.last_good).ok();
+        let stored = stored.and_then(|text| Configuration::parse_with_warnings(&text).ok());
+        let Some((configuration, left_out)) = stored else { return Err(refused) };
         file.refused(refused.to_string().lines().map(str::to_owned).collect());
+        file.warn(left_out);
+        file.publish(configuration.to_nsp());
         Ok(file)
     }
 
@@ -68,7 +76,7 @@ impl ConfigFile {
 
     /// Follows the file until `stop`.
     pub(crate) async fn follow(mut self, health: Health, stop: CancellationToken) {
-        health.note(NOTE, self.remarks.clone());
+        health.note(NOTE, self.remarks());
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut seen = self.judged.clone();
@@ -82,7 +90,7 @@ impl ConfigFile {
             let text = text.map_err(|error| error.to_string());
             if text == seen && text != self.judged {
                 let accepted = self.judge(text.clone());
-                health.note(NOTE, self.remarks.clone());
+                health.note(NOTE, self.remarks());
                 if let Some(configuration) = accepted {
                     self.publish(configuration.to_nsp());
                 }
@@ -110,24 +118,38 @@ impl ConfigFile {
                 let line = format!("configuration file {}: cannot be read: {error}", self.path.display());
                 self.refused(vec![line]);
             }
-            Ok(text) => match Configuration::parse(text) {
-                Ok(configuration) => {
-                    self.accepted(text, &configuration);
-                    self.remarks.clear();
+            Ok(text) => match Configuration::parse_with_warnings(text) {
+                Ok((configuration, left_out)) => {
+                    self.accepted(text, &configuration, left_out);
                     accepted = Some(configuration);
                 }
-                Err(faults) => self.refused(self.lines(&faults)),
+                Err(faults) => self.refused(self.lines(&faults.0)),
             },
         }
         self.judged = text;
         accepted
     }
 
-    fn lines(&self, faults: &Faults) -> Vec<String> {
-        faults.0.iter().map(|fault| format!("configuration file {}: {fault}", self.path.display())).collect()
+    fn lines(&self, faults: &[Fault]) -> Vec<String> {
+        faults.iter().map(|fault| format!("configuration file {}: {fault}", self.path.display())).collect()
     }
 
-    fn accepted(&self, text: &str, configuration: &Configuration) {
+    /// For the health report: why the file is refused, and what is left out of what is served.
+    fn remarks(&self) -> Vec<String> {
+        [self.lines(&self.left_out), self.refused.clone()].concat()
+    }
+
+    /// Into the log once, not again with every change of something else.
+    fn warn(&mut self, left_out: Vec<Fault>) {
+        if self.left_out != left_out {
+            for warning in &left_out {
+                tracing::warn!(object = warning.object, reason = warning.reason, "configuration");
+            }
+            self.left_out = left_out;
+        }
+    }
+
+    fn accepted(&mut self, text: &str, configuration: &Configuration, left_out: Vec<Fault>) {
         tracing::info!(
             file = %self.path.display(),
             trench = configuration.trench.name,
@@ -138,6 +160,8 @@ impl ConfigFile {
             gateways = configuration.gateways.len(),
             "configuration accepted"
         );
+        self.refused.clear();
+        self.warn(left_out);
         for warning in plan::warnings(configuration) {
             tracing::warn!(object = warning.object, reason = warning.reason, "configuration");
         }
@@ -152,8 +176,8 @@ impl ConfigFile {
             tracing::error!("{fault}");
         }
         tracing::warn!("the configuration file is refused, the last good configuration stays in force");
-        self.remarks = faults;
-        self.remarks.push("the last good configuration stays in force: correct the file".to_owned());
+        self.refused = faults;
+        self.refused.push("the last good configuration stays in force: correct the file".to_owned());
     }
 }
 
@@ -248,7 +272,50 @@ mod tests {
         following.await.unwrap();
         let again = ConfigFile::load(&path, &db).unwrap();
         assert_eq!(vips(&again.lists()), ["20.0.0.2/32"]);
-        assert_eq!(again.remarks.len(), 2);
+        assert_eq!(again.remarks().len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_name_that_leads_nowhere_holds_up_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, db) = (dir.path().join("c.yaml"), dir.path().join("registry.db"));
+        let attractor = "attractors: {items: [{name: a, trench: trench-a, vips: [v], gateways: [gateway-x]}]}\n";
+        let dangling = format!("{GOOD}{attractor}");
+        // A new trench: nothing is stored.
+        fs::write(&path, &dangling).unwrap();
+        let file = ConfigFile::load(&path, &db).unwrap();
+        let lists = file.lists();
+        assert_eq!(vips(&lists), ["20.0.0.1/32"]);
+        let (health, stop) = (Health::detached("test"), CancellationToken::new());
+        let following = tokio::spawn(file.follow(health.clone(), stop.clone()));
+        let wait = || tokio::time::sleep(Duration::from_millis(450));
+        wait().await;
+        let warning = format!(
+            "configuration file {}: attractor a: names gateway \"gateway-x\", which does not exist: it goes without",
+            path.display()
+        );
+        assert_eq!(health.report().notes["configuration"], [warning.as_str()]);
+
+        let vip = ", {name: w, address: 20.0.0.2/32, trench: trench-a}]}";
+        fs::write(&path, dangling.replacen("]}", vip, 1)).unwrap();
+        wait().await;
+        assert_eq!(vips(&lists), ["20.0.0.1/32", "20.0.0.2/32"]);
+        assert_eq!(lists.borrow().attractors[0].vips.len(), 1);
+        assert_eq!(health.report().notes["configuration"], [warning.as_str()]);
+
+        // Refused: what is served has still its gap.
+        fs::write(&path, "trench: [").unwrap();
+        wait().await;
+        let notes = health.report().notes["configuration"].clone();
+        assert_eq!((notes.len(), &notes[0]), (3, &warning));
+        stop.cancel();
+        following.await.unwrap();
+        let mut again = ConfigFile::load(&path, &db).unwrap();
+        assert_eq!((vips(&again.lists()).len(), again.remarks()), (2, notes));
+
+        let gateway = "gateways: {items: [{name: gateway-x, address: 10.0.0.1, protocol: static, trench: trench-a}]}\n";
+        assert!(again.judge(Ok(format!("{dangling}{gateway}"))).is_some());
+        assert_eq!(again.remarks(), [""; 0]);
     }
 
     /// Puts a version of the keys where a mounted ConfigMap has it: a directory behind a link, which is changed by a rename.

@@ -1,7 +1,8 @@
 //! Network service platform: configuration watches and target registry of a trench.
 //!
 //! Two gRPC services (`nsp.v1`) on one port. `ConfigurationManager` streams the contents of the trench's ConfigMap, read
-//! from a watched file; a faulty file leaves the last good one in force. `TargetRegistry` keeps the targets, in SQLite and in memory.
+//! from a watched file; a faulty file leaves the last good one in force, names that lead nowhere are left out. `TargetRegistry` keeps
+//! the targets, in SQLite and in memory.
 //! Everything is loaded before the port is opened, so a restart never shows anybody an empty list.
 
 mod config;
