@@ -30,6 +30,14 @@ pub enum Error {
         /// How long it was waited for.
         waited: Duration,
     },
+    /// The NSP lists the conduit, but it could not be given a prefix yet.
+    #[error("conduit {conduit:?} is listed by the NSP, but has no prefix yet: {reason}")]
+    PendingConduit {
+        /// Asked for.
+        conduit: String,
+        /// What the last attempt said.
+        reason: String,
+    },
     /// A prefix is used up.
     #[error("no more prefix available for {object} in {parent}")]
     Exhausted {
@@ -60,7 +68,7 @@ impl From<Error> for tonic::Status {
             Error::Trench { .. } | Error::UnknownConduit { .. } => Self::not_found(text),
             Error::Exhausted { .. } => Self::resource_exhausted(text),
             Error::Damaged { .. } => Self::internal(text),
-            Error::Storage(_) => Self::unavailable(text),
+            Error::PendingConduit { .. } | Error::Storage(_) => Self::unavailable(text),
         }
     }
 }

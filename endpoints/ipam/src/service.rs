@@ -22,9 +22,12 @@ const WRITE_AFTER: Seconds = 60;
 struct Inner {
     trees: Mutex<BTreeMap<u8, Tree>>,
     store: Store,
-    /// Counts lists of conduits that were taken over.
-    lists: watch::Sender<u64>,
+    /// Sent with each list of conduits that was taken over.
+    pending: watch::Sender<Pending>,
 }
+
+/// What the NSP lists, but could not be given a prefix yet, and why: by family and conduit.
+type Pending = BTreeMap<(u8, String), String>;
 
 /// Allocation for one trench; clones share it.
 #[derive(Clone, Debug)]
@@ -65,13 +68,14 @@ impl Service {
             }
             trees.insert(family, tree);
         }
-        Ok(Self(Arc::new(Inner { trees: Mutex::new(trees), store, lists: watch::Sender::new(0) })))
+        Ok(Self(Arc::new(Inner { trees: Mutex::new(trees), store, pending: watch::Sender::default() })))
     }
 
-    /// The address of a child and its node's prefix length. Waits up to `patience` for a conduit that the NSP does not list.
+    /// The address of a child and its node's prefix length. Waits up to `patience` for a conduit that the NSP does not list
+    /// or that has no prefix yet.
     pub(crate) async fn allocate(&self, family: u8, name: Name, patience: Duration) -> Result<(IpAddr, u8), Error> {
         let until = Instant::now() + patience;
-        let mut lists = self.0.lists.subscribe();
+        let mut lists = self.0.pending.subscribe();
         loop {
             lists.mark_unchanged();
             let (service, wanted) = (self.clone(), name.clone());
@@ -81,8 +85,17 @@ impl Service {
             let Err(Error::UnknownConduit { .. }) = attempt else { return attempt };
             match tokio::time::timeout_at(until, lists.changed()).await {
                 Ok(Ok(())) => {}
-                _ => return Err(Error::UnknownConduit { conduit: name.conduit, waited: patience }),
+                _ => return Err(self.missing(family, name.conduit, patience)),
             }
+        }
+    }
+
+    /// Why a conduit was not there within `waited`.
+    fn missing(&self, family: u8, conduit: String, waited: Duration) -> Error {
+        let reason = self.0.pending.borrow().get(&(family, conduit.clone())).cloned();
+        match reason {
+            Some(reason) => Error::PendingConduit { conduit, reason },
+            None => Error::UnknownConduit { conduit, waited },
         }
     }
 
@@ -125,10 +138,13 @@ impl Service {
 
     /// Takes over the NSP's list of conduits. A conduit that is no longer listed gives no addresses any more, but keeps its prefix until
     /// the garbage collection or a new conduit needs it: a list that was wrong for a moment changes no address.
+    ///
+    /// # Errors
+    /// One of those that kept conduits out; with the same list again these are tried again.
     pub(crate) async fn set_conduits(&self, listed: &BTreeSet<String>) -> Result<(), Error> {
         let mut trees = self.0.trees.lock().await;
         let now = now();
-        let mut result = Ok(());
+        let (mut result, mut pending) = (Ok(()), Pending::new());
         for (family, tree) in trees.iter_mut() {
             for (name, conduit) in &mut tree.conduits {
                 let since = conduit.absent_since;
@@ -138,12 +154,13 @@ impl Service {
                 if !tree.conduits.contains_key(name)
                     && let Err(error) = self.add_conduit(*family, tree, name).await
                 {
+                    pending.insert((*family, name.clone()), error.to_string());
                     result = Err(error);
                 }
             }
         }
         drop(trees);
-        self.0.lists.send_modify(|count| *count += 1);
+        self.0.pending.send_replace(pending);
         result
     }
 
@@ -312,6 +329,32 @@ mod tests {
         service.set_conduits(&listed(&["other"])).await.unwrap();
         service.set_conduits(&listed(&["late", "other"])).await.unwrap();
         assert_eq!(waiting.await.unwrap().unwrap().0.to_string(), "172.16.16.1");
+    }
+
+    #[tokio::test]
+    async fn a_conduit_that_could_not_be_stored_is_named_as_such() {
+        let dir = tempfile::tempdir().unwrap();
+        let service = Service::load(&dir.path().join("r.db"), "t", &pools()).await.unwrap();
+        service.0.store.refuse_writes(true).await.unwrap();
+        assert!(service.set_conduits(&listed(&["c"])).await.is_err());
+        let pending = service.allocate(0, name("c", "n", "a"), SOON).await.unwrap_err();
+        let text = pending.to_string();
+        assert!(text.starts_with("conduit \"c\" is listed by the NSP, but has no prefix yet:"), "{text}");
+        assert!(text.contains("r.db") && text.contains("readonly"), "{text}");
+        assert_eq!(tonic::Status::from(pending).code(), tonic::Code::Unavailable);
+        let unknown = service.allocate(0, name("x", "n", "a"), SOON).await.unwrap_err();
+        assert!(matches!(unknown, Error::UnknownConduit { .. }), "{unknown}");
+
+        let waiting = tokio::spawn({
+            let service = service.clone();
+            async move { service.allocate(0, name("c", "n", "a"), Duration::from_secs(10)).await }
+        });
+        service.0.store.refuse_writes(false).await.unwrap();
+        service.set_conduits(&listed(&["c"])).await.unwrap();
+        assert_eq!(waiting.await.unwrap().unwrap().0.to_string(), "172.16.0.1");
+        service.set_conduits(&BTreeSet::new()).await.unwrap();
+        let gone = service.allocate(0, name("c", "n", "b"), SOON).await.unwrap_err();
+        assert!(matches!(gone, Error::UnknownConduit { .. }), "{gone}");
     }
 
     #[tokio::test]

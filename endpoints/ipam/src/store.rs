@@ -98,6 +98,12 @@ impl Store {
         Ok(Self(Storage::open(path, SCHEMA)?))
     }
 
+    /// From now on every write fails, as on a full volume.
+    #[cfg(test)]
+    pub(crate) async fn refuse_writes(&self, refuse: bool) -> Result<(), Error> {
+        self.0.call(move |connection| connection.pragma_update(None, "query_only", refuse)).await
+    }
+
     /// The trench of this database; `trench` if it had none.
     pub(crate) async fn trench(&self, trench: String) -> Result<String, Error> {
         self.0
