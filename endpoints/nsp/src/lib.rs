@@ -100,7 +100,7 @@ impl State {
             .add_service(TargetRegistryServer::new(Targets::new(registry.clone(), stop.clone())));
         let mut tasks = JoinSet::new();
         tasks.spawn(config.follow(health.clone(), stop.clone()));
-        tasks.spawn(registry.expire(stop.clone()));
+        tasks.spawn(registry.expire(health.clone(), stop.clone()));
         health.register(Probe::Liveness, &[SELF_PROBE]);
         let own = grpc::connect(&source, &format!("127.0.0.1:{}", settings.port))?;
         let (timeout, token) = (settings.grpc_probe_rpc_timeout.get(), stop.clone());

@@ -1,10 +1,11 @@
 //! The targets of the trench: in memory for the watches, in the store for the next start.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use meridio_common::{Backoff, Health};
 use meridio_proto::nsp::v1::{Conduit, Stream, Target, Trench, target};
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
@@ -46,12 +47,29 @@ struct Entry {
 /// All targets, sorted by stream.
 pub(crate) type Snapshot = Arc<Vec<Arc<Target>>>;
 
+/// Key of the database's fault in the health report.
+const NOTE: &str = "targets";
+/// Between two attempts to delete from the store, at first and at most.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+
 #[derive(Debug)]
 struct Inner {
-    entries: Mutex<BTreeMap<Key, Entry>>,
+    entries: Mutex<Entries>,
     store: Store,
     snapshot: watch::Sender<Snapshot>,
+    /// What the store said last, if it was a fault.
+    fault: watch::Sender<Option<String>>,
     timeout: Duration,
+}
+
+#[derive(Debug)]
+struct Entries {
+    present: BTreeMap<Key, Entry>,
+    /// Gone, but not from the store yet.
+    gone: BTreeSet<Key>,
+    /// When to try these again; none as long as the store takes everything.
+    retry: Option<Instant>,
+    backoff: Backoff,
 }
 
 /// The registry; clones share it.
@@ -63,14 +81,16 @@ impl Registry {
     pub(crate) async fn load(path: &Path, timeout: Duration) -> Result<Self, Error> {
         let store = Store::open(path)?;
         let deadline = Instant::now() + timeout;
-        let entries: BTreeMap<_, _> = store
+        let present: BTreeMap<_, _> = store
             .all()
             .await?
             .into_iter()
             .map(|target| (Key::of(&target), Entry { target: Arc::new(target), deadline }))
             .collect();
-        let snapshot = watch::Sender::new(snapshot(&entries));
-        Ok(Self(Arc::new(Inner { entries: Mutex::new(entries), store, snapshot, timeout })))
+        let snapshot = watch::Sender::new(snapshot(&present));
+        let backoff = Backoff::new(RETRY.0, RETRY.1);
+        let entries = Mutex::new(Entries { present, gone: BTreeSet::new(), retry: None, backoff });
+        Ok(Self(Arc::new(Inner { entries, store, snapshot, fault: watch::Sender::default(), timeout })))
     }
 
     /// The latest list, for watches.
@@ -90,7 +110,7 @@ impl Registry {
         let mut entries = inner.entries.lock().await;
         let key = Key::of(&target);
         let deadline = Instant::now() + inner.timeout;
-        match entries.get_mut(&key) {
+        match entries.present.get_mut(&key) {
             Some(entry) if *entry.target == target => {
                 entry.deadline = deadline;
                 return Ok(());
@@ -98,7 +118,7 @@ impl Registry {
             Some(_) => {}
             None => target.set_status(target::Status::Disabled),
         }
-        inner.store.put(key.clone(), &target).await?;
+        self.noted(inner.store.put(key.clone(), &target).await)?;
         tracing::info!(
             ips = key.ips,
             stream = key.stream,
@@ -106,33 +126,37 @@ impl Registry {
             kind = target.r#type().as_str_name(),
             "target registered"
         );
-        entries.insert(key, Entry { target: Arc::new(target), deadline });
-        inner.snapshot.send_replace(snapshot(&entries));
+        entries.gone.remove(&key);
+        entries.present.insert(key, Entry { target: Arc::new(target), deadline });
+        inner.snapshot.send_replace(snapshot(&entries.present));
         Ok(())
     }
 
-    /// Removes a target; an unknown one is fine.
-    pub(crate) async fn unregister(&self, target: &Target) -> Result<(), Error> {
-        let inner = &*self.0;
-        let mut entries = inner.entries.lock().await;
+    /// Removes a target; an unknown one is fine, and so is a store that refuses: whoever has closed a target must not get its traffic any
+    /// more. A row that stays is deleted later, or expires after a restart.
+    pub(crate) async fn unregister(&self, target: &Target) {
+        let mut entries = self.0.entries.lock().await;
         let key = Key::of(target);
-        if !entries.contains_key(&key) {
-            return Ok(());
+        if entries.present.remove(&key).is_none() {
+            return;
         }
-        inner.store.delete(vec![key.clone()]).await?;
         tracing::info!(ips = key.ips, stream = key.stream, "target unregistered");
-        entries.remove(&key);
-        inner.snapshot.send_replace(snapshot(&entries));
-        Ok(())
+        entries.gone.insert(key);
+        self.0.snapshot.send_replace(snapshot(&entries.present));
+        self.delete_gone(&mut entries).await;
     }
 
-    /// Removes what was not refreshed, until `stop`.
-    pub(crate) async fn expire(self, stop: CancellationToken) {
+    /// Removes what was not refreshed, and says in the health report when the store refuses, until `stop`.
+    pub(crate) async fn expire(self, health: Health, stop: CancellationToken) {
+        let mut fault = self.0.fault.subscribe();
         loop {
             let wait = self.remove_expired().await;
+            health.note(NOTE, fault.borrow_and_update().iter().cloned().collect());
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep_until(wait) => {}
+                // There may be something to try again.
+                _ = fault.changed() => {}
             }
         }
     }
@@ -142,24 +166,57 @@ impl Registry {
         let inner = &*self.0;
         let mut entries = inner.entries.lock().await;
         let now = Instant::now();
-        let expired: Vec<Key> = entries.iter().filter(|(_, e)| e.deadline <= now).map(|(key, _)| key.clone()).collect();
+        let expired: Vec<Key> =
+            entries.present.iter().filter(|(_, e)| e.deadline <= now).map(|(key, _)| key.clone()).collect();
         if !expired.is_empty() {
-            if let Err(error) = inner.store.delete(expired.clone()).await {
-                // They stay listed until the store takes it, or a refresh comes.
-                tracing::error!(%error, "expired targets not removed");
-                return now + Duration::from_secs(1);
-            }
             for key in &expired {
                 tracing::warn!(
                     ips = key.ips,
                     stream = key.stream,
                     "target expired: it was not registered again in time"
                 );
-                entries.remove(key);
+                entries.present.remove(key);
             }
-            inner.snapshot.send_replace(snapshot(&entries));
+            entries.gone.extend(expired);
+            inner.snapshot.send_replace(snapshot(&entries.present));
         }
-        entries.values().map(|e| e.deadline).min().unwrap_or(now + inner.timeout).max(now + Duration::from_millis(10))
+        if entries.retry.is_none_or(|at| at <= now) {
+            self.delete_gone(&mut entries).await;
+        }
+        let deadlines = entries.present.values().map(|e| e.deadline);
+        deadlines.chain(entries.retry).min().unwrap_or(now + inner.timeout).max(now + Duration::from_millis(10))
+    }
+
+    /// Deletes from the store what is gone; what it refuses stays to be tried again.
+    async fn delete_gone(&self, entries: &mut Entries) {
+        if entries.gone.is_empty() {
+            entries.retry = None;
+            return;
+        }
+        if self.noted(self.0.store.delete(entries.gone.iter().cloned().collect()).await).is_ok() {
+            entries.gone.clear();
+            entries.backoff.reset();
+            entries.retry = None;
+        } else {
+            entries.retry = Some(Instant::now() + entries.backoff.delay());
+        }
+    }
+
+    /// Keeps the result for the health report. A fault is told each time, so that [`Registry::expire`] knows when to try again.
+    fn noted(&self, result: Result<(), meridio_common::Error>) -> Result<(), meridio_common::Error> {
+        let fault = result.as_ref().err().map(ToString::to_string);
+        self.0.fault.send_if_modified(|last| {
+            if *last != fault {
+                match &fault {
+                    Some(error) => tracing::error!(error, "the targets' database refuses"),
+                    None => tracing::info!("the targets' database works again"),
+                }
+                last.clone_from(&fault);
+                return true;
+            }
+            fault.is_some()
+        });
+        result
     }
 }
 
@@ -240,8 +297,8 @@ mod tests {
         let registry = Registry::load(&path, timeout).await.unwrap();
         assert_eq!(states(&registry), [("a".to_owned(), Enabled), ("b".to_owned(), Disabled)]);
         assert_eq!(registry.watch().borrow()[0].context["identifier"], "7");
-        registry.unregister(&target("a", Disabled)).await.unwrap();
-        registry.unregister(&target("x", Disabled)).await.unwrap();
+        registry.unregister(&target("a", Disabled)).await;
+        registry.unregister(&target("x", Disabled)).await;
         drop(registry);
         let registry = Registry::load(&path, timeout).await.unwrap();
         assert_eq!(states(&registry), [("b".to_owned(), Disabled)]);
@@ -291,5 +348,70 @@ mod tests {
         assert_eq!(states(&registry), [("b".to_owned(), Disabled)]);
         let stored = Registry::load(&dir.path().join("r.db"), Duration::from_secs(60)).await.unwrap();
         assert_eq!(stored.count(), 1);
+    }
+
+    /// The health report of a loop that begins now.
+    async fn note(registry: &Registry) -> String {
+        let (health, stop) = (Health::detached("test"), CancellationToken::new());
+        let expiring = tokio::spawn(registry.clone().expire(health.clone(), stop.clone()));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        stop.cancel();
+        expiring.await.unwrap();
+        health.report().lines().join(" ")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_store_that_refuses_keeps_no_target_listed() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::load(&dir.path().join("r.db"), Duration::from_secs(60)).await.unwrap();
+        for ip in ["back", "closed", "dead"] {
+            registry.register(target(ip, Enabled)).await.unwrap();
+        }
+        assert_eq!(note(&registry).await, "");
+        registry.0.store.refuse_writes(true).await.unwrap();
+        registry.unregister(&target("back", Disabled)).await;
+        registry.unregister(&target("closed", Disabled)).await;
+        assert_eq!(states(&registry), [("dead".to_owned(), Disabled)]);
+        tokio::time::advance(Duration::from_secs(61)).await;
+        registry.remove_expired().await;
+        assert_eq!(registry.count(), 0);
+        let said = note(&registry).await;
+        assert!(said.starts_with("targets: ") && said.contains("r.db") && said.contains("readonly"), "{said}");
+        // Who asks for a change is told.
+        assert!(matches!(registry.register(target("new", Enabled)).await, Err(Error::Storage(_))));
+        assert_eq!(registry.0.store.all().await.unwrap().len(), 3);
+
+        registry.0.store.refuse_writes(false).await.unwrap();
+        // Registered again before its row is deleted: the row is the new one's.
+        registry.register(target("back", Enabled)).await.unwrap();
+        tokio::time::advance(Duration::from_secs(40)).await;
+        registry.remove_expired().await;
+        let rows: Vec<_> = registry.0.store.all().await.unwrap().into_iter().map(|row| row.ips[0].clone()).collect();
+        assert_eq!(rows, ["back"]);
+        assert_eq!(note(&registry).await, "");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deletion_is_tried_again_soon() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::load(&dir.path().join("r.db"), Duration::from_secs(600)).await.unwrap();
+        registry.register(target("a", Enabled)).await.unwrap();
+        registry.0.store.refuse_writes(true).await.unwrap();
+        // Time stands still while this task runs: nobody but the clock waits for the storage thread.
+        let (go_on, held) = std::sync::mpsc::channel::<()>();
+        let still = tokio::task::spawn_blocking(move || held.recv().is_err());
+        let (health, stop, start) = (Health::detached("test"), CancellationToken::new(), Instant::now());
+        let expiring = tokio::spawn(registry.clone().expire(health.clone(), stop.clone()));
+        tokio::task::yield_now().await;
+        registry.unregister(&target("a", Disabled)).await;
+        registry.0.store.refuse_writes(false).await.unwrap();
+        assert!(registry.0.fault.borrow().is_some());
+        drop(go_on);
+        assert!(still.await.unwrap());
+        registry.0.fault.subscribe().wait_for(Option::is_none).await.unwrap();
+        assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+        stop.cancel();
+        expiring.await.unwrap();
+        assert!(registry.0.store.all().await.unwrap().is_empty());
     }
 }

@@ -32,6 +32,12 @@ impl Store {
         Ok(Self(Storage::open(path, SCHEMA)?))
     }
 
+    /// From now on every write fails, as on a full volume.
+    #[cfg(test)]
+    pub(crate) async fn refuse_writes(&self, refuse: bool) -> Result<(), Error> {
+        self.0.call(move |connection| connection.pragma_update(None, "query_only", refuse)).await
+    }
+
     pub(crate) async fn all(&self) -> Result<Vec<Target>, Error> {
         self.0.call(read_all).await
     }

@@ -44,7 +44,11 @@ impl TargetRegistry for Targets {
 
     async fn unregister(&self, request: Request<Target>) -> Result<Response<()>, Status> {
         let (registry, target) = (self.registry.clone(), request.into_inner());
-        detached(async move { registry.unregister(&target).await }).await
+        detached(async move {
+            registry.unregister(&target).await;
+            Ok(())
+        })
+        .await
     }
 
     type WatchStream = Updates<TargetResponse>;
