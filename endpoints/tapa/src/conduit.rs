@@ -225,34 +225,36 @@ impl Link {
         }
     }
 
-    /// Of a connection that NSM has lost the wire may work all the same: it is asked for as long as there is no other news.
+    /// Of a connection that NSM has lost the wire may work all the same: it is asked until the connection is up again.
     async fn doubt(&self) {
         let mut status = self.wire.watch();
+        let (mut lost, mut misses) = (None, 0);
         loop {
-            let lost = match &*status.borrow_and_update() {
-                ConnectionStatus::Down(connection) => Some(connection.clone()),
-                _ => None,
-            };
+            match &*status.borrow_and_update() {
+                ConnectionStatus::Up(_) => (lost, misses) = (None, 0),
+                ConnectionStatus::Down(connection) => lost = Some(connection.clone()),
+                // The old branch, on the way to another one: what was lost is not back yet.
+                ConnectionStatus::Closed | ConnectionStatus::New => {}
+            }
             tokio::select! {
                 // News first: once it is up nothing may call it dead any more.
                 biased;
                 changed = status.changed() => if changed.is_err() { return std::future::pending().await },
-                () = self.ask(lost.as_deref()) => {}
+                () = self.ask(lost.as_deref(), &mut misses) => {}
             }
         }
     }
 
     /// Asks the wire again and again, and tells the streams what it says.
-    async fn ask(&self, lost: Option<&Connection>) {
+    async fn ask(&self, lost: Option<&Connection>, misses: &mut u32) {
         let Some(lost) = lost else { return std::future::pending().await };
-        let mut misses = 0_u32;
         loop {
             sleep(DOWN_PAUSE).await;
-            misses = if self.wire.alive(lost).await { 0 } else { misses.saturating_add(1) };
-            if misses == DOWN_MISSES {
+            *misses = if self.wire.alive(lost).await { 0 } else { misses.saturating_add(1) };
+            if *misses == DOWN_MISSES {
                 tracing::warn!(conduit = %self.key, "the connection is lost, and its wire does not work");
             }
-            match misses {
+            match *misses {
                 0 => self.modify(|view| view.dead = false),
                 DOWN_MISSES.. => self.modify(|view| view.dead = true),
                 _ => {}

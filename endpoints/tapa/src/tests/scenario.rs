@@ -167,6 +167,7 @@ async fn a_target_is_disabled_while_its_wire_is_dead() {
     assert_eq!(tapa.board.subscribe().borrow().get(&key), Some(&Shown::Open));
 
     world.mesh.0.dead.store(true, SeqCst);
+    world.mesh.reselect();
     tapa.reaches(&key, Shown::Unavailable).await;
     let disabled = world.targets("not disabled", |targets| targets[0].status() == Status::Disabled).await;
     assert_eq!((disabled.len(), &disabled[0].context, &disabled[0].ips), (1, &before[0].context, &before[0].ips));

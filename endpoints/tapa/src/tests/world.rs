@@ -150,6 +150,11 @@ impl Mesh {
         self.0.status.send_replace(ConnectionStatus::Down(Box::new(current)));
     }
 
+    /// Healing has closed the old branch and looks for another one.
+    pub(super) fn reselect(&self) {
+        self.0.status.send_replace(ConnectionStatus::Closed);
+    }
+
     pub(super) fn heal(&self) {
         let current = self.0.connection.lock().unwrap().clone().unwrap();
         self.0.status.send_replace(ConnectionStatus::Up(Box::new(current)));
