@@ -121,7 +121,11 @@ pub fn run(settings: &Settings) -> anyhow::Result<()> {
 fn from_file(path: &Path, settings: &Settings) -> anyhow::Result<Image> {
     let name = path.display();
     let text = std::fs::read_to_string(path).with_context(|| name.to_string())?;
-    let configuration = Configuration::parse(&text).map_err(|faults| anyhow::anyhow!("{name}: {faults}"))?;
+    let parsed = Configuration::parse_with_warnings(&text);
+    let (configuration, left_out) = parsed.map_err(|faults| anyhow::anyhow!("{name}: {faults}"))?;
+    for warning in left_out {
+        eprintln!("meridio: {name}: {warning}");
+    }
     let conduit = conduit(&configuration, settings.conduit.as_deref()).with_context(|| name.to_string())?;
     let desired = of_conduit(&configuration, &conduit, &settings.sctp_ports_only);
     if !desired.faults.is_empty() {
@@ -223,6 +227,7 @@ mod tests {
         assert!(chosen(&["--sctp-ports-only", "another"]).len() > 5);
         assert_eq!(chosen(&["--sctp-ports-only", "another,stream-a-i"]).len(), 1, "all paths of an association");
     }
+
     #[test]
     fn a_configuration_that_translates_ports_says_to_which() {
         let file = tempfile::NamedTempFile::new().unwrap();
