@@ -233,13 +233,19 @@ impl Engine {
 
     /// The streams in the maps, each with the largest identifier that its targets can have.
     pub fn limits(&self) -> BTreeMap<String, u32> {
-        self.slots.values().map(|s| (s.stream.name.clone(), s.stream.max_targets)).collect()
+        let mut limits = BTreeMap::new();
+        for slot in self.slots.values() {
+            let limit = limits.entry(slot.stream.name.clone()).or_insert(0);
+            *limit = slot.stream.max_targets.max(*limit);
+        }
+        limits
     }
 
-    /// Identifier offset of a stream: firewall mark and table number of a target are this plus its identifier.
-    pub fn offset(&self, stream: &str) -> Option<u32> {
-        let slot = self.slots.values().find(|s| s.stream.name == stream)?;
-        Some(self.settings.offset_start + slot.entry.target_base)
+    /// Where the targets of a stream have their marks and tables: identifier offset and largest identifier, twice for one that could not be
+    /// changed to another size to the end.
+    pub fn places(&self, stream: &str) -> Vec<(u32, u32)> {
+        let named = self.slots.values().filter(|slot| slot.stream.name == stream);
+        named.map(|slot| (self.settings.offset_start + slot.entry.target_base, slot.stream.max_targets)).collect()
     }
 
     /// Takes a configuration and the ready targets by stream name. Packets see the targets of a stream, the old or the new ones, whole:

@@ -230,12 +230,7 @@ impl Dataplane {
         }
         // Maps without a configuration would let packets for VIPs pass to the stack: attach afterwards.
         if self.engine.as_ref().is_some_and(Engine::configured) {
-            let detour = self.detour();
             done &= self.attach(inputs.external).await;
-            // The first attachment makes the detour, which wants a route.
-            if self.detour() != detour {
-                done &= self.lead().await;
-            }
         }
         if let Some(outcome) = outcome {
             done &= self.announce(outcome.ready.missing).await;

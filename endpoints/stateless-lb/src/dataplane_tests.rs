@@ -205,7 +205,7 @@ async fn the_slow_path_of_a_new_target_is_there_before_its_first_packet() {
     // The tables alone: what follows them in a round is left out.
     assert!(dataplane.configure(&desired, &more).await);
     assert_eq!(identifiers(&dataplane, "s"), [1, 2, 5]);
-    let table = dataplane.engine.as_ref().unwrap().offset("s").unwrap() + 5;
+    let table = dataplane.engine.as_ref().unwrap().places("s").first().unwrap().0 + 5;
     let netlink = dataplane.netns.netlink().await.unwrap();
     let (rules, routes) = (netlink.rules().await.unwrap(), netlink.routes(Some(table)).await.unwrap());
     let mark = Some(meridio_maglev::MARK_FLAG | table);

@@ -11,9 +11,10 @@ use crate::routing::Wanted;
 /// Next hops by the tables of the slow path, of the streams that the engine has.
 pub(crate) fn slow_path(engine: &Engine, ready: &Ready) -> Wanted {
     let mut wanted = Wanted::new();
-    let limits = engine.limits();
-    for (stream, targets) in &ready.targets {
-        let (Some(offset), Some(limit)) = (engine.offset(stream), limits.get(stream)) else { continue };
+    let places = ready.targets.iter().flat_map(|(stream, targets)| {
+        engine.places(stream).into_iter().map(move |(offset, limit)| (offset, limit, targets))
+    });
+    for (offset, limit, targets) in places {
         // Behind the limit are the tables of another stream.
         for (identifier, target) in targets.range(..=limit) {
             if let Some((ip, index)) = target.v4 {

@@ -298,7 +298,7 @@ mod tests {
         let kept = plan(&less, only(&vips[1..]), &own, &routes, &rules);
         assert_eq!((kept.set_routes, kept.add_rules), (vec![missing.0], vec![missing.1]));
         assert_eq!((kept.delete_rules, kept.delete_routes.len()), (vec![rule(true, 9_000), guard(&vips[0])], 1));
-        assert!(begun.elapsed() < std::time::Duration::from_secs(2), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < std::time::Duration::from_secs(10), "{:?}", begun.elapsed());
     }
 
     #[test]

@@ -64,7 +64,9 @@ impl Scene {
         engine.detour().unwrap();
         let marks: Vec<(u32, u32)> = ["s", "p"]
             .iter()
-            .flat_map(|s| (1..=2).map(|n| (MARK_FLAG | (engine.offset(s).unwrap() + n), n)).collect::<Vec<_>>())
+            .flat_map(|s| {
+                (1..=2).map(|n| (MARK_FLAG | (engine.places(s).first().unwrap().0 + n), n)).collect::<Vec<_>>()
+            })
             .collect();
         net.slow_path(&marks);
         let scene = Scene {
