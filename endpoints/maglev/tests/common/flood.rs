@@ -15,6 +15,8 @@ const FLOWS: usize = 64;
 /// Datagrams on their way.
 pub(crate) struct Flood {
     stop: Arc<AtomicBool>,
+    /// Numbers that have been sent so far.
+    sent: Arc<AtomicU64>,
     sender: Option<JoinHandle<(u64, BTreeSet<u64>)>>,
     /// Received by target; target 1 is at 0.
     received: Vec<Arc<AtomicU64>>,
@@ -57,7 +59,9 @@ impl Flood {
     /// `per_second` datagrams to a port of the VIPs, from the moment at which every one of `targets` listens, on the second port.
     pub(crate) fn start(net: &Net, targets: u8, (port, target_port): (u16, u16), per_second: u64) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let mut flood = Flood { stop: stop.clone(), sender: None, received: Vec::new(), receivers: Vec::new() };
+        let sent: Arc<AtomicU64> = Arc::default();
+        let mut flood =
+            Flood { stop: stop.clone(), sent: sent.clone(), sender: None, received: Vec::new(), receivers: Vec::new() };
         for n in 1..=targets {
             let count: Arc<AtomicU64> = Arc::default();
             flood.received.push(count.clone());
@@ -83,13 +87,19 @@ impl Flood {
                 }));
             }
         }
-        flood.sender = Some(net.within("c", move || send(&stop, port, per_second)));
+        let so_far = sent;
+        flood.sender = Some(net.within("c", move || send(&stop, &so_far, port, per_second)));
         flood
     }
 
     /// Received so far by a target (1...).
     pub(crate) fn received(&self, target: usize) -> u64 {
         self.received[target - 1].load(Ordering::SeqCst)
+    }
+
+    /// The number after the last one that was sent.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent.load(Ordering::SeqCst)
     }
 
     /// Waits until targets have received `more` datagrams since now, all together.
@@ -113,7 +123,7 @@ impl Flood {
 }
 
 /// Sends; how many, and the numbers that came back.
-fn send(stop: &AtomicBool, port: u16, per_second: u64) -> (u64, BTreeSet<u64>) {
+fn send(stop: &AtomicBool, so_far: &AtomicU64, port: u16, per_second: u64) -> (u64, BTreeSet<u64>) {
     let sockets: Vec<UdpSocket> = (0..FLOWS)
         .map(|n| {
             let (any, vip): (&str, IpAddr) = if n % 2 == 0 { ("0.0.0.0:0", V4.into()) } else { ("[::]:0", V6.into()) };
@@ -142,6 +152,7 @@ fn send(stop: &AtomicBool, port: u16, per_second: u64) -> (u64, BTreeSet<u64>) {
                 socket.send(&sent.to_be_bytes()).unwrap();
             }
             sent += 1;
+            so_far.store(sent, Ordering::SeqCst);
         }
         listen(&mut answers);
         std::thread::sleep(Duration::from_millis(1));

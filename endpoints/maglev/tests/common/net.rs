@@ -208,9 +208,11 @@ impl Tap {
         seen.iter().filter_map(|frame| frame.get(14..)).filter(|packet| condition(packet)).map(<[u8]>::to_vec).collect()
     }
 
-    /// Frames seen so far for a link address.
-    pub(crate) fn frames_to(&self, address: [u8; 6]) -> usize {
-        self.seen.lock().unwrap().iter().filter(|frame| frame.starts_with(&address)).count()
+    /// The numbers that frames for a link address end with, of those seen so far.
+    pub(crate) fn numbers_to(&self, address: [u8; 6]) -> Vec<u64> {
+        let seen = self.seen.lock().unwrap();
+        let ours = seen.iter().filter(|frame| frame.starts_with(&address));
+        ours.filter_map(|frame| frame.last_chunk().map(|number| u64::from_be_bytes(*number))).collect()
     }
 
     pub(crate) fn forget(&self) {
