@@ -183,6 +183,7 @@ impl Agent {
                     // Nothing is known; the next look asks again.
                     tracing::error!(%error, "the attractor's configuration cannot be checked");
                     self.config_faults = vec![format!("the attractor's configuration cannot be checked: {error}")];
+                    self.attractor = None;
                     return self.bird_failed(&error).await;
                 }
             },
