@@ -87,7 +87,10 @@ impl Element for TargetAddresses {
             Err(status) if has_addresses(context) => {
                 tracing::warn!(connection = id, error = %status, "no answer of the IPAM, addresses stay as they are");
             }
-            Err(status) => return Err(Error::new(NAME, id, format!("no address: {status}")).with_code(status.code())),
+            Err(status) => {
+                self.leave(&id, None);
+                return Err(Error::new(NAME, id, format!("no address: {status}")).with_code(status.code()));
+            }
         }
         let result = match next.request(call).await {
             // Who has the connection already is told of new gateways; this target would not be.
