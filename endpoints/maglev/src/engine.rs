@@ -312,8 +312,8 @@ impl Engine {
         }
     }
 
-    /// Has packets ask for the link addresses of these next hops (interface, address) again. Else what the program has found out about one is believed for
-    /// some ticks of the kernel more; to be called when the kernel has learnt another one.
+    /// Has packets ask for the link addresses of these next hops (interface, address) again. Else what the program has found out
+    /// about one is believed for some ticks of the kernel more; to be called when the kernel has learnt another one.
     ///
     /// # Errors
     /// The maps cannot be written.

@@ -94,7 +94,7 @@ pub struct Hop {
     pub written: u64,
     /// Address of the next hop.
     pub address: [u64; 2],
-    /// When the neighbour entry was read, in ticks of the kernel.
+    /// When the neighbour entry was read, in ticks of the kernel; 0: it is to be read anew.
     pub read: u64,
     /// When a packet last went past the entry, so that the kernel checks it.
     pub used: u64,
