@@ -1,4 +1,4 @@
-//! What is allowed in a configuration but surely not meant: for `meridio plan`.
+//! What is allowed in a configuration but surely not meant.
 
 use ipnet::IpNet;
 
@@ -16,14 +16,6 @@ pub fn warnings(configuration: &Configuration) -> Vec<Fault> {
     shadowed(configuration, &mut warnings);
     nats(configuration, &mut warnings);
     warnings
-}
-
-/// Faults and warnings of a ConfigMap text: first what would be refused, and if nothing is, what is left out and what has no effect.
-pub fn review(text: &str) -> (Vec<Fault>, Vec<Fault>) {
-    match Configuration::parse_with_warnings(text) {
-        Ok((configuration, left_out)) => (Vec::new(), [left_out, warnings(&configuration)].concat()),
-        Err(faults) => (faults.0, Vec::new()),
-    }
 }
 
 fn names(configuration: &Configuration, warnings: &mut Vec<Fault>) {

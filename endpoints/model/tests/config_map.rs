@@ -226,7 +226,6 @@ fn names_that_lead_nowhere_are_left_out_with_a_warning() {
         ]
     );
     assert_eq!(configuration, Configuration::parse(FIXTURE).unwrap(), "nothing else is touched");
-    assert_eq!(plan::review(&text).1[0].to_string(), warnings[0]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What changes in a namespace, as it happens.
 //!
 //! A monitor that falls behind loses messages, and the kernel says so: then [`Event::Resync`] tells the reader to read
-//! everything anew. It is also the first event, so that a reader needs one code path only. Indexes are given again to other
+//! everything anew. What was there before the monitor is not told: a reader begins by reading it. Indexes are given again to other
 //! interfaces; names are not unique over time either.
 
 use std::collections::BTreeMap;
@@ -36,7 +36,7 @@ pub enum Topic {
 /// What happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// Messages were lost, or none were seen yet: read everything anew.
+    /// Messages were lost: read everything anew.
     Resync,
     /// An interface is new or changed.
     Link(Link),
