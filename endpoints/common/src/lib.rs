@@ -5,6 +5,7 @@
 
 mod backoff;
 mod duration;
+mod empty_hold;
 mod error;
 pub mod grpc;
 pub mod health;
@@ -20,6 +21,7 @@ mod watch;
 
 pub use backoff::Backoff;
 pub use duration::GoDuration;
+pub use empty_hold::{EmptyHold, Word};
 pub use error::Error;
 pub use grpc::{connect, serve};
 pub use health::{Health, Probe};

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use meridio_common::{Health, WatchEvent, watch_events};
+use meridio_common::{EmptyHold, Health, WatchEvent, Word, watch_events};
 use meridio_proto::nsp::v1::configuration_manager_client::ConfigurationManagerClient;
 use meridio_proto::nsp::v1::{Trench, Vip, VipResponse};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
 use crate::inputs::Shared;
@@ -38,7 +38,7 @@ pub(crate) async fn watch(
                 told.list(&vips);
             }
             WatchEvent::Lost(status) => {
-                told.lost();
+                told.hold.lost();
                 health.waiting("NSPCli", &format!("the NSP ({})", status.message()), "is it running?");
             }
         }
@@ -47,53 +47,32 @@ pub(crate) async fn watch(
     .await;
 }
 
-/// Takes what the NSP tells into the inputs: at once, or after a while when it begins with an empty list and there are VIPs to lose.
-///
-/// An NSP that has lost its storage, or has not read its configuration yet, begins with an empty list too. If it were believed, all
-/// rules would go, and replies would leave by the primary network.
+/// Takes what the NSP tells into the inputs, an empty list that it begins with after a while if there are VIPs to lose: without
+/// their rules replies would leave by the primary network.
 struct Told {
     shared: Shared,
     kept: bool,
-    /// Nothing has been told in this session.
-    fresh: bool,
-    /// What is held back is dropped with it.
-    held: Option<DropGuard>,
+    hold: EmptyHold,
 }
 
 impl Told {
     fn new(shared: Shared, kept: bool) -> Self {
-        Self { shared, kept, fresh: true, held: None }
-    }
-
-    /// The session is over, and what was doubted in it is not heard of again.
-    fn lost(&mut self) {
-        self.fresh = true;
-        self.held = None;
+        Self { shared, kept, hold: EmptyHold::new("VIPs", HOLD) }
     }
 
     fn list(&mut self, vips: &[Vip]) {
-        self.held = None;
-        let fresh = std::mem::replace(&mut self.fresh, false);
         let to_lose = self.shared.look(|inputs| inputs.vips.as_ref().map_or(self.kept, |known| !known.is_empty()));
         let nets: BTreeSet<IpNet> = vips.iter().filter_map(net).collect();
-        if !(fresh && vips.is_empty() && to_lose) {
-            return self.shared.change(|inputs| inputs.vips = Some(nets));
-        }
-        tracing::warn!(hold = ?HOLD, "the NSP begins without any VIP: held back");
-        let (shared, dropped) = (self.shared.clone(), CancellationToken::new());
-        self.held = Some(dropped.clone().drop_guard());
-        tokio::spawn(async move {
-            tokio::select! {
-                () = dropped.cancelled() => return,
-                () = tokio::time::sleep(HOLD) => {}
-            }
-            // Asked again where nobody else changes them: what has been told just now is newer.
+        let shared = self.shared.clone();
+        let take = move |word: &Word| {
+            // Asked where nobody else changes them: what has been told just now is newer.
             shared.change(|inputs| {
-                if !dropped.is_cancelled() {
+                if word.stands() {
                     inputs.vips = Some(nets);
                 }
             });
-        });
+        };
+        self.hold.take(vips.is_empty(), to_lose, take, std::future::pending());
     }
 }
 

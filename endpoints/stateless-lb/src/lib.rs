@@ -18,7 +18,6 @@ mod availability;
 mod cli;
 mod dataplane;
 mod desired;
-mod empty_hold;
 mod endpoint;
 mod gate;
 mod hops;
@@ -32,6 +31,7 @@ mod prepare;
 mod removal;
 mod routing;
 mod settings;
+mod told;
 mod watches;
 
 use std::path::Path;

@@ -12,9 +12,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
-use crate::empty_hold::EmptyHold;
 use crate::inputs::{Inputs, Shared};
 use crate::settings::Settings;
+use crate::told::Told;
 
 /// The watches of one load balancer.
 #[derive(Clone)]
@@ -165,7 +165,7 @@ impl Watches {
         Open: FnMut() -> Opened,
         Opened: Future<Output = Result<tonic::Response<tonic::Streaming<M>>, tonic::Status>>,
     {
-        let mut told = EmptyHold::new(name, self.shared.clone(), self.hold);
+        let mut told = Told::new(name, self.shared.clone(), self.hold);
         watch_events(name, &self.stop, open, |event| {
             match event {
                 WatchEvent::Message(message) => {
@@ -194,7 +194,7 @@ impl Watches {
             async move { client.watch(pattern).await }
         };
         let name = "frontends";
-        let mut told = EmptyHold::new(name, self.shared.clone(), self.hold);
+        let mut told = Told::new(name, self.shared.clone(), self.hold);
         watch_events(name, &self.stop, open, |event| {
             match event {
                 WatchEvent::Message(nsp::TargetResponse { targets }) => {

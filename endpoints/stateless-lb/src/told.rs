@@ -1,33 +1,27 @@
 //! What the NSP tells, taken into the inputs: at once, or after a while when it is an empty list and more is known.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+
+use meridio_common::{EmptyHold, Word};
 
 use crate::inputs::{Inputs, Shared};
 
-/// One watch: what it tells, in the order in which it tells it.
-///
-/// An empty list right after a loss, or right after the start, is not believed for a while: a server that has lost its storage, or
-/// has not read it yet, says the same. Right after the start that counts if an earlier process has left something to lose.
-#[derive(Clone, Debug)]
-pub(crate) struct EmptyHold {
-    name: &'static str,
+/// One watch: what it tells, in the order in which it tells it. Right after the start an empty list is doubted if an earlier process
+/// has left something to lose.
+#[derive(Debug)]
+pub(crate) struct Told {
     shared: Shared,
-    hold: Duration,
-    version: Arc<AtomicU64>,
-    fresh: bool,
+    hold: EmptyHold,
 }
 
-impl EmptyHold {
+impl Told {
     pub(crate) fn new(name: &'static str, shared: Shared, hold: Duration) -> Self {
-        EmptyHold { name, shared, hold, version: Arc::default(), fresh: true }
+        Told { shared, hold: EmptyHold::new(name, hold) }
     }
 
-    /// The server is lost; what it says next is to be doubted, and what is held of what it has said is no longer believed.
+    /// The server is lost.
     pub(crate) fn lost(&mut self) {
-        self.fresh = true;
-        self.version.fetch_add(1, Ordering::Relaxed);
+        self.hold.lost();
     }
 
     /// Takes a list.
@@ -44,33 +38,22 @@ impl EmptyHold {
 
     /// `known`: whether there is something known that would be lost; `None`: nothing has been told yet.
     fn take(&mut self, empty: bool, known: Option<bool>, change: impl FnOnce(&mut Inputs) + Send + 'static) {
-        let mine = self.version.fetch_add(1, Ordering::Relaxed) + 1;
-        let fresh = std::mem::replace(&mut self.fresh, false);
-        let first = known.is_none();
         let to_lose = known.unwrap_or_else(|| self.shared.look(|inputs| inputs.kept != Some(false)));
-        if !(fresh && empty && to_lose) {
-            return self.shared.change(change);
-        }
-        tracing::warn!(watch = self.name, hold = ?self.hold, "an empty list after a loss is held back");
-        let this = self.clone();
-        tokio::spawn(async move {
-            let mut inputs = this.shared.subscribe();
-            let nothing_to_lose = async {
-                if !first || inputs.wait_for(|inputs| inputs.kept == Some(false)).await.is_err() {
-                    std::future::pending::<()>().await;
-                }
-            };
-            tokio::select! {
-                () = tokio::time::sleep(this.hold) => {}
-                () = nothing_to_lose => {}
+        let (shared, mut inputs, first) = (self.shared.clone(), self.shared.subscribe(), known.is_none());
+        let nothing_to_lose = async move {
+            if !first || inputs.wait_for(|inputs| inputs.kept == Some(false)).await.is_err() {
+                std::future::pending::<()>().await;
             }
+        };
+        let take = move |word: &Word| {
             // Within the change: a list that is told at this moment comes after it.
-            this.shared.change(|inputs| {
-                if this.version.load(Ordering::Relaxed) == mine {
+            shared.change(|inputs| {
+                if word.stands() {
                     change(inputs);
                 }
             });
-        });
+        };
+        self.hold.take(empty, to_lose, take, nothing_to_lose);
     }
 }
 
@@ -82,9 +65,9 @@ mod tests {
 
     const HOLD: Duration = Duration::from_secs(60);
 
-    fn watch() -> (EmptyHold, Shared) {
+    fn watch() -> (Told, Shared) {
         let shared = Shared::new();
-        (EmptyHold::new("streams", shared.clone(), HOLD), shared)
+        (Told::new("streams", shared.clone(), HOLD), shared)
     }
 
     fn some() -> Vec<nsp::Stream> {
